@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -186,7 +186,11 @@ class Settings(LimitSettings):
     remote_timeout_s: Seconds = Field(
         300.0, description="Timeout of a tool in another process, unless the tool or its caller sets one."
     )
-    record_lm: bool = Field(False, description="Keep the LM calls of all tools in the journal; needs DSPy.")
+    record_lm: bool = Field(
+        False,
+        description="Keep the LM calls of all tools in the journal; needs DSPy. The environment variable holds for "
+        "`Context(record_lm=...)` of programs, too.",
+    )
     audit_reveal: bool = Field(
         False,
         description="Let clients of the audit service read the values of sensitive variables: in audits, in "
@@ -271,6 +275,23 @@ def load_settings(
         return Settings(**merged)
     except ValidationError as error:
         raise _explain(error, sources) from None
+
+
+def records_lm() -> bool:
+    """Return whether contexts of this process record LM calls by default: the environment variable of `record_lm`.
+
+    Raises:
+        SettingsError: It is neither true nor false.
+    """
+    name = variable_of("record_lm")
+    if not (text := os.environ.get(name)):
+        return False
+    try:
+        return TypeAdapter(bool).validate_python(text)
+    except ValidationError:
+        raise SettingsError(
+            "record_lm", f"{text!r} is neither true nor false", f"environment variable {name}"
+        ) from None
 
 
 def _environment() -> _Source:

@@ -213,6 +213,13 @@ class Follower(Protocol):
         """Go on with the backend as it is now, while its gate is held. It must not raise."""
 
 
+class Parks(Protocol):
+    """What must end before a session can move, and goes on afterwards."""
+
+    def park(self) -> None:
+        """End for now, while the gate is held."""
+
+
 class _Borrowed(WithTools):
     """Adds tools to a provider that belongs to somebody else: closing this leaves it open."""
 
@@ -244,6 +251,8 @@ class Backend:
         self._moves: tuple[Move, ...] = ()
         # What goes along when the session moves: watches.
         self.followers: WeakSet[Follower] = WeakSet()
+        # What a move would wait for otherwise: recordings.
+        self.parked: WeakSet[Parks] = WeakSet()
         self.switches: tuple[Switch, ...] = ()
         self.gate = Gate()
         # The way from the event loop that was used last.

@@ -239,7 +239,8 @@ class CarriedSession:
         """Do nothing: the server's journal has no log of a transaction."""
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Do nothing, as for `log`."""
+        """Record an input from outside in the transaction's journal entry."""
+        self._transaction.record(kind, entry)
 
     def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
         """Refuse it: a transaction publishes nothing before it commits."""

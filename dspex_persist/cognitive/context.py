@@ -5,8 +5,9 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import (
@@ -21,7 +22,7 @@ from dspex_persist.cognitive.backends import (
 )
 from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
-from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.errors import ContextClosedError, DspyMissingError
 from dspex_persist.cognitive.records import VariableInfo, decode, result_of
 from dspex_persist.cognitive.rules import Ruled
 from dspex_persist.cognitive.steps import (
@@ -55,10 +56,15 @@ from dspex_persist.state.errors import (
     SessionNotFoundError,
     VariableNotFoundError,
 )
+from dspex_persist.state.model import RECORDING
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
+if TYPE_CHECKING:
+    from dspex_persist.cognitive.dspy.recording import Recording
+
 _TTL = "ttl_seconds"
+_RECORD_LM = "DSPEX_PERSIST_RECORD_LM"
 _RECENT, _MOST_SPARKLINES = 40, 50
 
 
@@ -81,6 +87,8 @@ class Context(Transacting, Watchable, Ruled):
         strict: Whether assigning to a name that is not defined is an error; otherwise it defines a variable.
         durable_at: The file to which the session moves before a tool runs that requires a durable session.
         remote_at: The server to which it moves before a tool runs that requires a remote session.
+        record_lm: Whether each call of a program that is bound to it (`dspex_persist.dspy.bind`) is recorded, as in a
+            block of `recording`; None for what the environment variable DSPEX_PERSIST_RECORD_LM says. Needs DSPy.
         options: Further options of `dspex_persist.connect`, if the context opens the backend.
 
     Attributes:
@@ -92,6 +100,7 @@ class Context(Transacting, Watchable, Ruled):
         SessionNotFoundError: There is no live session with this id, and `create` is False.
         OpenError: The file cannot be opened.
         InvalidArgumentError: An argument is wrong.
+        DspyMissingError: `record_lm` is set, but DSPy is not installed.
     """
 
     def __init__(
@@ -107,9 +116,10 @@ class Context(Transacting, Watchable, Ruled):
         strict: bool = False,
         durable_at: str | os.PathLike[str] | None = None,
         remote_at: str | None = None,
+        record_lm: bool | None = None,
         **options: Any,
     ) -> None:
-        self._prepare(session_id, actor, strict)
+        self._prepare(session_id, actor, strict, record_lm)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
         self._use(self._open(backend, create, tools, options))
@@ -165,10 +175,11 @@ class Context(Transacting, Watchable, Ruled):
         strict: bool = False,
         durable_at: str | os.PathLike[str] | None = None,
         remote_at: str | None = None,
+        record_lm: bool | None = None,
         **options: Any,
     ) -> Self:
         self = cls.__new__(cls)
-        self._prepare(session_id, actor, strict)
+        self._prepare(session_id, actor, strict, record_lm)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
         self._use(await asyncio.to_thread(self._open, backend, create, tools, options))
@@ -179,13 +190,14 @@ class Context(Transacting, Watchable, Ruled):
             raise
         return self
 
-    def _prepare(self, session_id: str | None, actor: str | None, strict: bool) -> None:
+    def _prepare(self, session_id: str | None, actor: str | None, strict: bool, record_lm: bool | None = None) -> None:
         if isinstance(session_id, StateProvider):
             raise InvalidArgumentError(
                 "session_id", "it must be a str, not a provider: the session comes first, Context(session_id, provider)"
             )
         self.session_id = f"ses_{secrets.token_hex(8)}" if session_id is None else session_id
         self.strict = strict
+        self._record_lm = _records_lm(record_lm)
         self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
         self._closed = False
         self._closing = forks.Lock()
@@ -215,7 +227,7 @@ class Context(Transacting, Watchable, Ruled):
 
     def _beside(self, session_id: str) -> Self:
         context = type(self).__new__(type(self))
-        context._prepare(session_id, self._terms.actor, self.strict)
+        context._prepare(session_id, self._terms.actor, self.strict, self._record_lm)
         context._use(Backend(self._backend.provider, is_owned=False, url=self._backend.url))
         return context
 
@@ -313,6 +325,41 @@ class Context(Transacting, Watchable, Ruled):
             UnsupportedError: The backend executes no tools.
         """
         return (yield from self.execute._steps(tool, arguments))
+
+    def recording(
+        self,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        keep_after_s: float = 30.0,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> "Recording":
+        """Record the LM calls of a block: `with ctx.recording():`, or `async with`. Needs DSPy.
+
+        The journal has them as an execution that writes nothing and conflicts with nothing: questions, answers, tokens,
+        times and costs, as for tools with `record_lm=True`. Nested recordings: the innermost has the calls. In the
+        block of a transaction of this session, and in a tool that records LM calls, these have them.
+
+        Args:
+            name: What the journal has as its tool.
+            metadata: Texts to record with it in the journal.
+            keep_after_s: On a file: how long the recorded calls may wait in this process before they are stored, in
+                seconds. Each time, the recording goes on in another execution. A server has them at once.
+            reason: Why; by default the journal says nothing.
+            actor: On whose behalf; by default the actor of the context.
+
+        Returns:
+            The recording. Its `execution_id` is that of the execution in the journal.
+
+        Raises:
+            DspyMissingError: DSPy is not installed.
+            UnsupportedError: The backend cannot.
+        """
+        from dspex_persist.cognitive.dspy.recording import Recording
+
+        terms = self._terms_of(actor, reason)
+        return Recording(self._backend, self.session_id, terms, name, metadata, keep_after_s)
 
     @verb
     def end(self) -> Steps[None]:
@@ -547,6 +594,19 @@ def _checked_ttl(ttl_s: float) -> float:
     if not 0 <= seconds <= MOST_TTL_S:
         raise InvalidArgumentError("ttl_s", f"it must be from 0 (for ever) to {MOST_TTL_S} seconds, not {seconds:g}")
     return seconds
+
+
+def _records_lm(said: bool | None) -> bool:
+    if said is None:
+        if not os.environ.get(_RECORD_LM):
+            return False
+        from dspex_persist.settings import records_lm
+
+        return records_lm()
+    # To import it takes seconds, and the program that is to be recorded does so anyway.
+    if said and find_spec("dspy") is None:
+        raise DspyMissingError()
+    return bool(said)
 
 
 def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:

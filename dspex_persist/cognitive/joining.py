@@ -1,7 +1,7 @@
 """Which tool's execution, or transaction, the running code is part of, so that reads of its session can join it."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
@@ -52,11 +52,39 @@ class InTransaction(Variables):
     def _is_open_on(self, session_id: str, provider: StateProvider) -> bool:
         """Whether it is open, and of this session of this provider."""
 
+    @property
+    @abstractmethod
+    def execution_id(self) -> str:
+        """Its id in the journal."""
+
+    @property
+    @abstractmethod
+    def status(self) -> str:
+        """How it ended, as far as is known; "" before."""
+
+    @property
+    @abstractmethod
+    def _is_remote(self) -> bool:
+        """Whether it is on a server."""
+
+    @abstractmethod
+    def _record_input(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Record an input from outside in its journal entry; see `abilities.Transaction.record`."""
+
 
 open_transactions: Final[ContextVar[tuple[InTransaction, ...]]] = ContextVar(
     "dspex_persist_open_transactions", default=()
 )
 """The transactions in whose blocks the code of this context runs, the innermost last."""
+
+
+def transaction_of(session_id: str, provider: StateProvider) -> InTransaction | None:
+    """Return the transaction of a session in whose block the running code is; None in a tool that it has called."""
+    session = current_session.get()
+    for transaction in reversed(open_transactions.get()):
+        if transaction._asker is session and transaction._is_open_on(session_id, provider):
+            return transaction
+    return None
 
 
 class Surroundings(NamedTuple):

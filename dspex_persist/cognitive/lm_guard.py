@@ -10,10 +10,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 caller_is_recorded: Final[ContextVar[bool]] = ContextVar("dspex_persist_record_lm", default=False)
 """Whether a tool called in this context inherits the recording of LM calls, for its separate execution."""
+
+
+redirect: Callable[[Any], Callable[[], None] | None] | None = None
+"""Called with a transaction at the beginning of its block, once LM calls have been recorded in this process. It returns
+what to call at the end of the block, if the LM calls of the block go to the transaction."""
 
 _running: list[object] = []
 """The playbacks and refusals that handle calls from unknown threads, oldest first."""

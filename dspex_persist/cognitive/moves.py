@@ -222,6 +222,8 @@ class _Move:
     def _at_the_gate(self) -> Iterator[None]:
         try:
             with self._backend.gate.hold(TIMEOUT_S):
+                for each in tuple(self._backend.parked):
+                    each.park()
                 yield
         except TimeoutError as error:
             reason = f"session {quote(self._session_id)} cannot move: {error} after {TIMEOUT_S:g} s"

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from dspex_persist.cognitive.backends import Backend, origin_of
+from dspex_persist.cognitive import lm_guard
+from dspex_persist.cognitive.backends import BRIDGED, Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.joining import InTransaction, open_transactions
 from dspex_persist.cognitive.program_access import WithPrograms
@@ -76,6 +77,8 @@ class Transaction(WithPrograms, InTransaction):
         self._is_last = is_last
         self._opened: abilities.Transaction | None = None
         self._loop: tuple[asyncio.AbstractEventLoop, SubmitHere] | None = None
+        # What ends the recording of the block's LM calls in it.
+        self._undo: Callable[[], None] | None = None
 
     # Verbs
 
@@ -244,12 +247,23 @@ class Transaction(WithPrograms, InTransaction):
         enter_block(opened.execution_id)
         self._asker = current_session.get()
         open_transactions.set((*open_transactions.get(), self))
+        if lm_guard.redirect is not None:
+            self._undo = lm_guard.redirect(self)
 
     def _leave_block(self) -> None:
+        if self._undo is not None:
+            self._undo()
         open_transactions.set(tuple(each for each in open_transactions.get() if each is not self))
         leave_block(self.execution_id)
         self._gate.let_out()
         self._gate.leave_tool()
+
+    @property
+    def _is_remote(self) -> bool:
+        return self._backend.kind == BRIDGED
+
+    def _record_input(self, kind: str, entry: Mapping[str, Any]) -> None:
+        self._begun.record(kind, entry)
 
     def __enter__(self) -> Self:
         time.sleep(self._pause_s())

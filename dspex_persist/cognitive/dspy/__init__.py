@@ -21,7 +21,10 @@ A recorded call is JSON, an entry of an execution's `recorded["lm"]`:
 - `usage`: tokens by model that DSPy's usage tracker attributes to no answer: those of a call that failed after the
   provider had counted them, and those that an LM tells in its history only. Usually left out.
 
-Older recordings lack `at`, `latency_us`, `cost`, `cached` and `usage`; playing ignores them.
+- `predictor`: the path of the predictor in its program, and `variables`: the versions of the variables that applied to
+  the call, if the program is bound to some.
+
+Older recordings lack `at`, `latency_us`, `cost`, `cached`, `usage`, `predictor` and `variables`; playing ignores them.
 
 Playing it back:
 
@@ -60,11 +63,13 @@ from dspex_persist.cognitive.dspy.playback import (
     UnexpectedLmCallError,
     UnseenLmCallError,
 )
+from dspex_persist.cognitive.dspy.recording import Recording
 
 __all__ = [
     "LmDivergence",
     "Playback",
     "RecordedLmError",
+    "Recording",
     "UnexpectedLmCallError",
     "UnseenLmCallError",
     "bind",

@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from dspy import Module, Predict, settings
@@ -128,6 +128,16 @@ def _inside(entry: Entry) -> Iterator[None]:
             scope.snapshot.ended = True
 
 
+recording_of: Callable[[Any], Any] | None = None
+"""Returns what records the LM calls of an outermost call of a program, if its context does that. Set by `recording`."""
+
+
+def _recorded(entry: Entry) -> Any:
+    """Return a context manager, of both kinds, for a call that may have to be recorded."""
+    recording = recording_of(entry.module) if recording_of is not None and entry.is_outermost else None
+    return recording or nullcontext()
+
+
 def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function of a module class whose calls are calls of the module."""
 
@@ -138,7 +148,7 @@ def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         entry.read()
-        with _inside(entry):
+        with _recorded(entry), _inside(entry):
             return call(module, *args, **kwargs)
 
     return entering
@@ -152,8 +162,9 @@ def _entering_async(call: Callable[..., Any]) -> Callable[..., Any]:
             return await call(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         await entry.read_aio()
-        with _inside(entry):
-            return await call(module, *args, **kwargs)
+        async with _recorded(entry):
+            with _inside(entry):
+                return await call(module, *args, **kwargs)
 
     return entering
 
@@ -168,7 +179,7 @@ def _batching(batch: Callable[..., Any]) -> Callable[..., Any]:
             return batch(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=False)
         entry.read()
-        with _inside(entry):
+        with _recorded(entry), _inside(entry):
             snapshots.put(entry.scope().between_calls())
             return batch(module, *args, **kwargs)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import Token
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from dspy import LM, BaseLM, context, settings
 from dspy.dsp.utils.settings import thread_local_overrides
@@ -55,7 +55,27 @@ _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 def record_calls(session: ToolSession) -> None:
     """Record the LM calls of the code in this context, from now on, in the execution's journal entry."""
     install()
-    _observe(_Recorder(session), _observers()[1])
+    _observe(Recorder(_InTool(session)), _observers()[1])
+
+
+def start_recording(recorder: "Recorder") -> Callable[[], None]:
+    """Record the LM calls of this context by a recorder, until the returned function is called."""
+    before = {key: each for key, each in thread_local_overrides.get().items() if key in (_RECORDER, _PLAYBACK, ACCOUNT)}
+    _observe(recorder, _observers()[1])
+
+    def undo() -> None:
+        # Not by a token: an asynchronous block may end in another context than it began in.
+        others = thread_local_overrides.get()
+        if others.get(_RECORDER) is recorder:
+            rest = {key: each for key, each in others.items() if key not in (_RECORDER, _PLAYBACK, ACCOUNT)}
+            thread_local_overrides.set(dotdict({**rest, **before}))
+
+    return undo
+
+
+def current_recorder() -> "Recorder | None":
+    """Return what records the LM calls of this context, if something does."""
+    return _observers()[0]
 
 
 @contextmanager
@@ -90,11 +110,58 @@ def _line() -> tuple[object, ...]:
     return threading.get_ident(), task
 
 
-class _Recorder:
-    """Records the calls of one execution."""
+class Sink(Protocol):
+    """Where recorded calls go: an execution, wherever that is."""
+
+    @property
+    def is_tool(self) -> bool:
+        """Whether it is that of a tool, whose code makes the calls."""
+
+    @property
+    def execution_ids(self) -> tuple[str, ...]:
+        """The ids of its executions so far, at least one."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still takes calls."""
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether `put` never waits for anything."""
+
+    def put(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Keep a call."""
+
+
+class _InTool:
+    """The execution of a tool."""
+
+    is_tool = is_quick = True
 
     def __init__(self, session: ToolSession) -> None:
         self._session = session
+
+    @property
+    def execution_ids(self) -> tuple[str, ...]:
+        return (self._session.execution_id,)
+
+    @property
+    def is_open(self) -> bool:
+        return not self._session.cancelled
+
+    def put(self, kind: str, entry: Mapping[str, Any]) -> None:
+        self._session.record(kind, entry)
+
+
+class Recorder:
+    """Records the calls of one execution.
+
+    Attributes:
+        sink: Where they go.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
         self._line = _line()
         self._count = 0
         self._lock = threading.Lock()
@@ -103,7 +170,7 @@ class _Recorder:
         """Return the entry of a call that begins, without its outcome."""
         with self._lock:
             ordinal, self._count = self._count, self._count + 1
-        return {
+        entry = {
             "ordinal": ordinal,
             "hash": request.hash,
             "model": request.model,
@@ -112,11 +179,24 @@ class _Recorder:
             "concurrent": _line() != self._line,
             "at": clock.to_micros(clock.now()),
         }
+        variables, predictor = snapshots.used(), snapshots.predictor()
+        if predictor is not None:
+            entry["predictor"] = predictor
+        if variables:
+            entry["variables"] = variables
+        return entry
 
-    def end(self, call: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
-        """Record the call with its outcome, unless the execution has ended."""
-        if not self._session.cancelled:
-            self._session.record(LM_CALLS, {**call, **outcome})
+    def keep(self, call: Mapping[str, Any]) -> None:
+        """Record a call that has its outcome, unless the execution has ended."""
+        if self.sink.is_open:
+            self.sink.put(LM_CALLS, call)
+
+    async def keep_aio(self, call: Mapping[str, Any]) -> None:
+        """Do the same without blocking the event loop."""
+        if self.sink.is_quick:
+            self.keep(call)
+        else:
+            await asyncio.to_thread(self.keep, call)
 
 
 class _Call:
@@ -138,6 +218,7 @@ class _Call:
         self._entry = None if self._recorder is None else self._recorder.begin(self._request)
         self._account = Account(lm)
         self._began = time.monotonic()
+        self._ended: dict[str, Any] | None = None
 
     @property
     def never_answers(self) -> bool:
@@ -177,7 +258,17 @@ class _Call:
             latency_us = round((time.monotonic() - self._began) * 1e6)
             # A playback asks no model, as an answer of the cache.
             facts = {"cost": 0.0, "cached": True} if self.is_played else self._account.facts()
-            self._recorder.end({**self._entry, "latency_us": latency_us, **facts}, outcome)
+            self._ended = {**self._entry, "latency_us": latency_us, **facts, **outcome}
+
+    def keep(self) -> None:
+        """Record the call, if it is recorded and has ended."""
+        if self._recorder is not None and self._ended is not None:
+            self._recorder.keep(self._ended)
+
+    async def keep_aio(self) -> None:
+        """Do the same without blocking the event loop."""
+        if self._recorder is not None and self._ended is not None:
+            await self._recorder.keep_aio(self._ended)
 
     def play(self) -> Any:
         """Return the recorded answer, and account for it in DSPy's usage and histories; or raise the recorded error."""
@@ -193,7 +284,7 @@ class _Call:
         return answer
 
 
-def _observe(recorder: _Recorder | None, playback: Playback | None, account: Account | None = None) -> Token[Any]:
+def _observe(recorder: Recorder | None, playback: Playback | None, account: Account | None = None) -> Token[Any]:
     """Have the LM calls of this context recorded and answered by these, and what is known of them noted."""
     observers = {_RECORDER: recorder, _PLAYBACK: playback, ACCOUNT: account}
     token: Token[Any] = thread_local_overrides.set(dotdict({**thread_local_overrides.get(), **observers}))
@@ -205,7 +296,7 @@ def _is_known() -> bool:
     return _PLAYBACK in thread_local_overrides.get()
 
 
-def _observers() -> tuple[_Recorder | None, Playback | None]:
+def _observers() -> tuple[Recorder | None, Playback | None]:
     overrides = thread_local_overrides.get()
     return overrides.get(_RECORDER), overrides.get(_PLAYBACK)
 
@@ -242,9 +333,12 @@ def _observed(call: Callable[..., Any]) -> Callable[..., Any]:
         if _is_unobserved():
             return call(lm, *args, **kwargs)
         lm_call = _Call(lm, args, kwargs)
-        with lm_call.watched() as answers:
-            answer = lm_call.play() if lm_call.is_played else call(lm, *args, **lm_call.kwargs)
-            answers.append(answer)
+        try:
+            with lm_call.watched() as answers:
+                answer = lm_call.play() if lm_call.is_played else call(lm, *args, **lm_call.kwargs)
+                answers.append(answer)
+        finally:
+            lm_call.keep()
         return answer
 
     return observed
@@ -258,11 +352,14 @@ def _observed_async(call: Callable[..., Any]) -> Callable[..., Any]:
         if _is_unobserved():
             return await call(lm, *args, **kwargs)
         lm_call = _Call(lm, args, kwargs)
-        with lm_call.watched() as answers:
-            if lm_call.never_answers:
-                await asyncio.get_running_loop().create_future()
-            answer = lm_call.play() if lm_call.is_played else await call(lm, *args, **lm_call.kwargs)
-            answers.append(answer)
+        try:
+            with lm_call.watched() as answers:
+                if lm_call.never_answers:
+                    await asyncio.get_running_loop().create_future()
+                answer = lm_call.play() if lm_call.is_played else await call(lm, *args, **lm_call.kwargs)
+                answers.append(answer)
+        finally:
+            await lm_call.keep_aio()
         return answer
 
     return observed

@@ -246,10 +246,10 @@ _Wanted = dict[Variables, dict[str, None]]
 class Entry:
     """The beginning of a module's call: which variables it has to read, and the scope that it makes of them."""
 
-    __slots__ = ("_around", "_binding", "_is_new", "_live", "_module", "_names", "_names_live", "_outer", "_snapshot")
+    __slots__ = ("_around", "_binding", "_is_new", "_live", "_names", "_names_live", "_outer", "_snapshot", "module")
 
     def __init__(self, module: Any, outer: Scope | None, *, reads_live: bool) -> None:
-        self._module, self._binding = module, binding_of(module)
+        self.module, self._binding = module, binding_of(module)
         if outer is not None and outer.snapshot.ended and self._binding is not None:
             outer = None
         self._outer = outer
@@ -307,7 +307,7 @@ class Entry:
 
     def scope(self) -> Scope:
         """Return the scope of the call."""
-        outer, module, binding = self._outer, self._module, self._binding
+        outer, module, binding = self._outer, self.module, self._binding
         frames, choices, live = ((), {}, {}) if outer is None else (outer.frames, outer.choices, outer.live)
         if frames:
             choices = dict(choices)

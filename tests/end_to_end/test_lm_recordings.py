@@ -1,0 +1,109 @@
+"""Recordings of LM calls whose process is killed, or whose session moves to a server."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_persist import BridgedState, Context, connect, open_audit
+from dspex_persist.audit import AuditSource, ExecutionQuery
+from dspex_persist.state.model import ExecutionStatus
+from dspex_persist.testing.server import ServedDatabase
+from tests.deadline import within
+from tests.end_to_end.old_style import ROOT, environment
+from tests.lms import ask, dspy, dummy
+
+PROGRAM = """
+import sys
+import dspy
+from dspy.utils import DummyLM
+import dspex_persist
+
+answer = dspy.Predict("question -> answer")
+ctx = dspex_persist.Context("s", sys.argv[1])
+with dspy.context(lm=DummyLM([{"answer": "a"}] * 3)), ctx.recording(keep_after_s=0.05) as recording:
+    for question in ("one", "two"):
+        answer(question=question)
+    print(recording.id, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]:
+    with ServedDatabase(tmp_path_factory.mktemp("lm") / "sessions.db") as served:
+        yield served
+
+
+def killed(place: str, wait: Callable[[str], object]) -> str:
+    """Run a program that records two calls, and kill it in the middle of its recording; returns the recording's id."""
+    argv = [sys.executable, "-c", PROGRAM, place]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+    ) as client:
+        assert client.stdout is not None
+        recording_id = client.stdout.readline().strip()
+        wait(recording_id)
+        client.send_signal(signal.SIGKILL)
+    return recording_id
+
+
+def parts_of(audit: AuditSource, recording_id: str) -> list[Any]:
+    query = ExecutionQuery(session="s", metadata={"dspex.recording": recording_id})
+    return [audit.execution(each.execution_id) for each in audit.iterate(query)]
+
+
+def questions(parts: list[Any]) -> list[str]:
+    calls = [call for part in parts for call in part.recorded.get("lm", ())]
+    calls.sort(key=lambda call: call["ordinal"])
+    return [call["request"]["messages"][-1]["content"].split("\n")[1] for call in calls]
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + within(30)
+    while not reached():
+        assert time.monotonic() < deadline, "it has not come"
+        time.sleep(0.02)
+
+
+def test_a_server_keeps_the_calls_of_a_client_that_is_killed(served: ServedDatabase) -> None:
+    recording_id = killed(f"grpc://{served.target}", lambda _: None)
+    with BridgedState(served.target) as state, state.audit() as audit:
+        until(lambda: parts_of(audit, recording_id)[0].summary.status is not ExecutionStatus.RUNNING)
+        (part,) = parts_of(audit, recording_id)
+        assert (part.summary.status, part.summary.tool) == (ExecutionStatus.CANCELLED, "recording")
+        assert questions([part]) == ["one", "two"]
+
+
+def test_a_file_has_the_calls_that_were_old_enough(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+
+    def are_kept(recording_id: str) -> None:
+        with open_audit(path) as audit:
+            until(lambda: len(questions(parts_of(audit, recording_id))) == 2)
+
+    recording_id = killed(str(path), are_kept)
+    with connect(path), open_audit(path) as audit:
+        parts = parts_of(audit, recording_id)
+        assert questions(parts) == ["one", "two"]
+        assert {part.summary.status for part in parts} <= {ExecutionStatus.COMMITTED, ExecutionStatus.INTERRUPTED}
+
+
+def test_a_recording_goes_along_to_a_server(served: ServedDatabase) -> None:
+    with Context("moved") as ctx, dspy.context(lm=dummy(*"abc")):
+        with ctx.recording() as recording:
+            ask("one")
+            ctx.ensure_bridged(f"grpc://{served.target}")
+            ask("two")
+            with ctx.transaction() as tx:
+                ask("three")
+        with ctx.backend.provider.audit() as audit:  # type: ignore[attr-defined]
+            query = ExecutionQuery(session="moved", metadata={"dspex.recording": recording.id})
+            parts = [audit.execution(each.execution_id) for each in audit.iterate(query)]
+            assert sorted(questions(parts)) == ["one", "two"]
+            assert questions([audit.execution(tx.execution_id)]) == ["three"]
