@@ -14,7 +14,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.listen import ListenError
-from dspex_persist.infra.logs import configure_logs
+from dspex_persist.infra.log_output import configure_logs
 from dspex_persist.infra.server import RpcStatus, ServerOptions, Service, serve
 from tests.infra import ping
 
