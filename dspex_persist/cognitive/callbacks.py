@@ -4,7 +4,7 @@ import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, NoReturn, Self, TypeAlias
 
 from dspex_persist import clock
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken
@@ -62,6 +62,9 @@ class Subscription:
         It waits for that for up to 5 seconds, unless the function itself calls it.
         """
         self._callbacks.remove(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a subscription cannot be copied or pickled: watch once more, ctx.watch(..., on_change=...)")
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import (
@@ -574,6 +574,12 @@ class Context(Transacting, Watchable, Ruled):
         except DspexError as error:
             # A notebook would show a traceback.
             return f"{escape(repr(self))}<br>{escape(str(error))}"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a context cannot be copied, pickled, or sent to another process: open another one, "
+            f"Context({self.session_id!r}, backend); ctx.fork() copies the session, dict(ctx) its values"
+        )
 
     def __repr__(self) -> str:
         about = f"<Context of session {self.session_id!r}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, NoReturn, Protocol, Self, TypeVar
 
 from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.changes import Change, Choice, Pace, read_value
@@ -192,6 +192,19 @@ class Variable(Runs, Generic[T]):
         kind: Any = self.kind
         # A model is dumped by the verb that writes it.
         return value if kind in _PLAIN or typed.is_model(kind) else _adapter(kind).dump_python(value, mode="json")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        # A reference to the variable, as names are.
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a handle works only with its context, in its process: send its name, {self.name!r}, and make another one "
+            "there with ctx.handle(...), or send its value"
+        )
 
     def __repr__(self) -> str:
         return f"<Variable {self.name!r} of {getattr(self.kind, '__name__', self.kind)}>"

@@ -1,7 +1,7 @@
 """The variables of a session as a mapping that behaves like a dict."""
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from dspex_persist.state.errors import InvalidArgumentError, VariableNotFoundError
 
@@ -50,6 +50,9 @@ class Attributes:
             del self._owner[name]
         except VariableNotFoundError as error:
             raise AttributeError(str(error)) from None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the attributes of ctx.v cannot be copied or pickled: ctx.variables.copy() returns a dict")
 
     def __dir__(self) -> list[str]:
         return [name for name in self._owner if name.isidentifier()]
@@ -153,6 +156,10 @@ class VariableMapping(MutableMapping[str, Any]):
 
     def __reversed__(self) -> Iterator[str]:
         return reversed(list(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is a dict, as that of `copy`, and so is what arrives in another process.
+        return dict, (self.copy(),)
 
     def __repr__(self) -> str:
         return repr(self.copy())

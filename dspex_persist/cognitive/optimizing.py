@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 from dspex_persist.cognitive.records import HistoryEntry, decode
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, pause, run, run_aio, verb
@@ -136,6 +136,11 @@ class Optimization(Runs):
     async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
         return await self._owner._run_step_aio(step)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimization cannot be copied, pickled, or sent to another process: report from the one with the lock"
+        )
 
     def _begin(self) -> Steps[Self]:
         command = commands.StartOptimization(self._session_id, self.name, self.optimizer_id, self._config)

@@ -166,6 +166,10 @@ class BoundVerb(Generic[P, R]):
         """Return the steps, for another verb of the same object."""
         return self.__wrapped__(self._owner, *args, **kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its object decides whether it can be copied or pickled, or says why not.
+        return getattr, (self._owner, self.__wrapped__.__name__)
+
     def __repr__(self) -> str:
         return f"<verb {self.__wrapped__.__name__} of {self._owner!r}>"
 

@@ -83,6 +83,10 @@ class ToolContext(WithPrograms, InExecution):
         """
         return self._session.call(name_of(tool), arguments)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It raises; its session says why.
+        return self._session.__reduce__()
+
     def __repr__(self) -> str:
         # Without variables: looking at them would make the execution depend on them.
         return f"<ToolContext of execution {self.execution_id} in session {self.session_id!r}>"

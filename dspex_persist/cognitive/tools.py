@@ -1,6 +1,5 @@
 """`@tool`: makes a function or method a tool, which runs in a transaction."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +33,7 @@ class Tool(Generic[P, R]):
     """
 
     __name__: str
+    __qualname__: str
 
     def __init__(
         self,
@@ -102,9 +102,18 @@ class Tool(Generic[P, R]):
 
     def recording_lm(self) -> "Tool[P, R]":
         """Return the same tool, with its LM calls recorded."""
-        recording = copy.copy(self)
+        recording = self._clone()
         recording.record_lm = True
         return recording
+
+    def _clone(self) -> "Tool[P, R]":
+        clone: Tool[P, R] = object.__new__(type(self))
+        vars(clone).update(vars(self))
+        return clone
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # By its name, as functions and methods are.
+        return self.__qualname__ if self._receiver is _UNBOUND else (getattr, (self._receiver, self.__name__))
 
     def _leading(self) -> tuple[object, ...]:
         return () if self._receiver is _UNBOUND else (self._receiver,)
@@ -127,7 +136,7 @@ class Tool(Generic[P, R]):
     def __get__(self, instance: object | None, owner: type | None = None) -> "Tool[..., R]":
         if instance is None or not self.needs_instance:
             return self
-        bound = copy.copy(self)
+        bound = self._clone()
         bound._receiver = instance
         return bound
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.backends import BRIDGED, Backend, origin_of
@@ -313,6 +313,12 @@ class Transaction(WithPrograms, InTransaction):
                 self._settle(error, ending.result)
         finally:
             self._leave_block()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a transaction cannot be copied, pickled, or sent to another process: it belongs to its block; dict(tx) "
+            "copies the values, and ctx.transaction() begins another one"
+        )
 
     def __repr__(self) -> str:
         return f"<Transaction on session {self.session_id!r}{f', {self.status}' if self.status else ''}>"

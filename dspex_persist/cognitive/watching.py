@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Generic, Self, TypeVar, overload
+from typing import Any, Final, Generic, NoReturn, Self, TypeVar, overload
 
 from dspex_persist.cognitive.backends import Backend
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
@@ -324,6 +324,12 @@ class Changes(Generic[T]):
     async def aclose(self) -> None:
         """Do the same without blocking the event loop."""
         await asyncio.to_thread(self.close)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a watch cannot be copied, pickled, or sent to another process: begin another one, "
+            "ctx.watch(..., after=changes.position)"
+        )
 
     def __enter__(self) -> Self:
         self.open()
