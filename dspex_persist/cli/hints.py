@@ -74,6 +74,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
 """The advice of each hint, for a person at a command line."""
 
 _OTHER_NAMES: Final = {
+    "after_sequence": "since",
     "ended_before": "ended-sessions",
     "execution_id": "execution",
     "idempotency_key": "key",

@@ -35,13 +35,15 @@ HELP: Final = (
     "Print the values of a session's variables, then each change as it comes, until Ctrl-C.\n\n"
     "Every change is printed once, in order: none is left out while the server restarts. Without names it watches all "
     "variables, also those that do not exist yet. Watches a running server (--target), or a database file that another "
-    "process writes. It ends by itself when the session ends.\n\n"
+    "process writes. It ends by itself when the session ends. With --since it begins with the changes after a commit, "
+    "such as the last one that an earlier watch has printed, instead of the current values.\n\n"
 )
 EPILOG: Final = (
     "[bold]Examples[/bold]\n\n"
     "dspex-persist watch checkout-42 --target 127.0.0.1:50051\n\n"
     "dspex-persist watch checkout-42 temperature 'prompt*' --json\n\n"
     "dspex-persist watch checkout-42 done --no-initial --limit 1    wait for the next change\n\n"
+    "dspex-persist watch checkout-42 --since 1234 --json    go on after commit 1234 (sequence in the JSON)\n\n"
     "[bold]Exit codes[/bold]\n\n"
     "0  ended: by Ctrl-C, after --limit changes, or because the session ended\n\n"
     "1  no such session or variable, or the server cannot be reached at first\n\n"
@@ -75,6 +77,16 @@ def watch(
     initial: Annotated[
         bool, typer.Option("--initial/--no-initial", show_default=False, help="Whether to print the current values.")
     ] = True,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            "--since",
+            metavar="COMMIT",
+            min=0,
+            show_default=False,
+            help="Go on after this commit: print the changes since, and no current values.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, show_default=False, help="End after N changes.")
     ] = None,
@@ -88,7 +100,7 @@ def watch(
     show = _document if as_json else _text
     try:
         with suppress(KeyboardInterrupt):
-            _print(_lines(place, session, names or [], reveal), show, initial, limit)
+            _print(_lines(place, session, names or [], reveal, since), show, initial, limit)
     except (DspexError, ValueError) as error:
         if as_json:
             say_json({"ok": False, "error": text_of(error)})
@@ -111,13 +123,13 @@ def _print(
             return
 
 
-def _lines(place: Place, session: str, names: Sequence[str], reveal: bool) -> Iterator[Line]:
+def _lines(place: Place, session: str, names: Sequence[str], reveal: bool, since: int | None) -> Iterator[Line]:
     if place.url is None:
         with place.explaining(session), place.history(reveal=reveal) as source:
-            yield from _of_file(source, session, names)
+            yield from _of_file(source, session, names, since)
         return
     with place.opened() as state, place.explaining(session):
-        for variable, update in _of_server(state, session, names):
+        for variable, update in _of_server(state, session, names, since):
             yield _line_of(variable, update, reveal)
     print(f"session {plain(session)} has ended", file=sys.stderr)
 
@@ -126,9 +138,12 @@ def _lines(place: Place, session: str, names: Sequence[str], reveal: bool) -> It
 
 
 def _of_server(
-    state: "StateProvider", session: str, names: Sequence[str]
+    state: "StateProvider", session: str, names: Sequence[str], since: int | None
 ) -> "Iterator[tuple[Variable, Update | None]]":
-    """Yield the variables, then each change, until the session ends; continues after the server was away."""
+    """Yield the variables, or the changes since a commit, then each change, until the session ends.
+
+    It continues after the server was away.
+    """
     from dspex_persist.state.audit import is_glob
     from dspex_persist.state.errors import VariableNotFoundError
 
@@ -136,7 +151,7 @@ def _of_server(
     logging.getLogger("dspex_persist").setLevel(logging.ERROR)
     watched, matches = (() if any(map(is_glob, names)) else names), _matcher(names)
     try:
-        watch = state.watch(session, watched)
+        watch = state.watch(session, watched, after_sequence=since)
     except VariableNotFoundError:
         select(session, {each.name: each for each in state.list_variables(session)}, names)
         raise
@@ -211,7 +226,7 @@ def _line_of(variable: "Variable", update: "Update | None", reveal: bool) -> Lin
 # The history of a file is polled
 
 
-def _of_file(source: "AuditSource", session: str, names: Sequence[str]) -> Iterator[Line]:
+def _of_file(source: "AuditSource", session: str, names: Sequence[str], since: int | None) -> Iterator[Line]:
     from dspex_persist.cli.audit.follow import news
     from dspex_persist.state.audit import HistoryQuery, SessionQuery
 
@@ -219,13 +234,27 @@ def _of_file(source: "AuditSource", session: str, names: Sequence[str]) -> Itera
     variables = {each.name: each for each in state_of(source, session, str(seen))}
     if names:
         select(session, variables, names)
-    yield from (_line_of_state(each) for each in variables.values() if matches(each.name))
+    if since is None:
+        yield from (_line_of_state(each) for each in variables.values() if matches(each.name))
+    else:
+        seen = _resumed(source, session, since, seen)
     for first, last in news(source, seen):
         query = HistoryQuery(session=session, since=str(first), until=str(last), newest_first=False)
         yield from (_line_of_entry(each) for each in source.iterate(query) if matches(each.name))
         if not any(True for _ in source.iterate(SessionQuery(session=session, live=True, limit=1))):
             print(f"session {plain(session)} has ended", file=sys.stderr)
             return
+
+
+def _resumed(source: "AuditSource", session: str, since: int, head: int) -> int:
+    """Return the commit to resume after, which is not before the session began: an earlier one may have had its id."""
+    from dspex_persist.state.audit import SessionQuery
+    from dspex_persist.state.errors import InvalidArgumentError
+
+    if since > head:
+        raise InvalidArgumentError("since", f"{since} is not between 0 and the store's last commit, {head}")
+    began = [each.started_sequence for each in source.iterate(SessionQuery(session=session, live=True, limit=1))]
+    return max(since, *(each - 1 for each in began))
 
 
 def _line_of_state(state: "VariableState") -> Line:
