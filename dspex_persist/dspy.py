@@ -13,6 +13,7 @@ from dspex_persist.cognitive.dspy import (
 )
 from dspex_persist.cognitive.dspy.program_loading import LoadReport
 from dspex_persist.cognitive.dspy.programs import Programs
+from dspex_persist.cognitive.program_tools import program_tool
 from dspex_persist.cognitive.programs.catalog import ProgramHistory, ProgramInfo, ProgramVersion
 from dspex_persist.cognitive.programs.diff import PredictorDiff, ProgramDiff
 from dspex_persist.cognitive.programs.errors import (
@@ -44,5 +45,6 @@ __all__ = [
     "UnseenLmCallError",
     "bind",
     "playing",
+    "program_tool",
     "unbind",
 ]

@@ -65,6 +65,22 @@ class Answering(dspy.Module):  # type: ignore[misc]
         return self.judge(question=question, answer=answer)
 
 
+class Noting(dspy.Module):  # type: ignore[misc]
+    """A program that writes a variable of the session whose context it gets."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.answer = dspy.Predict("question -> answer")
+
+    def forward(self, question: str) -> Any:
+        found = self.answer(question=question)
+        self.ctx["last"] = found.answer
+        if not question:
+            raise ValueError("no question")
+        return found
+
+
 class Color(Enum):
     RED = "r"
     BLUE = "b"
@@ -135,6 +151,18 @@ def typed() -> Any:
     predictor = dspy.Predict(Typed)
     predictor.demos = [dspy.Example(**typed_values(), augmented=True).with_inputs("event", "image")]
     return predictor
+
+
+class Dated(dspy.Signature):  # type: ignore[misc]
+    """Say when it was."""
+
+    event: Event = dspy.InputField()
+    image: dspy.Image = dspy.InputField()
+    day: date = dspy.OutputField()
+
+
+def dated() -> Any:
+    return dspy.Predict(Dated)
 
 
 def search(query: str) -> str:

@@ -15,7 +15,7 @@ from dspex_persist.cli.groups import HELP_OPTIONS
 from dspex_persist.cli.hints import ExplainedError, use_options_of
 from dspex_persist.cli.live import call as call_command
 from dspex_persist.cli.live import get as get_command
-from dspex_persist.cli.live import sessions
+from dspex_persist.cli.live import programs, sessions
 from dspex_persist.cli.live import set as set_command
 from dspex_persist.cli.live import watch as watch_command
 from dspex_persist.cli.output import complain
@@ -55,6 +55,7 @@ app.command(
 app.command("watch", help=watch_command.HELP, epilog=watch_command.EPILOG, rich_help_panel=_LIVE)(watch_command.watch)
 app.command("call", help=call_command.HELP, epilog=call_command.EPILOG, rich_help_panel=_LIVE)(call_command.call)
 app.add_typer(sessions.app, name="sessions", rich_help_panel=_LIVE)
+app.add_typer(programs.app, name="program", rich_help_panel=_LIVE)
 app.add_typer(maintenance.app, name="db")
 app.add_typer(session.app, name="session")
 app.add_typer(tools.app, name="tools")

@@ -21,6 +21,8 @@ _MOST: Final = 200
 # A shell would run or split anything else: clients choose the names.
 _HARMLESS: Final = re.compile(r"[\w.@%+,/-]+", re.ASCII)
 _BY_DEFAULT: Final = Path("sessions.db")
+# As in `cognitive.programs.documents`, whose import takes too long.
+_PROGRAMS: Final = "programs/"
 _CONFIG: Final = Path("dspex-persist.toml")
 
 
@@ -47,6 +49,25 @@ def variables(ctx: typer.Context, incomplete: str) -> list[str]:
         lambda path: names.variables(path, session, incomplete),
         lambda url: _of_server(url, lambda state: [each.name for each in state.list_variables(session)]),
     )
+
+
+def programs(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the DSPy programs of the session that was typed."""
+    from dspex_persist.state.store import names
+
+    session = ctx.params.get("session") or ""
+    return _offered(
+        ctx,
+        incomplete,
+        lambda path: _without_prefix(names.variables(path, session, _PROGRAMS + incomplete)),
+        lambda url: _of_server(
+            url, lambda state: _without_prefix([each.name for each in state.list_variables(session, f"{_PROGRAMS}*")])
+        ),
+    )
+
+
+def _without_prefix(variables: list[str]) -> list[str]:
+    return [name.removeprefix(_PROGRAMS) for name in variables]
 
 
 def tools(ctx: typer.Context, incomplete: str) -> list[str]:

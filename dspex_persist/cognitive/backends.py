@@ -21,6 +21,7 @@ from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import StateProvider, SubmitHere
+from dspex_persist.state.tools.ports import ToolCode
 from dspex_persist.state.tools.session import current_session
 from dspex_persist.state.tools.with_tools import WithTools
 
@@ -226,6 +227,11 @@ class _Borrowed(WithTools):
     def close(self) -> None:
         """Interrupt the executions that this has begun."""
         self.interrupt()
+
+
+def with_tools(provider: StateProvider, tools: Mapping[str, ToolCode]) -> WithTools:
+    """Return a provider that executes other tools as well, over one that belongs to somebody else."""
+    return _Borrowed(provider, tools)
 
 
 class Backend:

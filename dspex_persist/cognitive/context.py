@@ -23,6 +23,7 @@ from dspex_persist.cognitive.backends import (
 from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError, DspyMissingError
+from dspex_persist.cognitive.own_tools import execute_code
 from dspex_persist.cognitive.records import VariableInfo, decode, result_of
 from dspex_persist.cognitive.rules import Ruled
 from dspex_persist.cognitive.steps import (
@@ -56,7 +57,7 @@ from dspex_persist.state.errors import (
     SessionNotFoundError,
     VariableNotFoundError,
 )
-from dspex_persist.state.model import RECORDING
+from dspex_persist.state.model import RECORDING, ToolOutcome
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
@@ -415,6 +416,12 @@ class Context(Transacting, Watchable, Ruled):
             UnsupportedError: The session is on another server, which it cannot leave.
         """
         yield from work(self._ensure, BRIDGED, url, options)
+
+    def _execute_code(self, code: ToolCode, command: commands.ExecuteTool, terms: Terms) -> ToolOutcome:
+        """Execute code as a tool, which the backend need not have."""
+        if self._closed:
+            raise ContextClosedError(self.session_id)
+        return execute_code(self._backend, code, command, self._signed(terms))
 
     def _find_tool(self, tool: ToolCode | str) -> object:
         """Return the tool, if this context knows its code."""

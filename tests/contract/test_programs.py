@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from dspex_persist import Context, EmbeddedState, LocalState
-from dspex_persist.cognitive.programs.errors import DamagedProgramError, ProgramNotFoundError
+from dspex_persist.cognitive.programs.errors import DamagedProgramError, ProgramMismatchError, ProgramNotFoundError
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.errors import InvalidArgumentError, VariableLockedError
+from dspex_persist.state.errors import InvalidArgumentError, ToolFailedError, VariableLockedError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.server import ServedDatabase
 from tests.late import Late
 
-dspy, made = Late("dspy"), Late("tests.programs")
+dspy, made, binding = Late("dspy"), Late("tests.programs"), Late("dspex_persist.dspy")
 
 
 @pytest.fixture(scope="module", params=["memory", "file", "server"])
@@ -220,3 +220,120 @@ def test_what_another_client_wrote_is_refused_if_it_is_no_program(ctx: Context, 
     ctx["program-tags/qa"] = {"production": "0"}
     with pytest.raises(DamagedProgramError, match="its tags are not what"):
         ctx.programs.tags("qa")
+
+
+# Calls
+
+
+class Answered:
+    """DSPy with an LM that keeps what it is asked."""
+
+    def __enter__(self) -> Any:
+        self.engine = made.Asked()
+        self.context = dspy.context(lm=made.lm_on(self.engine))
+        self.context.__enter__()
+        return self.engine.requests
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(*error)
+
+
+def test_a_call_uses_the_program_and_the_variables_of_its_session(ctx: Context) -> None:
+    ctx["temperature"] = 0.25
+    program = made.Answering()
+    program.generate.predict.signature = program.generate.predict.signature.with_instructions("Be brief.")
+    ctx.programs.save("qa", binding.bind(program, ctx, temperature="temperature"), tag="production")
+    ctx.programs.save("qa", binding.unbind(made.Answering()))
+    with Answered() as requests:
+        assert ctx.programs.execute("qa", {"question": "q"}, into=made.Answering, version="production").score == 1.5
+        assert [each["config"]["temperature"] for each in requests] == [0.25] * 5
+        assert "Be brief." in requests[3]["system"]
+        # From asyncio, and with the module that was registered.
+        ctx.programs.register("qa", made.Answering)
+        assert asyncio.run(ctx.programs.call.aio("qa", question="q")).score == 1.5
+        assert [each.get("config", {}).get("temperature") for each in requests[5:]] == [None] * 4 + [0.0]
+        module = made.Answering()
+        before = repr(vars(module.generate))
+        ctx.programs.call("qa", module, question="q")
+        assert repr(vars(module.generate)) == before
+    ctx.programs.save("other", made.Answering())
+    with pytest.raises(InvalidArgumentError, match=r"ctx\.programs\.register\('other'"):
+        ctx.programs.call("other", question="q")
+
+
+def test_what_a_call_writes_takes_effect_as_a_whole(ctx: Context) -> None:
+    ctx["last"] = ""
+    ctx.programs.save("noting", made.Noting(ctx))
+    with Answered():
+        assert ctx.programs.call("noting", made.Noting, question="q").answer == "yes"
+        entry, *_ = ctx.history("last")
+        assert (entry.value, entry.execution_id is not None) == ("yes", True)
+        with pytest.raises(ToolFailedError, match="no question"):
+            ctx.programs.call("noting", made.Noting, question="")
+        assert ctx.history("last")[0] == entry
+        # In a transaction, it is part of that.
+        with ctx.transaction() as tx:
+            tx["last"] = "before"
+            tx.programs.call("noting", made.Noting, question="q")
+            assert (tx["last"], ctx["last"]) == ("yes", "yes")
+            ctx.programs.call("noting", made.Noting, question="q")
+        assert ctx.history("last")[0].execution_id == tx.execution_id
+
+
+def test_a_call_of_a_program_that_does_not_fit(ctx: Context) -> None:
+    ctx.programs.save("qa", made.Answering())
+    with pytest.raises(ProgramMismatchError, match="the module has a predictor 'self'"):
+        ctx.programs.call("qa", predictor, question="q")
+    with pytest.raises(InvalidArgumentError, match="one is a object, which is no data"):
+        ctx.programs.call("qa", made.Answering, question=object())
+    with pytest.raises(ProgramNotFoundError):
+        ctx.programs.call("qb", made.Answering, question="q")
+
+
+def test_typed_inputs_and_outputs(ctx: Context) -> None:
+    ctx.programs.save("typed", made.dated())
+    inputs = {name: made.typed_values()[name] for name in ("event", "image")}
+    engine = made.Asked("[[ ## day ## ]]\n2026-02-28")
+    with dspy.context(lm=made.lm_on(engine)):
+        found = ctx.programs.call("typed", made.dated, **inputs)
+        assert found.day == made.dated()(**inputs).day
+    assert engine.requests[0] == engine.requests[1]
+
+
+# Bindings
+
+
+def test_bindings_come_back(ctx: Context) -> None:
+    ctx["temperature"], ctx["tokens"] = 0.25, 99
+    program = made.Answering()
+    binding.bind(program, ctx, temperature="temperature", per={"judge": {"max_tokens": "tokens"}})
+    ctx.programs.save("qa", program)
+    expected = made.requests_of(program, question="q")
+    loaded = ctx.programs.load("qa", made.Answering)
+    assert made.requests_of(loaded, question="q") == expected
+    assert expected[-1]["config"]["max_tokens"] == 99
+    ctx["temperature"] = 0.5
+    assert made.requests_of(loaded, question="q")[0]["config"]["temperature"] == 0.5
+    free = ctx.programs.load("qa", made.Answering, bindings=False)
+    assert "temperature" not in made.requests_of(free, question="q")[0].get("config", {})
+    # A module that is bound stays so.
+    ctx["other"] = 0.75
+    mine = binding.bind(made.Answering(), ctx, temperature="other")
+    assert ctx.programs.check("qa", mine).notes == ["the program is bound to variables already, and stays so"]
+    assert made.requests_of(ctx.programs.load("qa", mine), question="q")[0]["config"]["temperature"] == 0.75
+    ctx.delete("tokens")
+    module = made.Answering()
+    with pytest.raises(ProgramMismatchError, match=r"cannot be bound again: .*tokens.*bindings=False"):
+        ctx.programs.load("qa", module)
+    assert made.requests_of(module, question="q") == made.requests_of(made.Answering(), question="q")
+
+
+def test_hostile_bindings(ctx: Context) -> None:
+    ctx["x"] = 0.5
+    ctx.programs.save("qa", binding.bind(made.Answering(), ctx, temperature="x"))
+    saved = ctx["programs/qa"]
+    for options in ({"ctx": "x"}, {"module": "x"}, {"__class__": "x"}, {"temperature": "nowhere"}, {"live": "x"}):
+        saved["bindings"][0]["options"] = options
+        ctx["programs/qa"] = saved
+        with pytest.raises(ProgramMismatchError, match="cannot be bound again"):
+            ctx.programs.load("qa", made.Answering)

@@ -125,6 +125,22 @@ def test_the_example_client_at_a_server(tmp_path: Path) -> None:
     assert len(report) == 3
 
 
+def test_the_example_with_a_compiled_program(tmp_path: Path) -> None:
+    first, second = (run_python([str(EXAMPLES / "compiled_program.py"), "compiled.db"], tmp_path) for _ in range(2))
+    # The optimizer prints lines of its own.
+    _, _, *lines = first.splitlines()
+    assert lines[:2] == ["saved versions 0 and 1", "program 'triage': version 0 -> 1"]
+    assert lines[2:4] == ["decide.predict", "  1 demo added"]
+    assert lines[5:] == [
+        "2 ['production'] rolled_back: the second example misled it",
+        "1 ['candidate'] set: two demos",
+        "0 [] registered: one demo",
+        "1 demo, urgent: True",
+        "urgent: True",
+    ]
+    assert "saved versions 3 and 4" in second
+
+
 def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None:
     here = tools_list("--tools", "examples.shop", cwd=ROOT)
     assert here.returncode == 0, here.stderr

@@ -1,8 +1,9 @@
 """Loading programs: holds a saved program against a module, and changes the module as a whole or not at all."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
+from inspect import signature as signature_of
 from itertools import islice
 from typing import Any, Final
 
@@ -10,11 +11,15 @@ import dspy
 from dspy.adapters.decision_state import DecisionState
 from dspy.signatures.signature import make_signature
 
+from dspex_persist.cognitive.dspy.binding import bind
 from dspex_persist.cognitive.dspy.program_parts import ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
 from dspex_persist.cognitive.dspy.program_types import Classes
 from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
+from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, binding_of
+from dspex_persist.cognitive.errors import BindingError
 from dspex_persist.cognitive.programs.documents import (
+    SavedBinding,
     SavedDemo,
     SavedLm,
     SavedModule,
@@ -22,7 +27,9 @@ from dspex_persist.cognitive.programs.documents import (
     SavedProgram,
     SavedSignature,
 )
+from dspex_persist.cognitive.variables import Variables
 from dspex_persist.spelling import closest, did_you_mean
+from dspex_persist.state.errors import StateError
 
 _TOOL_NAME_FIELD: Final = "next_tool_name"
 _MOST_LISTED: Final = 8
@@ -61,12 +68,15 @@ class Loading:
         version: Its version.
         program: The module.
         lms: LMs of this process by name.
+        ctx: Whose variables set the options that variables did; None to bind nothing.
 
     Attributes:
         report: What does not fit.
     """
 
-    def __init__(self, saved: SavedProgram, version: int, program: dspy.Module, lms: Mapping[str, Any]) -> None:
+    def __init__(
+        self, saved: SavedProgram, version: int, program: dspy.Module, lms: Mapping[str, Any], ctx: Variables | None
+    ) -> None:
         self._saved = saved
         self._parts = Parts(program)
         self._lms = lms
@@ -77,17 +87,22 @@ class Loading:
         self._check_modules()
         self._match_predictors()
         self._match_retrievers()
+        if ctx is not None:
+            self._match_bindings(ctx)
 
     def apply(self) -> None:
         """Change the module; if that fails, it is as before."""
         done: list[tuple[Any, str, Any]] = []
         try:
             for part, name, value in self._changes:
-                done.append((part, name, getattr(part, name)))
+                done.append((part, name, getattr(part, name, _NONE)))
                 setattr(part, name, value)
         except BaseException:
             for part, name, value in reversed(done):
-                setattr(part, name, value)
+                if value is _NONE:
+                    vars(part).pop(name, None)
+                else:
+                    setattr(part, name, value)
             raise
 
     def _differs(self, text: str) -> None:
@@ -334,6 +349,46 @@ class Loading:
                 self._changes.append((here[path], "k", k))
         for path in here.keys() - self._saved.retrievers.keys():
             self._differs(f"the module has a retriever {path!r}, and the saved program has not")
+
+    # Bindings
+
+    def _match_bindings(self, ctx: Variables) -> None:
+        for saved in self._saved.bindings:
+            module = self._parts.modules.get(saved.path)
+            if module is None:
+                continue  # Reported with the predictors.
+            if binding_of(module) is not None:
+                self._note(f"{_called(saved.path)} is bound to variables already, and stays so")
+                continue
+            try:
+                self._changes.append((module, ATTRIBUTE, self._bound(saved, module, ctx)))
+            except (BindingError, StateError, TypeError, UnreadableError) as error:
+                self._differs(
+                    f"variables set options of {_called(saved.path)}, which cannot be bound again: {error!s:.300} "
+                    "(bindings=False loads it without)"
+                )
+
+    def _bound(self, saved: SavedBinding, module: dspy.Module, ctx: Variables) -> Any:
+        names = {option for options in (saved.options, *saved.per.values()) for option in options}
+        if names & _ARGUMENTS.keys():
+            raise UnreadableError(f"{_listed(names & _ARGUMENTS.keys())} is no option")
+        choices: dict[str, Any] = {}
+        if saved.lms:
+            missing = [name for name in saved.lms if name not in self._lms]
+            if missing:
+                raise UnreadableError(f"lms has no {_listed(missing)}")
+            choices["lms"] = {name: self._lms[name] for name in saved.lms}
+        if saved.adapters or saved.tools:
+            raise UnreadableError("a variable chooses adapters or tools, which only bind(...) can be given")
+        # `bind` checks all, and binds a copy, as the module has to stay as it is.
+        trial = copy(module)
+        precedence = "default" if saved.is_default else "variable"
+        bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **choices, **saved.options)
+        return binding_of(trial)
+
+
+_NONE: Final = object()
+_ARGUMENTS: Final = signature_of(bind).parameters
 
 
 def _demo(saved: SavedDemo, predictor: dspy.Predict, classes: Classes) -> Any:

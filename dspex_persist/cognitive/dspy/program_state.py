@@ -1,7 +1,7 @@
 """Programs as data: what is saved of a module."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import dspy
@@ -10,8 +10,10 @@ from dspex_persist.cognitive.dspy.program_parts import ROOT, Parts, kind_of, set
 from dspex_persist.cognitive.dspy.program_types import Classes, described_types, type_text
 from dspex_persist.cognitive.dspy.program_values import UnstorableError, encode
 from dspex_persist.cognitive.dspy.requests import OPTIONS
+from dspex_persist.cognitive.dspy.snapshots import binding_of
 from dspex_persist.cognitive.programs.documents import (
     LeftOut,
+    SavedBinding,
     SavedDemo,
     SavedField,
     SavedLm,
@@ -81,11 +83,8 @@ class Saving:
         self._lms = lms
         self._left_out: list[LeftOut] = []
 
-    def saved(self, bindings: Iterable[Any] = ()) -> SavedProgram:
+    def saved(self) -> SavedProgram:
         """Return the program as data.
-
-        Args:
-            bindings: What of it is bound to variables, as JSON.
 
         Raises:
             ProgramNotSavedError: Something cannot be stored.
@@ -104,7 +103,7 @@ class Saving:
             modules={path: _module(each) for path, each in self._parts.modules.items() if _is_kept(path, each)},
             predictors=predictors,
             retrievers=retrievers,
-            bindings=list(bindings),
+            bindings=tuple(_bindings(self._parts.modules)),
             left_out=tuple(self._left_out),
         )
 
@@ -198,6 +197,22 @@ class Saving:
         entry = LeftOut(path=path, what=what, why=why)
         if entry not in self._left_out:
             self._left_out.append(entry)
+
+
+def _bindings(modules: Mapping[str, Any]) -> Iterator[SavedBinding]:
+    for path, module in modules.items():
+        binding = binding_of(module)
+        if binding is not None:
+            yield SavedBinding(
+                path=path,
+                options=dict(binding.options),
+                per={each: dict(options) for each, options in binding.per.items()},
+                is_default=binding.is_default,
+                live=binding.live,
+                lms=tuple(binding.lms),
+                adapters=tuple(binding.adapters),
+                tools=tuple(binding.tools),
+            )
 
 
 def model_of(lm: Any) -> str:

@@ -180,12 +180,11 @@ def _facts(program: SavedProgram) -> dict[str, Any]:
         if module.tools is not None:
             facts |= {f"{path} tool {tool}": digest for tool, digest in module.tools.items()}
     facts |= {f"{path} k": k for path, k in program.retrievers.items()}
-    facts |= {f"binding {_key(each)}": each for each in program.bindings}
+    facts |= {
+        f"binding of {each.path}": each.model_dump(mode="json", exclude={"path"}, exclude_defaults=True)
+        for each in program.bindings
+    }
     return facts
-
-
-def _key(binding: Any) -> str:
-    return str(binding.get("path", "")) or "self" if isinstance(binding, dict) else ""
 
 
 def _compare(path: str, before: SavedPredictor | None, after: SavedPredictor | None) -> PredictorDiff:

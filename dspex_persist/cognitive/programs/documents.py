@@ -150,6 +150,30 @@ class LeftOut(Part):
     why: Literal["secret", "unknown", "object"]
 
 
+class SavedBinding(Part):
+    """Which variables set which options of a module; see `dspex_persist.dspy.bind`.
+
+    Attributes:
+        path: The module that is bound.
+        options: By option, the name of the variable.
+        per: The same by the path of a predictor.
+        is_default: Whether variables give way to what the program says.
+        live: Whether they are read for each call of an LM.
+        lms: The names of the LMs that a variable chooses from.
+        adapters: The names of the adapters.
+        tools: The names of the tools.
+    """
+
+    path: str
+    options: dict[str, str] = {}
+    per: dict[str, dict[str, str]] = {}
+    is_default: bool = False
+    live: bool = False
+    lms: tuple[str, ...] = Field(default=(), strict=False)
+    adapters: tuple[str, ...] = Field(default=(), strict=False)
+    tools: tuple[str, ...] = Field(default=(), strict=False)
+
+
 class SavedProgram(Part):
     """A saved program.
 
@@ -160,7 +184,7 @@ class SavedProgram(Part):
         modules: The modules by path; "self" is the program.
         predictors: The predictors by path.
         retrievers: By path, how many passages a `dspy.Retrieve` asks for.
-        bindings: Which variables were bound to which options.
+        bindings: Which variables set which options.
         left_out: What of its configuration is not here.
     """
 
@@ -170,7 +194,7 @@ class SavedProgram(Part):
     modules: dict[str, SavedModule]
     predictors: dict[str, SavedPredictor]
     retrievers: dict[str, int] = {}
-    bindings: list[JsonValue] = []
+    bindings: tuple[SavedBinding, ...] = Field(default=(), strict=False)
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False)
 
     @property
