@@ -94,7 +94,7 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
     """Open the session state at `url`.
 
     Every backend executes and streams tools. `capabilities` says what else it can do; with `isinstance`, a type checker
-    knows it, too: a file and a server are `Durable`, `Auditable` and more (`dspex_persist.state.abilities`).
+    knows it, too: a file and a server are `Durable`, `Prunable` and more (`dspex_persist.state.abilities`).
 
     Args:
         url: One of three kinds of address:
@@ -275,7 +275,7 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
     if url in _IN_MEMORY:
-        hint = "a state in memory has no history to query"
+        hint = "only the process that has a state in memory can query it: provider.audit()"
     else:
         hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
     raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(url)} is not {forms}", hint))))

@@ -9,7 +9,8 @@
 
 `open_audit` takes the addresses that `connect` takes, except `memory:`. It only reads a file, so it works alongside a
 running server, and on a backup. An open provider has `provider.audit()`, if it is `Auditable`
-(`dspex_persist.state.abilities`). `verify` checks that a history has not been altered.
+(`dspex_persist.state.abilities`), as files, servers and sessions in memory are; a context has `ctx.audit()`. `verify`
+checks that a history has not been altered.
 """
 
 from dspex_persist.audit.documents import cost_text, document, value_of

@@ -48,7 +48,8 @@ from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
 from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import Derives, ExecutesTools
+from dspex_persist.state.abilities import Auditable, Derives, ExecutesTools
+from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands.sessions import MOST_TTL_S
 from dspex_persist.state.errors import (
     DependencyCycleError,
@@ -556,6 +557,23 @@ class Context(Transacting, Watchable, Ruled):
             derived.close()
             raise
         return decode((yield from ask(commands.GetVariable(self.session_id, name))))
+
+    # The past
+
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """Return the history of all sessions on the backend, for queries; see `dspex_persist.audit`.
+
+        Its methods read while the caller waits. After the session has moved, call this again.
+
+        Args:
+            reveal: Show the values of sensitive variables, which are masked otherwise.
+
+        Raises:
+            UnsupportedError: The backend answers no audits.
+        """
+        if self._closed:
+            raise ContextClosedError(self.session_id)
+        return Auditable.of(self._backend.provider).audit(reveal=reveal)
 
     # For people
 

@@ -86,7 +86,7 @@ class KeepsOrder(Ability):
 
 
 class Auditable(Ability):
-    """The whole history can be queried."""
+    """The history can be queried: all of it, but in memory that of sessions that are live or have just ended."""
 
     lacking = "audits"
     instead = "keep the sessions in a database file: connect(path), or a server on one"

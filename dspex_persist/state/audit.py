@@ -151,7 +151,7 @@ class CommitEntry:
     """A commit: who made it, by what request, when, and what it changed.
 
     Attributes:
-        hash: Its hash in the chain, hexadecimal.
+        hash: Its hash in the chain, hexadecimal; "" in memory, which has no chain.
         pruned: Whether rows of it were deleted.
         reason: Why it was made: the reason of its versions, or that of the execution that it began; None if there is
             none. Several reasons, which a tool can give, are separated by "; ".
@@ -210,6 +210,32 @@ class VariableState:
     caller_id: str | None = None
     caller_tool: str | None = None
     reason: str | None = None
+
+    @classmethod
+    def of(cls, entry: HistoryEntry, constraints: str, metadata: Mapping[str, str]) -> Self:
+        """Return the state of a variable after a version, with its constraints and its whole metadata then."""
+        return cls(
+            entry.session_id,
+            entry.name,
+            entry.variable_id,
+            entry.type,
+            entry.value,
+            entry.version,
+            entry.kind,
+            entry.source,
+            constraints,
+            metadata,
+            entry.sequence,
+            entry.created_at,
+            entry.actor,
+            entry.cause,
+            entry.execution_id,
+            entry.tool,
+            entry.masked,
+            entry.caller_id,
+            entry.caller_tool,
+            entry.reason,
+        )
 
 
 class DifferenceKind(StrEnum):

@@ -4,13 +4,13 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from datetime import datetime
 
 from dspex_persist.clock import EARLIEST
-from dspex_persist.state import arguments, past
-from dspex_persist.state.abilities import Forkable, Recordable, Restorable, unkeyed
+from dspex_persist.state import arguments
+from dspex_persist.state.abilities import Auditable, Forkable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
+    AuditsAround,
     DerivesAround,
     ForksAround,
     HoldsAround,
@@ -19,16 +19,18 @@ from dspex_persist.state.around import (
     RecordsAround,
     RestoresAround,
 )
-from dspex_persist.state.audit import suggestion
+from dspex_persist.state.audit import AuditSource, suggestion
 from dspex_persist.state.commands import ReadState
 from dspex_persist.state.errors import NotInHistoryError
-from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.log_store import LogStore, affected, number_variables
 from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, RestoredSession, SessionView, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count
-from dspex_persist.state.past import PastCommit
+from dspex_persist.state.past.audits import PastAudit
+from dspex_persist.state.past.forks import fork, restore
+from dspex_persist.state.past.recordings import record
+from dspex_persist.state.past.sessions import PastSession
 from dspex_persist.state.recording import Header, RecordedAnswer, RecordedCommit
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.tools.ports import ToolCode, check_tools
@@ -38,11 +40,20 @@ from dspex_persist.state.writer import GAP_S
 
 
 class LocalState(
-    WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround, RestoresAround, DerivesAround
+    WithTools,
+    OrderAround,
+    AuditsAround,
+    RecordsAround,
+    ImportsAround,
+    HoldsAround,
+    ForksAround,
+    RestoresAround,
+    DerivesAround,
 ):
     """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
-    The history of a session is available until the session ends; until then it can be recorded and forked.
+    The history of a session is available until the session ends; until then it can be recorded and forked. Audits can
+    query it until the next sweep but one.
 
     Args:
         options: Limits, TTLs and leases.
@@ -75,8 +86,8 @@ class LocalState(
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
 
 
-class MemoryState(LogState, Recordable, Forkable, Restorable):
-    """The engine over a log in memory, with recordings and forks of live sessions."""
+class MemoryState(LogState, Auditable, Recordable, Forkable, Restorable):
+    """The engine over a log in memory, with audits, recordings and forks of live sessions."""
 
     def __init__(
         self,
@@ -92,6 +103,11 @@ class MemoryState(LogState, Recordable, Forkable, Restorable):
         )
         self._log = groups.log
 
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """See `Auditable.audit`."""
+        self.check_open()
+        return PastAudit(self._log, self.check_open, reveal=arguments.flag("reveal", reveal))
+
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
@@ -100,8 +116,10 @@ class MemoryState(LogState, Recordable, Forkable, Restorable):
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
             started = arguments.sequence("started", started)
-        commits, answers = self._log.commits_of(session_id), self._log.answers_of(session_id)
-        return past.record(session_id, commits, answers, started=started, reveal=reveal)
+        past = self._log.past_of(session_id)
+        # In this order, so that no answer is missing.
+        commits = tuple(past.commits)
+        return record(past, commits, self._log.answers_of(session_id), started=started, reveal=reveal)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
@@ -110,27 +128,29 @@ class MemoryState(LogState, Recordable, Forkable, Restorable):
         self.check_open()
         source, new = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
         at = arguments.text("at", at)
-        head, commits = self._log.sequence, self._log.commits_of(source)
-        return self.submit(past.fork(source, commits, new, at, head), origin).result()
+        past, sequence = self._log.past_of(source), self.audit().resolve(at, session=source)
+        return self.submit(fork(past, new, sequence), origin).result()
 
     def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
         """See `Restorable.restore_session`."""
         self.check_open()
         session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
         self.run(ReadState(session_id))
-        head, commits = self._log.sequence, self._log.commits_of(session_id)
-        return self.submit(past.restore(session_id, commits, at, head), unkeyed(origin)).result()
+        past, sequence = self._log.past_of(session_id), self.audit().resolve(at, session=session_id)
+        return self.submit(restore(past, at, sequence), unkeyed(origin)).result()
 
 
 class MemoryLog(LogStore):
-    """The log in dictionaries: the current state and the history of each session until it ends."""
+    """The log in dictionaries: the current state and the history of each session, until some time after its end."""
 
     def __init__(self) -> None:
         self._sequence = 0
         self._live: dict[str, SessionState] = {}
         # By the number of each session's first commit, because a later session may have the same id.
-        self._pasts: dict[int, _Past] = {}
+        self._pasts: dict[int, PastSession] = {}
+        # Those that have ended since the last sweep, and before it.
         self._ended: list[int] = []
+        self._ended_before: list[int] = []
         # By session and key, with the times and the numbers of their commits.
         self._outcomes: dict[str, dict[str, tuple[datetime, int, RecordedOutcome]]] = {}
 
@@ -152,11 +172,10 @@ class MemoryLog(LogStore):
             state = unit.state
             assert state is not None, "a unit with changes has a session"
             number_variables(unit)
-            past = self._pasts.get(state.session.sequence)
-            if past is None:
-                past = self._pasts[state.session.sequence] = _Past()
-            past.add(unit)
-            if unit.events and any(isinstance(event, SessionEnded) for event in unit.events):
+            past = self._pasts.get(state.session.sequence) or PastSession(state.session)
+            past.add(unit, state.session)
+            self._pasts[state.session.sequence] = past
+            if past.has_ended:
                 self._live.pop(state.session.id, None)
                 self._outcomes.pop(state.session.id, None)
                 self._ended.append(state.session.sequence)
@@ -167,6 +186,10 @@ class MemoryLog(LogStore):
                 outcomes[unit.outcome.key] = unit.now, unit.sequence, unit.outcome
             self._sequence = unit.sequence
 
+    def note_import(self, first: int, last: int) -> None:
+        """Note which commits have kept their times."""
+        self._pasts[first].imported = last - first + 1
+
     def load(self, session_id: str) -> SessionState | None:
         """Return the live session's state."""
         state = self._live.get(session_id)
@@ -174,8 +197,8 @@ class MemoryLog(LogStore):
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         """Return one version."""
-        versions = self._past_of(state).versions.get(variable_id, ())
-        return versions[version] if 0 <= version < len(versions) else None
+        changes = self._past_of(state).changes.get(variable_id, ())
+        return changes[version].version if 0 <= version < len(changes) else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         """Return the versions that the query selects, newest first; None if the session never had the variable."""
@@ -184,7 +207,8 @@ class MemoryLog(LogStore):
         variable_id = live.id if live is not None else past.find_id(query.identifier, query.as_of)
         if variable_id is None:
             return None
-        return up_to(past.versions[variable_id][: query.before][::-1][: query.limit], query.most_bytes)
+        changes = past.changes[variable_id][: query.before][::-1][: query.limit]
+        return up_to([change.version for change in changes], query.most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """Return the outcome recorded under an idempotency key."""
@@ -193,7 +217,7 @@ class MemoryLog(LogStore):
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """Return the last execution with an idempotency key, if it has ended."""
-        return self._past_of(state).executions.get(key)
+        return self._past_of(state).find_ended(key)
 
     # Reading
 
@@ -210,12 +234,16 @@ class MemoryLog(LogStore):
             for commit in commits[first : first + most_commits]
         ]
 
-    def commits_of(self, session_id: str) -> Sequence[PastCommit]:
-        """Return all commits of the live session with this id, oldest first, or raise `NotInHistoryError`."""
+    def pasts(self) -> Sequence[PastSession]:
+        """Return the history of all sessions that are live, or have ended recently, oldest first."""
+        return list(self._pasts.values())
+
+    def past_of(self, session_id: str) -> PastSession:
+        """Return the history of the live session with this id, or raise `NotInHistoryError`."""
         state = self._live.get(session_id)
         if state is None:
             raise NotInHistoryError("session", session_id, suggestion(session_id, list(self._live)))
-        return tuple(self._past_of(state).commits)
+        return self._past_of(state)
 
     def answers_of(self, session_id: str) -> Mapping[int, RecordedAnswer]:
         """Return the answers kept for the live session with this id, by the numbers of their commits."""
@@ -224,9 +252,9 @@ class MemoryLog(LogStore):
             sequence: RecordedAnswer(each.key, each.cause, each.fingerprint, each.result) for _, sequence, each in kept
         }
 
-    def _past_of(self, state: SessionState) -> "_Past":
+    def _past_of(self, state: SessionState) -> PastSession:
         # Callers may still hold the state of an ended session, whose history is gone.
-        return self._pasts.get(state.session.sequence) or _Past()
+        return self._pasts.get(state.session.sequence) or PastSession(state.session)
 
     # Housekeeping
 
@@ -239,59 +267,17 @@ class MemoryLog(LogStore):
         return [session_id for session_id, state in list(self._live.items()) if state.is_over(now)][:limit]
 
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
-        """Delete old outcomes, and ended sessions that have no watches."""
+        """Delete old outcomes, and sessions that had ended by the last time and have no watches."""
         for outcomes in self._outcomes.values():
             for key in [key for key, (recorded_at, *_) in outcomes.items() if recorded_at < before]:
                 del outcomes[key]
-        gone = [first_sequence for first_sequence in self._ended if not is_watched(first_sequence)]
-        for first_sequence in gone:
-            self._pasts.pop(first_sequence, None)
-        self._ended = [each for each in self._ended if each in self._pasts]
+        for first_sequence in self._ended_before:
+            if not is_watched(first_sequence):
+                self._pasts.pop(first_sequence, None)
+        # Somebody may want to know how the others ended.
+        self._ended_before = [each for each in (*self._ended_before, *self._ended) if each in self._pasts]
+        self._ended = []
 
     def close(self) -> None:
         """Free the memory."""
         self._live, self._pasts, self._outcomes = {}, {}, {}
-
-
-class _Past:
-    """The history of one session: every version of every variable, and every commit."""
-
-    def __init__(self) -> None:
-        self.versions: dict[str, list[VariableVersion]] = {}
-        self.commits: list[PastCommit] = []
-        self.executions: dict[str, JournalEntry] = {}
-        self._running: dict[str, tuple[str, JournalEntry]] = {}
-        self._ids: dict[str, tuple[str, ...]] = {}
-
-    def add(self, unit: UnitOfWork) -> None:
-        """Add the next commit."""
-        for change in unit.versions:
-            variable_id, name = change.variable.id, change.variable.name
-            versions = self.versions.get(variable_id)
-            if versions is not None:
-                versions.append(change.version)
-            else:
-                self.versions[variable_id] = [change.version]
-                self._ids[name] = (*self._ids.get(name, ()), variable_id)
-        for event in unit.events:
-            if isinstance(event, ExecutionBegan) and event.idempotency_key is not None:
-                self._begin(event, event.idempotency_key, unit.sequence)
-            elif isinstance(event, ExecutionEnded) and event.execution_id in self._running:
-                key, entry = self._running.pop(event.execution_id)
-                ended = replace(entry, status=event.status, sequence=unit.sequence, result=event.result)
-                self.executions[key] = ended
-        facts = (unit.sequence, unit.now, unit.origin.actor, unit.origin.cause)
-        self.commits.append(PastCommit(*facts, tuple(unit.versions), tuple(unit.events)))
-
-    def _begin(self, began: ExecutionBegan, key: str, sequence: int) -> None:
-        facts = (began.execution_id, began.tool, sequence, began.parent_id, key, began.fingerprint)
-        self._running[began.execution_id] = key, JournalEntry(*facts, attempt=began.attempt)
-        # Only the last execution counts, and it has not ended.
-        self.executions.pop(key, None)
-
-    def find_id(self, identifier: str, as_of: int | None) -> str | None:
-        """Return the id of the newest variable with this name or id that was registered by commit `as_of`."""
-        for each in (*reversed(self._ids.get(identifier, ())), identifier):
-            if each in self.versions and (as_of is None or self.versions[each][0].sequence <= as_of):
-                return each
-        return None

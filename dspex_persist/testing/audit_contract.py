@@ -16,17 +16,22 @@ from dspex_persist.testing.checks import check_invalid
 from dspex_persist.testing.provider_contract.base import Contract
 
 
+def write_x(provider: StateProvider, session: str) -> None:
+    """Have `ada` register x (1), and write 2 and 3."""
+    ada = Origin("ada", "RegisterVariable", Source.ELIXIR)
+    provider.submit(commands.RegisterVariable(session, "x", "integer", Value("1")), ada).result()
+    for number in (2, 3):
+        write = commands.SetVariable(session, "x", Value(str(number)), {"n": str(number)})
+        provider.submit(write, Origin("ada", "SetVariable", Source.ELIXIR)).result()
+
+
 class AuditContract(Contract):
     """Queries of the history."""
 
     @pytest.fixture
     def audited(self, provider: StateProvider, session: str) -> str:
         """A session in which `ada` has registered x (1), and written 2 and 3."""
-        ada = Origin("ada", "RegisterVariable", Source.ELIXIR)
-        provider.submit(commands.RegisterVariable(session, "x", "integer", Value("1")), ada).result()
-        for number in (2, 3):
-            write = commands.SetVariable(session, "x", Value(str(number)), {"n": str(number)})
-            provider.submit(write, Origin("ada", "SetVariable", Source.ELIXIR)).result()
+        write_x(provider, session)
         return session
 
     def test_it_claims_to_be_audited(self, provider: StateProvider) -> None:

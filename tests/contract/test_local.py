@@ -10,13 +10,17 @@ from typing import ClassVar
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist import EmbeddedState, LocalState, clock, connect, errors, open_audit
+from dspex_persist import Context, EmbeddedState, LocalState, clock, connect, errors, open_audit
+from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
+from dspex_persist.audit.report import gather, render
 from dspex_persist.clock import EARLIEST
-from dspex_persist.state.abilities import Auditable, Durable, KeepsOrder, Prunable
+from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.state.abilities import Durable, Importable, KeepsOrder, Prunable
 from dspex_persist.state.commands import ReadState, SetVariable
 from dspex_persist.state.model import Value
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.audit_contract import AuditContract, write_x
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.derive_contract import DeriveContract
 from dspex_persist.testing.fork_contract import ForkContract
@@ -59,9 +63,23 @@ class TestLocalLeases(Local, LeaseContract):
 
 
 class TestLocalHistory(
-    Local, DeriveContract, RecordingContract, ImportContract, HoldContract, ForkContract, RestoreContract
+    Local, AuditContract, DeriveContract, RecordingContract, ImportContract, HoldContract, ForkContract, RestoreContract
 ):
-    """The contract of recordings, imports, holds and forks."""
+    """The contract of audits, recordings, imports, holds and forks."""
+
+
+class TestLocalAudits(Local, AuditContract):
+    """The contract of audits, of sessions that were imported."""
+
+    @pytest.fixture
+    def audited(self, provider: StateProvider, session: str) -> str:
+        imported = f"{session}-imported"
+        with LocalState() as source:
+            source.initialize_session(imported)
+            write_x(source, imported)
+            header, commits = source.record(imported)
+            Importable.of(provider).import_session(header, commits)
+        return imported
 
 
 class TestLocalClosing(ClosingContract):
@@ -109,7 +127,8 @@ def test_connect_opens_an_empty_one_each_time(url: str) -> None:
     with connect(url, session_ttl_s=60, tools=CONTRACT_TOOLS) as first, connect(url) as second:
         assert isinstance(first, LocalState)
         assert isinstance(first, KeepsOrder)
-        assert not isinstance(first, Durable | Auditable | Prunable)
+        assert not isinstance(first, Durable | Prunable)
+        assert "audit" in first.capabilities
         first.initialize_session("s")
         first.register_variable("s", "a", "integer", 1)
         assert first.execute_tool("s", "add", {"amount": 2}).success
@@ -125,7 +144,10 @@ def test_missing_abilities_are_reported() -> None:
         connect("memory:", durability="full")
     with pytest.raises(errors.InvalidArgumentError, match="sweep_interval_s"):
         connect("memory:", sweep_interval_s=0)
-    with pytest.raises(errors.InvalidArgumentError, match="a state in memory has no history to query"):
+    with pytest.raises(
+        errors.InvalidArgumentError,
+        match=r"only the process that has a state in memory can query it: provider\.audit\(\)",
+    ):
         open_audit("memory:")
 
 
@@ -139,9 +161,9 @@ def test_its_name_never_creates_a_file(name: str, tmp_path: Path, monkeypatch: p
     connect(name).close()
     with (
         connect("memory:") as state,
-        pytest.raises(errors.UnsupportedError, match="audits; keep the sessions in a dat"),
+        pytest.raises(errors.UnsupportedError, match="pruning; keep the sessions in a dat"),
     ):
-        Auditable.of(state)
+        Prunable.of(state)
 
 
 def test_a_session_lives_for_its_ttl() -> None:
@@ -175,6 +197,86 @@ def test_an_ended_session_is_kept_only_for_its_watches() -> None:
         assert log.changes_after(session, 0)
         log.reclaim(EARLIEST, state.engine._groups.hub.is_watched)
         assert not log.changes_after(session, 0)
+
+
+def test_the_history_of_an_ended_session_can_be_queried_until_the_next_sweep_but_one() -> None:
+    with LocalState() as state, state.audit() as audit:
+        state.initialize_session("s")
+        state.cleanup_session("s")
+        state.engine._groups.sweep()
+        assert [each.ended_sequence for each in audit.iterate(SessionQuery(session="s"))] == [2]
+        state.engine._groups.sweep()
+        with pytest.raises(errors.NotInHistoryError):
+            list(audit.iterate(SessionQuery(session="s")))
+        assert audit.head() == 2
+
+
+def test_a_session_that_has_moved_is_audited_at_both_places(tmp_path: Path) -> None:
+    with LocalState() as state, Context("s", state) as ctx:
+        ctx.define("x", 1, reason="begin")
+        ctx.set("x", 2, actor="ada")
+        ctx.ensure_persistent(tmp_path / "s.db")
+        ctx.set("x", 3)
+        with state.audit() as before, open_audit(tmp_path / "s.db") as after:
+            entries = [list(audit.iterate(HistoryQuery(session="s", newest_first=False))) for audit in (before, after)]
+            shown = [[(each.value, each.actor, each.reason, each.created_at) for each in some] for some in entries]
+            assert shown[1][:2] == shown[0]
+            (ended,) = before.iterate(SessionQuery(session="s"))
+            assert ended.ended_sequence == before.head()
+
+
+def test_a_context_asks_its_backend_about_the_past(tmp_path: Path) -> None:
+    with Context("s", tools={"add": CONTRACT_TOOLS["add"]}) as ctx:
+        ctx.define("a", 1, reason="begin")
+        ctx.call("add", amount=2)
+        audits = [ctx.audit()]
+        shown = [[(each.value, each.tool, each.reason) for each in audits[0].iterate(HistoryQuery(session="s"))]]
+        report = render(gather(audits[0], "s"))
+        assert "The hash of commit" not in report
+        ctx.ensure_persistent(tmp_path / "s.db")
+        audits.append(ctx.audit())
+        shown.append([(each.value, each.tool, each.reason) for each in audits[1].iterate(HistoryQuery(session="s"))])
+        assert "The hash of commit" in render(gather(audits[1], "s"))
+        assert shown[0] == shown[1] == [(Value("3"), "add", None), (Value("1"), None, "begin")]
+        with pytest.raises(errors.EngineClosedError):
+            audits[0].head()
+    with pytest.raises(ContextClosedError):
+        ctx.audit()
+
+
+def test_an_audit_ends_with_the_sessions() -> None:
+    state = LocalState()
+    audit = state.audit()
+    state.close()
+    for ask in (audit.head, lambda: audit.state("s"), lambda: audit.page(SessionQuery()), state.audit):
+        with pytest.raises(errors.EngineClosedError):
+            ask()
+
+
+def test_audits_while_others_write() -> None:
+    with LocalState(tools=CONTRACT_TOOLS) as state, state.audit() as audit:
+        state.initialize_session("s")
+        state.register_variable("s", "a", "integer", 0)
+        ends = threading.Event()
+
+        def write() -> None:
+            for number in range(200):
+                state.execute_tool("s", "add", {"amount": 1})
+                state.register_variable("s", f"v{number}", "integer", number)
+            ends.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        while not ends.is_set():
+            head = audit.head()
+            versions = [
+                each.version for each in audit.iterate(HistoryQuery(session="s", variable="a", until=str(head)))
+            ]
+            assert versions == list(range(len(versions) - 1, -1, -1))
+            assert len(audit.state("s", str(head))) >= 1
+            assert all(each.sequence <= head for each in audit.iterate(CommitQuery(until=str(head))))
+        writer.join()
+        assert len(list(audit.iterate(ExecutionQuery(session="s")))) == 200
 
 
 def test_outcomes_are_kept_for_a_while() -> None:

@@ -46,6 +46,7 @@ from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store.history import rows as stored_rows
 from dspex_persist.state.store.history import versions
 from dspex_persist.state.store.variables import KINDS, SOURCES
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.wiring import import_session
 from tests.deadline import within
 from tests.store.audit_history import SECRET, make
@@ -662,3 +663,15 @@ def test_a_page_ends_when_it_is_large(tmp_path: Path, query: dict[str, Any], new
         expected = [text for number in range(12) for text in (f"{number}{'y' * 9}"[:8], f"again {number}zzz"[:8])]
         assert values == (expected[::-1] if newest_first else expected)
         assert pages > 3
+
+
+def test_an_execution_of_another_session_wrote_nothing_here(tmp_path: Path) -> None:
+    with EmbeddedState(tmp_path / "two.db", tools=CONTRACT_TOOLS) as state, state.audit() as audit:
+        for session in ("one", "two"):
+            state.initialize_session(session)
+            state.register_variable(session, "a", "integer", 1)
+        done = state.execute_tool("one", "add", {"amount": 1}).execution_id
+        counts = [
+            len(list(audit.iterate(HistoryQuery(session=name, execution_id=done)))) for name in ("one", "two", "?*")
+        ]
+        assert counts == [1, 0, 1]

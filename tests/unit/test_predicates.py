@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspex_persist.state.audit import HistoryQuery, Operator, Predicate, number_in, parse_predicate
+from dspex_persist.state.conditions import value_holds
 from dspex_persist.state.errors import InvalidArgumentError
-from dspex_persist.state.store.conditions import value_holds
 from tests.deadline import cpu_s_below
 
 NUMBERS = (

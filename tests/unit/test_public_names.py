@@ -16,7 +16,7 @@ VARIABLES = {
     *("programs", "session_id", "set", "strict", "update", "update_many", "v", "values", "variables"),
 }
 CONTEXT = VARIABLES | {
-    *("aclose", "aopen", "backend", "call", "close", "closed", "derive", "describe", "end", "ensure_bridged"),
+    *("aclose", "aopen", "audit", "backend", "call", "close", "closed", "derive", "describe", "end", "ensure_bridged"),
     *("ensure_persistent", "execute", "fork", "recording", "remove_rule", "resumed", "rollback_to", "rule", "rules"),
     *("transaction", "transactions", "wait_for", "watch"),
 }

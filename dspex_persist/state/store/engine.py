@@ -23,9 +23,9 @@ from dspex_persist.infra.file_status import Identity
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import did_you_mean
+from dspex_persist.state.conditions import value_holds
 from dspex_persist.state.errors import DatabaseInUseError, Hint, NotADatabaseError, ReadFailedError, printable
 from dspex_persist.state.store import inherited
-from dspex_persist.state.store.conditions import value_holds
 from dspex_persist.state.values.json_text import mended
 
 Durability: TypeAlias = Literal["full", "normal"]

@@ -175,27 +175,10 @@ class StoredAudit(AuditSource):
     def _state_of(self, connection: Connection, key: int, version: int) -> VariableState:
         row = one_version(connection, key, version)
         (entry,) = records_of((row,), partial(entry_of, reveal=self.reveal))
-        return VariableState(
-            entry.session_id,
-            entry.name,
-            entry.variable_id,
-            entry.type,
-            entry.value,
-            entry.version,
-            entry.kind,
-            entry.source,
+        return VariableState.of(
+            entry,
             stored_variables.constraints_as_of(connection, key, row.sequence, row.constraints),
             stored_variables.metadata_as_of(connection, key, version),
-            entry.sequence,
-            entry.created_at,
-            entry.actor,
-            entry.cause,
-            entry.execution_id,
-            entry.tool,
-            entry.masked,
-            entry.caller_id,
-            entry.caller_tool,
-            entry.reason,
         )
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:

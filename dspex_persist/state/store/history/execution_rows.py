@@ -5,9 +5,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from dspex_persist.spelling import did_you_mean
-from dspex_persist.state.errors import Hint, NotInHistoryError
-from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, first_row, searchable
+from dspex_persist.state.journal import find_execution
+from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, first_row
 from dspex_persist.state.values.json_text import stored_object
 
 # `->` returns JSON, which Python decodes: with `->>`, SQLite would cut a message at its first NUL.
@@ -36,17 +35,9 @@ IN_FULL: Final = _EXECUTIONS.format(bodies=", beginning.body AS beginning, endin
 
 
 def execution_row(connection: Connection, execution_id: str) -> Any:
-    """Return the execution with this id. The number in it is the commit that began it, so `exec_12` is enough."""
-    searchable(execution_id)
-    _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
-    row = None
-    if number.isascii() and number.isdecimal() and len(number) < 19:
-        row = first_row(connection, f"{IN_FULL} WHERE executions.began_sequence = ?", int(number))
-    if row is None or (token and row.execution_id != execution_id):
-        if row is None:
-            raise NotInHistoryError("execution", execution_id, "").advising(Hint.LIST_EXECUTIONS)
-        raise NotInHistoryError("execution", execution_id, did_you_mean(row.execution_id, spell=str))
-    return row
+    """Return the execution with this id; see `find_execution`."""
+    statement = f"{IN_FULL} WHERE executions.began_sequence = ?"
+    return find_execution(execution_id, lambda began: first_row(connection, statement, began))
 
 
 def family_of(connection: Connection, row: Any) -> list[Any]:

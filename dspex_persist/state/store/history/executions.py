@@ -1,12 +1,12 @@
 """Answer queries for executions: pages of summaries, and one in full."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
 from dspex_persist.clock import nearest_time
+from dspex_persist.state import journal
 from dspex_persist.state.audit import (
     Cursor,
     ExecutionDetail,
@@ -14,12 +14,12 @@ from dspex_persist.state.audit import (
     ExecutionSummary,
     HistoryEntry,
     Page,
-    ReadEntry,
 )
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, conflicts_in
+from dspex_persist.state.journal import attempts_of, error_text
 from dspex_persist.state.masking import Secrets
-from dspex_persist.state.model import ExecutionStatus, Seen
+from dspex_persist.state.model import ExecutionStatus, Failure
 from dspex_persist.state.store.history.execution_rows import IN_FULL, SUMMARIES, execution_row
 from dspex_persist.state.store.history.points import of_session
 from dspex_persist.state.store.history.rows import (
@@ -33,14 +33,9 @@ from dspex_persist.state.store.history.rows import (
     read_json,
     rows_of_page,
 )
-from dspex_persist.state.values.json_text import DAMAGED, storable, stored_object
+from dspex_persist.state.values.json_text import DAMAGED, stored_object
 
 E = TypeVar("E", bound=Event)
-_ENDINGS: Final[Mapping[str, str]] = {
-    ExecutionStatus.INTERRUPTED: "the server ended while it ran",
-    ExecutionStatus.CANCELLED: "its client cancelled it",
-}
-"""The reason to show for a status whose journal entry has neither a failure nor a reason."""
 
 
 def _summary_of(row: Any) -> ExecutionSummary:
@@ -67,12 +62,13 @@ def _summary_of(row: Any) -> ExecutionSummary:
 
 def _error_text(row: Any) -> str:
     failure = read_json(row.failure)
-    if failure:
-        return f"{failure['type']}: {failure['message']}"
-    conflicts = conflicts_in(read_json(row.conflicts) or ())
-    # The default reason would be a guess if the end was pruned: the end of a session interrupts executions, too.
-    ending = _ENDINGS.get(row.status, "") if row.has_ending else ""
-    return read_json(row.reason) or ", ".join(map(str, conflicts)) or ending
+    return error_text(
+        row.status,
+        Failure(failure["type"], failure["message"]) if failure else None,
+        read_json(row.reason),
+        conflicts_in(read_json(row.conflicts) or ()),
+        has_end=bool(row.has_ending),
+    )
 
 
 def execution_page(
@@ -96,21 +92,19 @@ def detail_of(
 ) -> ExecutionDetail:
     """Return an execution in full, with `secrets` masked in its LM calls and in those of the tools that it called."""
     row = execution_row(connection, execution_id)
-    began, ended = _event_in(ExecutionBegan, row.beginning), _event_in(ExecutionEnded, row.ending)
     children = all_rows(
         connection, "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence", row.execution_id
     )
-    return ExecutionDetail(
+    attempts = attempts_of(row, partial(_attempt_before, connection), partial(_attempt_after, connection))
+    return journal.detail_of(
         _summary_of(row),
-        **(_fields_of_beginning(began) if began is not None else _NO_BEGINNING),
-        **(_fields_of_end(ended, secrets) if ended is not None else {}),
-        attempts=_attempts(connection, row, began),
-        children=tuple(detail_of(connection, each[0], (), secrets) for each in children),
-        history=history,
+        _event_in(ExecutionBegan, row.beginning),
+        _event_in(ExecutionEnded, row.ending),
+        tuple(each.execution_id for each in attempts),
+        tuple(detail_of(connection, each[0], (), secrets) for each in children),
+        history,
+        secrets,
     )
-
-
-_NO_BEGINNING: Final[Mapping[str, Any]] = {"isolation": "", "parameters": {}, "metadata": {}, "seed": ""}
 
 
 def _event_in(kind: type[E], text: str | None) -> E | None:
@@ -119,64 +113,29 @@ def _event_in(kind: type[E], text: str | None) -> E | None:
     return None if not body or DAMAGED in body else kind.from_body(body)
 
 
-def _fields_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
-    return {
-        "isolation": event.isolation.value,
-        "parameters": event.parameters,
-        "metadata": event.metadata,
-        "seed": event.seed,
-    }
+def _attempt_before(connection: Connection, row: Any) -> Any:
+    began = _event_in(ExecutionBegan, row.beginning)
+    if began is None or began.retry_of is None:
+        return None
+    try:
+        before = execution_row(connection, began.retry_of)
+    except NotInHistoryError:
+        return None
+    # Old releases imported recordings whose retries form a circle.
+    return before if before.began_sequence < row.began_sequence else None
 
 
-def _fields_of_end(event: ExecutionEnded, secrets: Secrets) -> dict[str, Any]:
-    return {
-        "result": event.result,
-        "failure": event.failure,
-        "reason": event.reason or "",
-        "conflicts": event.conflicts,
-        "reads": tuple(_read_entry(name, seen) for name, seen in event.reads.items()),
-        "patterns": event.patterns,
-        "writes": event.writes,
-        "published": event.published,
-        "log": tuple(replace(line, message=_text_of(line.message)) for line in event.log),
-        "recorded": secrets.masked_recorded(event.recorded),
-    }
-
-
-def _read_entry(name: str, seen: Seen | None) -> ReadEntry:
-    return ReadEntry(name, seen.name, seen.variable_id, seen.version) if seen else ReadEntry(name, None, None, None)
-
-
-def _text_of(message: object) -> str:
-    """Return the logged message as text: old releases logged any JSON value."""
-    return message if isinstance(message, str) else storable(message)
-
-
-def _attempts(connection: Connection, row: Any, began: ExecutionBegan | None) -> tuple[str, ...]:
-    """Return the ids of all attempts at the same request, in order: the ones it retries, itself, its retries."""
-    attempts, first = [row.execution_id], row
-    while began is not None and began.retry_of is not None:
-        try:
-            before = execution_row(connection, began.retry_of)
-        except NotInHistoryError:
-            break
-        if before.began_sequence >= first.began_sequence:
-            # Old releases imported recordings whose retries form a circle.
-            break
-        attempts.insert(0, before.execution_id)
-        first, began = before, _event_in(ExecutionBegan, before.beginning)
-    last = row
-    while last is not None and last.status == ExecutionStatus.CONFLICT.value:
-        last = first_row(
-            connection,
-            f"{IN_FULL} WHERE executions.session_key = ? AND executions.began_sequence > ? "
-            f"AND executions.tool = ? AND executions.attempt = ? AND {BEGINNING} ->> '$.retry_of' = ? "
-            "ORDER BY executions.began_sequence LIMIT 1",
-            last.session_key,
-            last.began_sequence,
-            last.tool,
-            last.attempt + 1,
-            last.execution_id,
-        )
-        attempts += [last.execution_id] if last is not None else []
-    return tuple(attempts)
+def _attempt_after(connection: Connection, row: Any) -> Any:
+    if row.status != ExecutionStatus.CONFLICT.value:
+        return None
+    return first_row(
+        connection,
+        f"{IN_FULL} WHERE executions.session_key = ? AND executions.began_sequence > ? "
+        f"AND executions.tool = ? AND executions.attempt = ? AND {BEGINNING} ->> '$.retry_of' = ? "
+        "ORDER BY executions.began_sequence LIMIT 1",
+        row.session_key,
+        row.began_sequence,
+        row.tool,
+        row.attempt + 1,
+        row.execution_id,
+    )

@@ -13,16 +13,16 @@ from dspex_persist.state.store.history.points import LAST_VERSION, of_session
 from dspex_persist.state.store.history.rows import Bounds, Conditions, page_of, rows_of_page, sound_document
 from dspex_persist.state.values.json_text import stored, stored_texts
 
-# Each reason once, in the order of the variables; as JSON, because `->>` would cut it at its first NUL.
+# Each reason once, in the order of the versions; as JSON, because `->>` would cut it at its first NUL.
 _REASONS: Final = f"""
     SELECT json_group_array(reason) FROM (
-        SELECT reason FROM (
-            SELECT {sound_document("versions.metadata")} -> '$."{REASON}"' AS reason, versions.variable_key AS place
+        SELECT reason FROM (SELECT reason, row_number() OVER (ORDER BY variable_key, version) AS place FROM (
+            SELECT {sound_document("versions.metadata")} -> '$."{REASON}"' AS reason, variable_key, version
             FROM versions WHERE versions.sequence = commits.sequence
             UNION ALL
-            SELECT {sound_document("events.body")} -> '$.metadata."{REASON}"', {LAST_VERSION}
+            SELECT {sound_document("events.body")} -> '$.metadata."{REASON}"', {LAST_VERSION}, 0
             FROM events WHERE events.sequence = commits.sequence AND events.kind = 'execution_began'
-        ) WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)
+        ) WHERE reason IS NOT NULL) GROUP BY reason ORDER BY min(place)
     )
 """
 _COMMITS: Final = f"""

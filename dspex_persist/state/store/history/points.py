@@ -1,14 +1,15 @@
 """Resolve points of the history (commits, times, executions), and sessions and variables by name."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Final
 
 from sqlalchemy import Connection
 
-from dspex_persist import clock
 from dspex_persist.clock import nearest_time, to_micros
-from dspex_persist.state.audit import PointLike, is_glob, parse_point, suggestion
+from dspex_persist.state.audit import PointLike, is_glob, suggestion
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
+from dspex_persist.state.points import Life, living_at, resolve_point
 from dspex_persist.state.store.history import times
 from dspex_persist.state.store.history.execution_rows import execution_row
 from dspex_persist.state.store.history.rows import Conditions, all_rows, first_row, glob_pattern, searchable
@@ -49,23 +50,17 @@ def head_of(connection: Connection) -> int:
 
 
 def resolve(connection: Connection, point: PointLike, option: str, session: str) -> int:
-    parsed, head = parse_point(point, clock.now(), option), head_of(connection)
-    sequence = head
-    if parsed.execution_id:
-        row = execution_row(connection, parsed.execution_id)
-        sequence = row.began_sequence if row.ended_sequence is None else row.ended_sequence
-    elif parsed.at is not None:
-        micros = to_micros(parsed.at)
-        if session:
-            keys = session_keys(connection, session)
-            sequence = max(times.last_of_session_until(connection, key, micros) for key in keys)
-        else:
-            sequence = times.last_until(connection, micros)
-    elif parsed.sequence is not None:
-        sequence = parsed.sequence
-        if sequence > head:
-            raise InvalidArgumentError(option, f"there is no commit {sequence} yet; the newest is {head}")
-    return max(sequence - 1, 0) if parsed.before else sequence
+    def of_execution(execution_id: str) -> int:
+        row = execution_row(connection, execution_id)
+        return int(row.began_sequence if row.ended_sequence is None else row.ended_sequence)
+
+    def until(at: datetime) -> int:
+        micros = to_micros(at)
+        if not session:
+            return times.last_until(connection, micros)
+        return max(times.last_of_session_until(connection, key, micros) for key in session_keys(connection, session))
+
+    return resolve_point(point, option, head_of(connection), of_execution, until)
 
 
 def refuse_pruned(connection: Connection, session: str, key: int, sequence: int) -> None:
@@ -131,24 +126,10 @@ def _similar(connection: Connection, session: str) -> str:
 def session_at(connection: Connection, session: str, sequence: int) -> int:
     """Return the key of the session with this id that was live at a commit."""
     keys = session_keys(connection, session)
-    lives = [
-        first_row(
-            connection, "SELECT started_sequence, ended_sequence, created_at FROM sessions WHERE session_key = ?", key
-        )
-        for key in keys
-    ]
-    for key, (started, ended, _) in zip(reversed(keys), reversed(lives), strict=True):
-        if started <= sequence and (ended is None or ended > sequence):
-            return key
-    began, _, created_at = lives[0]
-    if sequence < began:
-        when = f"{nearest_time(created_at):%Y-%m-%d %H:%M:%S} UTC"
-        reason = f"session {quote(session)} had not begun by then; it began at commit {began}, {when}"
-        raise InvalidArgumentError("at", reason)
-    spans = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
-    ends = [ended for _, ended, _ in lives if ended is not None]
-    hint = f"; {ends[-1]}^ is right before it ended" if ends else ""
-    raise InvalidArgumentError("at", f"session {quote(session)} was not live at commit {sequence}, but {spans}{hint}")
+    statement = "SELECT started_sequence, ended_sequence, created_at FROM sessions WHERE session_key = ?"
+    rows = [first_row(connection, statement, key) for key in keys]
+    lives = [Life(began, ended, nearest_time(created_at)) for began, ended, created_at in rows]
+    return keys[living_at(session, lives, sequence)]
 
 
 def variable_keys(connection: Connection, sessions: Sequence[int], variable: str) -> list[int]:

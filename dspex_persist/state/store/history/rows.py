@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection
 
 from dspex_persist.state.audit import Cursor, Page, Query, T, is_glob
-from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.journal import check_name
 from dspex_persist.state.store import damage
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.values.json_text import stored
@@ -120,9 +120,8 @@ class Bounds(NamedTuple):
 
 def searchable(text: object) -> str | None:
     """Return a text to search for; None, which matches no row, for a text that SQLite cannot store."""
-    if not isinstance(text, str):
-        raise InvalidArgumentError("query", f"{quote(text)} is not a str, as names and ids are")
-    return text if is_unicode(text) else None
+    name = check_name(text)
+    return name if is_unicode(name) else None
 
 
 def read_json(text: str | None) -> Any:

@@ -1,6 +1,5 @@
 """Answer queries for versions: pages of a history."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
@@ -18,6 +17,7 @@ from dspex_persist.state.audit import (
     is_glob,
     predicates_of,
 )
+from dspex_persist.state.conditions import spellings
 from dspex_persist.state.model import REASON, ChangeKind, Source, Value, without_reason
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
@@ -144,6 +144,8 @@ class HistoryPage:
         keys = session_keys(self._connection, query.session) if query.session and not is_glob(query.session) else None
         self._narrow()
         if query.execution_id:
+            if keys is not None:
+                self._conditions.add_among("commits.session_key", keys)
             return self._of_execution()
         if query.metadata:
             return self._of_metadata(keys)
@@ -289,8 +291,6 @@ def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:
     """The predicate as SQL. Masked values match nothing, so that a query cannot guess them."""
     shown = "text IS NOT NULL" if reveal else "text IS NOT NULL AND sensitive = 0"
     if predicate.operator is Operator.CONTAINS:
-        # The value is JSON text: search it for the operand itself, and for the operand escaped as in a JSON string.
-        escaped = json.dumps(predicate.operand, ensure_ascii=False)[1:-1]
-        return f"(instr(text, ?) > 0 OR instr(text, ?) > 0) AND {shown}", predicate.operand, escaped
+        return f"(instr(text, ?) > 0 OR instr(text, ?) > 0) AND {shown}", *spellings(predicate.operand)
     holds = "value_holds(text, variables.type, ?, ?)"
     return f"{holds} AND {shown}", predicate.operator.value, predicate.operand

@@ -28,13 +28,13 @@ def explain_commits(connection: sqlite3.Connection) -> None:
         CREATE TEMP VIEW v_commits AS
         SELECT {", ".join(f"plain.{column}" for column in columns)}, (
             SELECT group_concat(reason, '; ') FROM (
-                SELECT reason FROM (
-                    SELECT {_reason("versions.metadata", "$")} AS reason, versions.variable_key AS place
+                SELECT reason FROM (SELECT reason, row_number() OVER (ORDER BY variable_key, version) AS place FROM (
+                    SELECT {_reason("versions.metadata", "$")} AS reason, variable_key, version
                     FROM main.versions WHERE versions.sequence = plain.sequence
                     UNION ALL
-                    SELECT {_reason("events.body", "$.metadata")}, 9e18
+                    SELECT {_reason("events.body", "$.metadata")}, 9e18, 0
                     FROM main.events WHERE events.sequence = plain.sequence AND events.kind = 'execution_began'
-                ) WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)
+                ) WHERE reason IS NOT NULL) GROUP BY reason ORDER BY min(place)
             )
         ) AS reason
         FROM main.v_commits AS plain

@@ -1,11 +1,12 @@
-"""Conditions on values as an SQL function, because SQLite compares numbers as doubles and values are exact."""
+"""Conditions on values. The store has SQLite call them, which would compare numbers as doubles; values are exact."""
 
+import json
 import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
-from dspex_persist.state.audit import Operator, number_in
+from dspex_persist.state.audit import Operator, Predicate, number_in
 from dspex_persist.state.values import is_number
 from dspex_persist.state.values.json_text import RefusedError, canonical, read, stored
 
@@ -17,6 +18,18 @@ _COMPARES: Final[dict[str, Callable[[Any, Any], bool]]] = {
     Operator.EQUAL: operator.eq,
 }
 _NON_FINITE: Final = {'"Infinity"': "Infinity", '"-Infinity"': "-Infinity"}
+
+
+def holds(predicate: Predicate, text: str | None, type_name: str) -> bool:
+    """Whether a value fulfils a condition; see `value_holds`."""
+    if predicate.operator is Operator.CONTAINS:
+        return text is not None and any(each in text for each in spellings(predicate.operand))
+    return value_holds(text, type_name, predicate.operator, predicate.operand)
+
+
+def spellings(operand: str) -> tuple[str, str]:
+    """Return what the JSON of a value contains if it contains the operand: itself, or as in a JSON string."""
+    return operand, json.dumps(operand, ensure_ascii=False)[1:-1]
 
 
 def value_holds(text: str | None, type_name: str, compared: str, operand: str) -> bool:

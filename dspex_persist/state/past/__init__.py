@@ -1,0 +1,1 @@
+"""The past of sessions whose commits are in memory: recordings, forks, restores and audits of it."""
