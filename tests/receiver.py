@@ -22,7 +22,8 @@ FIELDS = {
 class Receiver:
     """The backend of an LM: it keeps the requests, and answers with all fields that are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, **fields: str) -> None:
+        self.fields = {**FIELDS, **fields}
         self.requests: list[Any] = []
         self.threads: list[int] = []
         self.before: Callable[[], object] = lambda: None
@@ -32,13 +33,20 @@ class Receiver:
         self.requests.append(request)
         self.threads.append(threading.get_ident())
         asked = str(request.system) + str(request.messages)
-        text = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in FIELDS.items() if f"## {name} ##" in asked)
+        text = "\n\n".join(
+            f"[[ ## {name} ## ]]\n{value}" for name, value in self.fields.items() if f"## {name} ##" in asked
+        )
         usage = lm15.Usage(input_tokens=3, output_tokens=2, total_tokens=5)
         message = lm15.Message.assistant([lm15.TextPart(text or "as you like")])
         return lm15.Response(id=None, model="m", message=message, finish_reason="stop", usage=usage)
 
     def stream(self, request: Any) -> Any:
         return lm15.response_to_events(self.complete(request))
+
+    @property
+    def texts(self) -> list[str]:
+        """All that each request says to the model."""
+        return [f"{request.system}\n{request.messages}" for request in self.requests]
 
     @property
     def configs(self) -> list[Any]:

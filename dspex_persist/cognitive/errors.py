@@ -59,7 +59,7 @@ class DspyMissingError(DspexError):
 
 @dataclass(eq=False)
 class BindingError(DspexError):
-    """A DSPy program cannot be bound like this, or the value of a variable is none that it can use.
+    """A DSPy program cannot be bound to variables like this.
 
     Attributes:
         reason: Why.
@@ -69,6 +69,32 @@ class BindingError(DspexError):
 
     def __str__(self) -> str:
         return f"cannot bind: {self.reason}"
+
+
+@dataclass(eq=False)
+class BoundValueError(DspexError):
+    """The value of a variable cannot be what it sets in a DSPy program.
+
+    Attributes:
+        option: The option that the variable sets.
+        variable: The name of the variable.
+        value: Its value.
+        reason: Why not.
+        model: The model that was to be called, if it is about that.
+    """
+
+    option: str
+    variable: str
+    value: object
+    reason: str
+    model: str = ""
+
+    def __str__(self) -> str:
+        where = f" for {self.model}" if self.model else ""
+        return (
+            f"variable {quote(self.variable)} is {_brief(self.value)}, which cannot be {self.option}{where}: "
+            f"{self.reason}"
+        )
 
 
 @dataclass(eq=False)

@@ -1,12 +1,12 @@
 """`bind` and `unbind`: options of DSPy programs that variables set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
-from dspy import Module
+from dspy import Adapter, BaseLM, Module
 
-from dspex_persist.cognitive.dspy import enforcing, hook
-from dspex_persist.cognitive.dspy.options import LM_OPTIONS
+from dspex_persist.cognitive.dspy import checks, enforcing, hook
+from dspex_persist.cognitive.dspy.options import OPTIONS
 from dspex_persist.cognitive.dspy.paths import modules_in, predictors_in
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, Binding, binding_of, reading
 from dspex_persist.cognitive.errors import BindingError
@@ -26,6 +26,8 @@ def bind(
     per: Mapping[str, Mapping[str, str]] | None = None,
     precedence: str = "variable",
     live: bool = False,
+    lms: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | None = None,
     **options: str,
 ) -> M:
     """Have variables set options of a DSPy program, whoever changes them meanwhile.
@@ -44,13 +46,17 @@ def bind(
         precedence: "variable": variables beat what the LM, the predictor and the call say; "default": they set only
             what none of these says.
         live: Read the variables for each call of an LM, instead of once for each outermost call.
+        lms: The LMs among which the option `model` chooses, by the names that its variable has.
+        adapters: The adapters among which the option `adapter` chooses, by name; by default DSPy's own: "chat", "json"
+            and "xml".
         options: By the name of an option, the variable that sets it.
 
     Returns:
         The module.
 
     Raises:
-        BindingError: There is no such option, or nothing at a path, or a value does not fit its option.
+        BindingError: There is no such option, or nothing at a path, or the module cannot have the option.
+        BoundValueError: The value of a variable cannot be what it is to set.
         VariableNotFoundError: There is no such variable.
     """
     program: Any = module
@@ -61,16 +67,37 @@ def bind(
     if precedence not in _PRECEDENCES:
         raise BindingError(f"precedence must be one of {', '.join(_PRECEDENCES)}, not {precedence!r}")
     there = _checked_per(program, {} if per is None else per)
-    binding = Binding(ctx, _checked_options(options, ""), there, is_default=precedence == "default", live=bool(live))
+    binding = Binding(
+        ctx,
+        _checked_options(options, ""),
+        there,
+        is_default=precedence == "default",
+        live=bool(live),
+        lms=_checked_choice("lms", lms, _is_lm, "an LM"),
+        adapters=_checked_choice("adapters", adapters, lambda each: isinstance(each, Adapter), "an adapter"),
+    )
     if not binding.names:
         raise BindingError('it names no variable: say which one sets what, such as temperature="temperature"')
-    readings = run(ctx, reading(ctx, binding.names))
-    for option, variable in _pairs(binding):
-        check(option, variable, readings[variable].value)
+    checks.check_places(program, binding)
+    checks.check_values(program, binding, run(ctx, reading(ctx, binding.names)))
     hook.install()
     enforcing.install()
     setattr(program, ATTRIBUTE, binding)
     return module
+
+
+def _is_lm(lm: Any) -> bool:
+    return isinstance(lm, BaseLM) or getattr(lm, "supports_decision_requests", False) is True
+
+
+def _checked_choice(
+    name: str, choice: Mapping[str, Any] | None, fits: Callable[[Any], bool], what: str
+) -> dict[str, Any]:
+    given: Mapping[Any, Any] = {} if choice is None else choice
+    for key, each in given.items():
+        if not isinstance(key, str) or not fits(each):
+            raise BindingError(f"{name} must have {what} for each name, not {type(each).__name__} for {key!r}")
+    return dict(given)
 
 
 def unbind(module: M, *options: str) -> M:
@@ -112,26 +139,14 @@ def _pairs(binding: Binding) -> list[tuple[str, str]]:
     return [pair for options in (binding.options, *binding.per.values()) for pair in options.items()]
 
 
-def check(option: str, variable: str, value: Any) -> None:
-    """Raise `BindingError` if a value does not fit an option."""
-    kind = LM_OPTIONS[option]
-    if not kind.accepts(value):
-        raise BindingError(f"{option} must be {kind.description}, but variable {quote(variable)} is {_brief(value)}")
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _checked_options(options: Mapping[str, str], path: str) -> dict[str, str]:
     where = f" of {quote(path)}" if path else ""
     for option, variable in options.items():
-        if option not in LM_OPTIONS:
-            raise BindingError(f"there is no option {quote(option)}{where}{_suggestion(option, LM_OPTIONS)}")
+        if option not in OPTIONS:
+            raise BindingError(f"there is no option {quote(option)}{where}{_suggestion(option, OPTIONS)}")
         given: object = variable
         if not isinstance(given, str) or not given:
-            raise BindingError(f"{option}{where} takes the name of a variable, not {_brief(variable)}")
+            raise BindingError(f"{option}{where} takes the name of a variable, not {variable!r}")
     return dict(options)
 
 

@@ -4,14 +4,18 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 from dspy import Module, Predict, settings
 from dspy.dsp.utils.settings import thread_local_overrides
+from dspy.lm15 import Request
 
-from dspex_persist.cognitive.dspy import snapshots
-from dspex_persist.cognitive.dspy.options import LM_OPTIONS, synonyms, wire_name
-from dspex_persist.cognitive.dspy.snapshots import Choice, Entry, Reading, Scope, binding_of
+from dspex_persist.cognitive.dspy import choosing, request_options, snapshots
+from dspex_persist.cognitive.dspy.options import LM_OPTIONS, check, check_for, synonyms, wire_name
+from dspex_persist.cognitive.dspy.snapshots import Choice, Entry, Scope, binding_of
+from dspex_persist.cognitive.errors import BoundValueError
+
+_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Calls of LMs
 
@@ -28,8 +32,8 @@ def enforced(call: Callable[..., Any]) -> Callable[..., Any]:
             entry = Entry(scope.module, scope, reads_live=True)
             entry.read()
             scope = entry.scope()
-        with _calling(scope, lm, kwargs) as options:
-            return call(lm, *args, **options)
+        with _calling(scope, lm, args, kwargs) as (positional, options):
+            return call(lm, *positional, **options)
 
     return enforcing
 
@@ -46,8 +50,8 @@ def enforced_async(call: Callable[..., Any]) -> Callable[..., Any]:
             entry = Entry(scope.module, scope, reads_live=True)
             await entry.read_aio()
             scope = entry.scope()
-        with _calling(scope, lm, kwargs) as options:
-            return await call(lm, *args, **options)
+        with _calling(scope, lm, args, kwargs) as (positional, options):
+            return await call(lm, *positional, **options)
 
     return enforcing
 
@@ -65,41 +69,67 @@ def _reads_here(scope: Scope) -> bool:
 
 
 @contextmanager
-def _calling(scope: Scope, lm: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the options of a call."""
-    options = _options(scope, lm, kwargs)
+def _calling(scope: Scope, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Arguments]:
+    """Yield the arguments of a call of an LM."""
+    request = args[0] if args else kwargs.get("request")
+    if isinstance(request, Request):
+        changes = _changes(scope, lm, request_options.said_in(request, kwargs), request)
+        if changes:
+            args, kwargs = (), {**kwargs, **request_options.with_options(request, changes)}
+    else:
+        changes = _changes(scope, lm, kwargs)
+        if changes:
+            gone = {synonym for name in changes for synonym in synonyms(name)}
+            kwargs = {**{name: said for name, said in kwargs.items() if name not in gone}, **changes}
     token = snapshots.put(scope.calling())
     try:
-        yield options
+        yield args, kwargs
+    except Exception as error:
+        _explain(error, lm, scope, changes)
+        raise
     finally:
         thread_local_overrides.reset(token)
 
 
-def _options(scope: Scope, lm: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    options = kwargs
-    for option, choice, reading in _set_by(scope):
+def _changes(scope: Scope, lm: Any, said: Mapping[str, Any], request: Any = None) -> dict[str, Any]:
+    """Return the options of a call of an LM that variables set, by their names there."""
+    changes: dict[str, Any] = {}
+    for option, choice, value in _set_by(scope):
         name = wire_name(option, lm)
-        if not _applies(choice, synonyms(name), kwargs, lm):
-            continue
-        if options is kwargs:
-            options = dict(kwargs)
-        for synonym in synonyms(name):
-            options.pop(synonym, None)
-        options[name] = reading.value
-    return options
+        if _applies(choice, synonyms(name), said, lm if request is None else None):
+            check_for(lm, name, choice.variable, value)
+            if request is not None and not request_options.can_say(name):
+                reason = "an lm15.Request cannot say it"
+                raise BoundValueError(option, choice.variable, value, reason, str(lm.model))
+            changes[name] = value
+    return changes
 
 
-def _set_by(scope: Scope) -> Iterator[tuple[str, Choice, Reading]]:
-    """Yield the options of LM calls that variables set."""
+def _explain(error: Exception, lm: Any, scope: Scope, changes: Mapping[str, Any]) -> None:
+    """Add to an error of an LM, which may refuse a value, which variables have set what."""
+    set_here = [
+        f"{option}={value!r} (variable {choice.variable!r})"
+        for option, choice, value in _set_by(scope)
+        if wire_name(option, lm) in changes
+    ]
+    if set_here:
+        error.add_note(f"Variables have set for {getattr(lm, 'model', lm)}: {', '.join(set_here)}")
+
+
+def _set_by(scope: Scope) -> Iterator[tuple[str, Choice, Any]]:
+    """Yield the options of LM calls that variables set, and their values."""
     for option, choice in scope.choices.items():
         if option in LM_OPTIONS:
-            yield option, choice, scope.reading(choice)
+            value = scope.reading(choice).value
+            check(option, choice.variable, value)
+            yield option, choice, value
 
 
 def _applies(choice: Choice, names: tuple[str, ...], said: Mapping[str, Any], lm: Any) -> bool:
     """Whether the variable sets an option: with `precedence="default"` only if nothing else does."""
     if not choice.binding.is_default:
         return True
+    # An `lm15.Request` says all of its options itself.
     defaults = getattr(lm, "kwargs", {})
     return all(said.get(name) is None and defaults.get(name) is None for name in names)
 
@@ -113,15 +143,20 @@ def _has_to_enter(module: Any, scope: Scope | None) -> bool:
         return scope is None or scope.module is not module or scope.snapshot.ended
     if scope is None or scope.module is module:
         return False
-    return isinstance(module, Predict) or any(frame.targets for frame in scope.frames)
+    if isinstance(module, Predict) or any(frame.targets for frame in scope.frames):
+        return True
+    return any(option in scope.choices and choosing.can_set(module, option) for option in choosing.ATTRIBUTES)
 
 
 @contextmanager
-def _inside(entry: Entry) -> Iterator[None]:
-    scope = entry.scope()
-    token = snapshots.put(scope)
+def _inside(entry: Entry) -> Iterator[Scope]:
+    scope, changes = entry.scope(), {}
+    if scope.has_program_options:
+        scope.attributes = choosing.attributes_in(scope)
+        changes = choosing.settings_in(scope)
+    token = snapshots.put(scope, **changes)
     try:
-        yield
+        yield scope
     finally:
         thread_local_overrides.reset(token)
         if entry.is_outermost:
@@ -148,8 +183,8 @@ def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         entry.read()
-        with _recorded(entry), _inside(entry):
-            return call(module, *args, **kwargs)
+        with _recorded(entry), _inside(entry) as within:
+            return call(module, *args, **_with_iterations(within, kwargs))
 
     return entering
 
@@ -163,10 +198,18 @@ def _entering_async(call: Callable[..., Any]) -> Callable[..., Any]:
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         await entry.read_aio()
         async with _recorded(entry):
-            with _inside(entry):
-                return await call(module, *args, **kwargs)
+            with _inside(entry) as within:
+                return await call(module, *args, **_with_iterations(within, kwargs))
 
     return entering
+
+
+def _with_iterations(scope: Scope, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a module's call; those of agents may say how many iterations they make at most."""
+    most = scope.attributes.get("max_iters")
+    if most is None or "max_iters" not in kwargs or scope.choices["max_iters"].binding.is_default:
+        return kwargs
+    return {**kwargs, "max_iters": most}
 
 
 def _batching(batch: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,8 +222,8 @@ def _batching(batch: Callable[..., Any]) -> Callable[..., Any]:
             return batch(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=False)
         entry.read()
-        with _recorded(entry), _inside(entry):
-            snapshots.put(entry.scope().between_calls())
+        with _recorded(entry), _inside(entry) as scope:
+            snapshots.put(scope.between_calls())
             return batch(module, *args, **kwargs)
 
     return batching
@@ -200,13 +243,15 @@ def _preparing(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         scope = snapshots.current()
         if scope is None or scope.module is not predict:
             return preprocess(predict, **kwargs)
+        if scope.has_program_options:
+            kwargs = choosing.prepared(scope, predict, kwargs)
         lm = kwargs.get("lm", predict.lm) or settings.lm
         said = {**predict.config, **kwargs.get("config", {})}
         set_here = {}
-        for option, choice, reading in _set_by(scope):
+        for option, choice, value in _set_by(scope):
             name = wire_name(option, lm)
             if _applies(choice, synonyms(name), said, lm):
-                set_here[name] = reading.value
+                set_here[name] = value
         if set_here:
             kwargs = {**kwargs, "config": {**kwargs.get("config", {}), **set_here}}
         scope.lm, config, signature, demos, inputs = preprocess(predict, **kwargs)

@@ -17,7 +17,7 @@ from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, ann
 from dspex_persist.cognitive.dspy.program_types import Classes
 from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, binding_of
-from dspex_persist.cognitive.errors import BindingError
+from dspex_persist.cognitive.errors import BindingError, BoundValueError
 from dspex_persist.cognitive.programs.documents import (
     SavedBinding,
     SavedDemo,
@@ -362,7 +362,7 @@ class Loading:
                 continue
             try:
                 self._changes.append((module, ATTRIBUTE, self._bound(saved, module, ctx)))
-            except (BindingError, StateError, TypeError, UnreadableError) as error:
+            except (BindingError, BoundValueError, StateError, TypeError, UnreadableError) as error:
                 self._differs(
                     f"variables set options of {_called(saved.path)}, which cannot be bound again: {error!s:.300} "
                     "(bindings=False loads it without)"
@@ -372,7 +372,7 @@ class Loading:
         names = {option for options in (saved.options, *saved.per.values()) for option in options}
         if names & _ARGUMENTS.keys():
             raise UnreadableError(f"{_listed(names & _ARGUMENTS.keys())} is no option")
-        choices: dict[str, Any] = {}
+        choices: dict[str, Any] = dict(saved.options)
         if saved.lms:
             missing = [name for name in saved.lms if name not in self._lms]
             if missing:
@@ -383,7 +383,7 @@ class Loading:
         # `bind` checks all, and binds a copy, as the module has to stay as it is.
         trial = copy(module)
         precedence = "default" if saved.is_default else "variable"
-        bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **choices, **saved.options)
+        bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **choices)
         return binding_of(trial)
 
 

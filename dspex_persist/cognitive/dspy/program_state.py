@@ -211,7 +211,6 @@ def _bindings(modules: Mapping[str, Any]) -> Iterator[SavedBinding]:
                 live=binding.live,
                 lms=tuple(binding.lms),
                 adapters=tuple(binding.adapters),
-                tools=tuple(binding.tools),
             )
 
 

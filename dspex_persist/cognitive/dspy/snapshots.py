@@ -13,6 +13,7 @@ from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 
 from dspex_persist.cognitive import typed
+from dspex_persist.cognitive.dspy.options import PROGRAM_OPTIONS
 from dspex_persist.cognitive.dspy.paths import is_within, modules_in
 from dspex_persist.cognitive.joining import NOTHING, Surroundings, joined, surroundings
 from dspex_persist.cognitive.records import decode
@@ -35,7 +36,7 @@ class Binding:
     in its process only.
     """
 
-    __slots__ = ("adapters", "ctx", "is_default", "live", "lms", "names", "options", "per", "tools")
+    __slots__ = ("adapters", "ctx", "is_default", "live", "lms", "names", "options", "per")
 
     def __init__(
         self,
@@ -47,7 +48,6 @@ class Binding:
         live: bool = False,
         lms: Mapping[str, Any] | None = None,
         adapters: Mapping[str, Any] | None = None,
-        tools: Mapping[str, Any] | None = None,
     ) -> None:
         self.ctx = ctx
         self.options = options
@@ -56,7 +56,6 @@ class Binding:
         self.live = live
         self.lms = {} if lms is None else lms
         self.adapters = {} if adapters is None else adapters
-        self.tools = {} if tools is None else tools
         self.names = tuple(
             dict.fromkeys((*options.values(), *(name for each in per.values() for name in each.values())))
         )
@@ -71,7 +70,6 @@ class Binding:
             live=self.live,
             lms=self.lms,
             adapters=self.adapters,
-            tools=self.tools,
         )
 
     def __copy__(self) -> "Binding":
@@ -135,18 +133,33 @@ class Snapshot:
         self.ended = False
 
 
+class Named(NamedTuple):
+    """A variable that a binding names for an option, and the module for which it does."""
+
+    variable: str
+    target: Any
+
+
 class Frame(NamedTuple):
     """A bound module whose call is in progress, and by the `id` of each module in it, what `per` says about that."""
 
     binding: Binding
     module: Any
-    targets: Mapping[int, Mapping[str, str]]
+    targets: Mapping[int, Mapping[str, Named]]
 
 
 class Choice(NamedTuple):
-    """A variable that sets an option, the binding that says so, and how deep in the call the bound module is."""
+    """A variable that sets an option.
+
+    Attributes:
+        variable: Its name.
+        target: The module for which the binding names it; it applies to what is in that.
+        binding: The binding.
+        depth: How deep in the call the bound module is.
+    """
 
     variable: str
+    target: Any
     binding: Binding
     depth: int
 
@@ -161,10 +174,12 @@ class Scope:
         snapshot: What the outermost call has read.
         live: What was read last of the variables of bindings with `live=True`.
         is_calling: Whether an LM is being called: what that calls is up to it.
+        outer: The scope of the caller.
         lm: The LM of the predictor that is called, once that has chosen it.
+        attributes: The attributes of the module that variables set during this call.
     """
 
-    __slots__ = ("choices", "frames", "is_calling", "live", "lm", "module", "snapshot")
+    __slots__ = ("attributes", "choices", "frames", "is_calling", "live", "lm", "module", "outer", "snapshot")
 
     def __init__(
         self,
@@ -173,11 +188,14 @@ class Scope:
         choices: Mapping[str, Choice],
         snapshot: Snapshot,
         live: _Readings,
+        outer: "Scope | None" = None,
         is_calling: bool = False,
     ) -> None:
         self.module, self.frames, self.choices = module, frames, choices
         self.snapshot, self.live, self.is_calling = snapshot, live, is_calling
+        self.outer = outer
         self.lm: Any = None
+        self.attributes: Mapping[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -191,13 +209,18 @@ class Scope:
         return readings[choice.binding.ctx, choice.variable]
 
     @property
+    def has_program_options(self) -> bool:
+        """Whether variables set more than options of LM calls."""
+        return not PROGRAM_OPTIONS.keys().isdisjoint(self.choices)
+
+    @property
     def is_live(self) -> bool:
         """Whether the next call of an LM has to read variables."""
         return any(frame.binding.live for frame in self.frames)
 
     def calling(self) -> "Scope":
         """Return the scope for what an LM does while it is called."""
-        return Scope(self.module, self.frames, self.choices, self.snapshot, self.live, True)
+        return Scope(self.module, self.frames, self.choices, self.snapshot, self.live, self.outer, True)
 
     def between_calls(self) -> "Scope":
         """Return the scope for code that will call the module, several times perhaps."""
@@ -312,31 +335,40 @@ class Entry:
         if frames:
             choices = dict(choices)
             for depth, frame in enumerate(frames):
-                _choose(choices, frame.targets.get(id(module), {}), frame.binding, depth)
+                if id(module) in frame.targets:
+                    _choose(choices, frame.targets[id(module)], frame.binding, depth)
         if binding is not None and self._is_new:
             frame = Frame(binding, module, _targets_of(binding, module))
             choices = dict(choices)
-            _choose(choices, {**binding.options, **frame.targets.get(id(module), {})}, binding, len(frames))
+            named = {option: Named(variable, module) for option, variable in binding.options.items()}
+            _choose(choices, {**named, **frame.targets.get(id(module), {})}, binding, len(frames))
             frames = (*frames, frame)
-        return Scope(module, frames, choices, self._snapshot, {**live, **self._live} if self._live else live)
+        return Scope(module, frames, choices, self._snapshot, {**live, **self._live} if self._live else live, outer)
 
 
-def _choose(choices: dict[str, Choice], options: Mapping[str, str], binding: Binding, depth: int) -> None:
+def _choose(choices: dict[str, Choice], options: Mapping[str, Named], binding: Binding, depth: int) -> None:
     """Let a binding set options, unless a binding of a module further inside does."""
-    for option, variable in options.items():
+    for option, (variable, target) in options.items():
         chosen = choices.get(option)
         if chosen is None or chosen.depth <= depth:
-            choices[option] = Choice(variable, binding, depth)
+            choices[option] = Choice(variable, target, binding, depth)
 
 
-def _targets_of(binding: Binding, program: Any) -> dict[int, dict[str, str]]:
+def _targets_of(binding: Binding, program: Any) -> dict[int, dict[str, Named]]:
     """Return what `per` says about each module of a program; the longest path that leads to it counts most."""
     if not binding.per:
         return {}
-    targets: dict[int, dict[str, str]] = {}
+    targets: dict[int, dict[str, Named]] = {}
     paths = sorted(binding.per, key=len)
-    for path, module in modules_in(program):
-        options = {name: each for other in paths if is_within(path, other) for name, each in binding.per[other].items()}
+    modules = modules_in(program)
+    by_path = dict(modules)
+    for path, module in modules:
+        options = {
+            option: Named(variable, by_path[other])
+            for other in paths
+            if is_within(path, other)
+            for option, variable in binding.per[other].items()
+        }
         if options:
             targets[id(module)] = options
     return targets
