@@ -267,6 +267,10 @@ class SessionHold(ABC):
 
         Args:
             moved_to: Where it is now, in words.
+
+        Raises:
+            OutcomeUnknownError: The connection to a server broke: it may have ended there, or not.
+            StateError: It has not ended.
         """
 
     @abstractmethod
@@ -281,21 +285,22 @@ class SessionHold(ABC):
 
 
 class Holdable(Ability):
-    """The writers of a session can be made to wait while it is moved: it is held in this process."""
+    """The writers of a session can be made to wait while it is moved."""
 
     lacking = "holds of sessions"
-    instead = "move sessions that are in memory or in a file of this process"
+    instead = "move sessions that are in memory, in a database file, or on a server of this release"
 
     @abstractmethod
-    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
         """Have all writers of a live session wait, whoever they are, until the hold is closed. Reads go on.
 
         It first waits for the tools that run in the session, while no new ones begin. Nothing of it is stored: if the
-        process ends, or forgets the hold, so does the hold.
+        process ends, or forgets the hold, so does the hold. On a server, it also ends after five minutes.
 
         Args:
             session_id: The session's id.
             timeout_s: How long to wait for running tools, in seconds.
+            origin: Who moves it; the provider's default if None.
 
         Raises:
             SessionNotFoundError: There is no such live session.

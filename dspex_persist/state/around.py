@@ -149,9 +149,9 @@ class ImportsAround(HandedOn, Importable):
 class HoldsAround(HandedOn, Holdable):
     """Passes holds on to `provider`."""
 
-    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
         """See `Holdable.hold_session`."""
-        return Holdable.of(self.provider).hold_session(session_id, timeout_s=timeout_s)
+        return Holdable.of(self.provider).hold_session(session_id, timeout_s=timeout_s, origin=origin)
 
 
 class DerivesAround(HandedOn, Derives):

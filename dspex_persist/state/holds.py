@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from dspex_persist.infra.futures import failed
 from dspex_persist.state.commands import BeginExecution, Command
-from dspex_persist.state.errors import SessionMovedError
+from dspex_persist.state.errors import SessionMovedError, StateError
 
 R = TypeVar("R")
 
@@ -24,6 +24,8 @@ class Held:
         self._over = threading.Event()
         self._moved_to: str | None = None
         self._adding = threading.Lock()
+        # What comes when the hold is over: first what the writer has refused, which came before the others.
+        self._refused: list[Callable[[], None]] = []
         self._parked: list[Callable[[], None]] = []
 
     def fill(self) -> None:
@@ -61,12 +63,29 @@ class Held:
             elif future.set_running_or_notify_cancel():
                 _pass_on(submit(), future)
 
+        self._add(self._parked, go_on)
+        return future
+
+    def park_refused(self, again: Callable[[], None], refuse: Callable[[StateError], None]) -> None:
+        """Keep a command that came to the writer too early to be parked, and that the writer has refused.
+
+        When the hold is over, `again` is called, or `refuse` if the session has moved.
+        """
+
+        def go_on() -> None:
+            if self._moved_to is not None:
+                refuse(SessionMovedError(self.session_id, self._moved_to))
+            else:
+                again()
+
+        self._add(self._refused, go_on)
+
+    def _add(self, waiting: list[Callable[[], None]], go_on: Callable[[], None]) -> None:
         with self._adding:
             if self._over.is_set():
                 go_on()
             else:
-                self._parked.append(go_on)
-        return future
+                waiting.append(go_on)
 
     def release(self, moved_to: str | None = None) -> None:
         """End the hold. `moved_to`: where the session has moved, which its writers have to know."""
@@ -76,9 +95,9 @@ class Held:
             self._moved_to = moved_to
             self._ending = True
             # Before anybody else may go on, because commands take effect in the order in which they came.
-            for go_on in self._parked:
+            for go_on in (*self._refused, *self._parked):
                 go_on()
-            self._parked = []
+            self._refused, self._parked = [], []
             self._over.set()
 
 

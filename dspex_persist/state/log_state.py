@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.futures import failed
+from dspex_persist.infra.futures import Ticket, failed
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
@@ -122,6 +122,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             on_fatal=self._on_fatal,
             on_answered=groups.hub.wake,
             has_news=lambda: groups.hub.has_news,
+            defer=self._defer,
         )
         forks.register(self)
 
@@ -182,18 +183,27 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
     def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
         return self._writer.submit(self._write_job(command, origin))
 
+    def _defer(self, job: Job, ticket: Ticket[StateError]) -> None:
+        """Have a command wait that came to the writer just before its session was held."""
+        held = self._groups.held.get(job.command.session_id)
+        again = partial(self._writer.queue, [(job, ticket)])
+        if held is None:
+            again()
+        else:
+            held.park_refused(again, lambda error: _refuse(ticket, error))
+
     def _held_for(self, command: Command[Any]) -> Held | None:
         held = self._groups.held.get(command.session_id)
         return held if held is not None and held.parks(command) else None
 
-    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
         """See `Holdable.hold_session`."""
         self.check_open()
         session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
         held = Held(session_id)
         if self._groups.held.setdefault(session_id, held) is not held:
             raise SessionHeldError(session_id)
-        hold = _Hold(self, held)
+        hold = _Hold(self, held, origin)
         try:
             self._fill(held, timeout_s)
         except BaseException:
@@ -374,17 +384,24 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             self._fatal_callback(error)
 
 
+def _refuse(ticket: Ticket[StateError], error: StateError) -> None:
+    if ticket.begin():
+        ticket.settle(None, error)
+
+
 class _Hold(SessionHold):
     """A session that is held, for whoever moves it. It ends when this is closed, or collected."""
 
-    def __init__(self, state: LogState, held: Held) -> None:
+    def __init__(self, state: LogState, held: Held, origin: Origin | None) -> None:
         self._state = state
         self._held = held
+        self._origin = origin
         self._end = weakref.finalize(self, _release, state._groups.held, held, None)
 
     def move(self, moved_to: str) -> None:
         """See `SessionHold.move`."""
-        self._state.run(EndMovedSession(self._held.session_id, moved_to))
+        command = EndMovedSession(self._held.session_id, moved_to)
+        self._state.submit(command, self._origin).result()
         _release(self._state._groups.held, self._held, moved_to)
 
     def close(self) -> None:

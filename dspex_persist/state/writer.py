@@ -21,7 +21,13 @@ from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.traces import trace_of
-from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    OutcomeUnknownError,
+    QueueFullError,
+    SessionHeldError,
+    StateError,
+)
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.log_store import WouldWaitError
 
@@ -83,6 +89,24 @@ class _Waiting:
         return self._outcome
 
 
+class _Begun:
+    """The ticket of a job that was begun, and is queued again."""
+
+    __slots__ = ("_ticket", "settle")
+
+    def __init__(self, ticket: Ticket[StateError]) -> None:
+        self._ticket = ticket
+        self.settle = ticket.settle
+
+    def begin(self) -> bool:
+        return True
+
+
+def is_held(outcome: Outcome) -> bool:
+    """Whether a job was not carried out because its session is held."""
+    return isinstance(outcome.error, SessionHeldError)
+
+
 class Writer:
     """Passes queued jobs to `write_group` in order, group by group, and settles their tickets when it returns.
 
@@ -96,6 +120,8 @@ class Writer:
             calls fail with the same error.
         on_answered: Called on the writer's thread after the callers of a group have their outcomes.
         has_news: Returns whether `on_answered` has anything to do.
+        defer: Called with each job whose session was held, and its ticket: it has to queue it again, or to settle the
+            ticket.
         gap_s: Seconds that the writer waits after a group of several, so that its callers can join the next one.
         main_leads: Whether the main thread may lead for a small job. Ctrl-C and other signal handlers of Python wait
             until the group is written, so this is for stores that never wait for a disk.
@@ -112,6 +138,7 @@ class Writer:
         on_fatal: Callable[[BaseException], None],
         on_answered: Callable[[], object] = lambda: None,
         has_news: Callable[[], bool] = lambda: False,
+        defer: "Callable[[Job, Ticket[StateError]], None] | None" = None,
         gap_s: float = GAP_S,
         main_leads: bool = False,
     ) -> None:
@@ -126,6 +153,7 @@ class Writer:
         self._on_fatal = on_fatal
         self._on_answered = on_answered
         self._has_news = has_news
+        self._defer = defer
         self._closed: StateError | None = None
         # The thread whose exception ended the writer.
         self._failed_on: int | None = None
@@ -304,7 +332,7 @@ class Writer:
             if waiting:
                 # After the lead is released, so that a caller can lead as soon as it has its result. No local variable
                 # keeps the outcomes until the next group.
-                _answer(waiting, self._write(waiting))
+                self._answer(waiting, self._write(waiting))
             self._on_answered()
             if not more:
                 # Waits for a leading caller. Later callers see that the writer is closed.
@@ -395,6 +423,28 @@ class Writer:
         assert len(outcomes) == len(jobs), "each job has an outcome"
         return outcomes
 
+    def _answer(self, waiting: list[_Queued], outcomes: Sequence[Outcome]) -> None:
+        """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet."""
+        answered = 0
+        late = [queued for queued, outcome in zip(waiting, outcomes, strict=True) if is_held(outcome)]
+        if late and self._defer is not None:
+            # Before the others are settled: one of them may be about to end the hold.
+            for job, ticket in late:
+                self._defer(job, _Begun(ticket))
+        try:
+            for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
+                answered += 1
+                if not (late and self._defer is not None and is_held(outcome)):
+                    ticket.settle(outcome.result, outcome.error)
+        finally:
+            del waiting[:answered]
+
+    def defer(self, job: Job, ticket: Ticket[StateError]) -> bool:
+        """Have a job whose session was held wait until it is not; returns whether it does."""
+        if self._defer is not None:
+            self._defer(job, ticket)
+        return self._defer is not None
+
     def _fail(self, waiting: list[_Queued], error: BaseException) -> StateError:
         """Fail the waiting jobs and all later ones with the error. Returns the error as callers see it."""
         reason = error if isinstance(error, StateError) else OutcomeUnknownError(f"the writer ended: {error!r}")
@@ -427,17 +477,6 @@ def _has_stack() -> bool:
     return False
 
 
-def _answer(waiting: list[_Queued], outcomes: Sequence[Outcome]) -> None:
-    """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet."""
-    answered = 0
-    try:
-        for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
-            answered += 1
-            ticket.settle(outcome.result, outcome.error)
-    finally:
-        del waiting[:answered]
-
-
 def _refuse(entries: Iterable[_Queued], error: StateError) -> None:
     for _, ticket in entries:
         if ticket.begin():
@@ -468,6 +507,7 @@ class LoopWrites:
             ((job, reply),) = pending
             outcome = None if reply.cancelled() else self._writer.lead(job, wait=False)
             if outcome is not None:
-                reply.settle_here(outcome.result, outcome.error)
+                if not (is_held(outcome) and self._writer.defer(job, reply)):
+                    reply.settle_here(outcome.result, outcome.error)
                 return
         self._writer.queue(pending)

@@ -12,6 +12,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.provider_contract import (
     DEADLINE_S,
@@ -108,6 +109,10 @@ class TestBridgedHistory(
     """The contract of recordings, imports, forks and audits."""
 
     settings: ClassVar[dict[str, Any]] = {**Bridged.settings, "audit_reveal": True, "audit_prune": True}
+
+
+class TestBridgedHolds(Bridged, HoldContract):
+    """The contract of holds."""
 
 
 class TestBridgedClosing(Bridged, ClosingContract):

@@ -1,14 +1,16 @@
 """BridgedAudit: audit queries to a server over gRPC."""
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 import grpc
 
-from dspex_persist.state.abilities import SessionImport
+from dspex_persist.state.abilities import SessionHold, SessionImport
 from dspex_persist.state.audit import (
     PAGE,
     AuditSource,
@@ -36,6 +38,7 @@ from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
     OutcomeUnknownError,
+    SessionNotFoundError,
     ShuttingDownError,
     StateError,
     UnavailableError,
@@ -51,6 +54,8 @@ _BATCH_BYTES: Final = 256 * 1024
 """The target size of a message with lines; a single line may be larger."""
 _MOST_WAITING: Final = 4
 """Messages that wait to be sent."""
+_CLOSE_S: Final = 5.0
+"""How long the end of a hold waits for the server."""
 
 
 class BridgedAudit(AuditSource):
@@ -242,6 +247,110 @@ class BridgedImport(SessionImport):
             self._call.cancel()
             self._requests.stop()
             self._here.close()
+
+
+class BridgedHold(SessionHold):
+    """A session that a server holds, for as long as a stream to it lasts.
+
+    Args:
+        channel: The connection to the server.
+        line: Whether that connection works.
+        session_id: The session.
+        timeout_s: How long to wait for running tools, in seconds.
+        headers: The headers of the call.
+        answer_s: How long to wait for an answer that takes the server no time, in seconds.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        line: Line,
+        session_id: str,
+        timeout_s: float,
+        *,
+        headers: Headers,
+        answer_s: float,
+    ) -> None:
+        self._line = line
+        self._calls = _Calls(channel, line)
+        self._answer_s = answer_s
+        self._again = partial(BridgedHold, channel, line, session_id, timeout_s, headers=headers, answer_s=answer_s)
+        self._requests = requests = _Requests()
+        request = _built(lambda: pb.HoldSessionRequest(session=session_id, timeout_s=timeout_s))
+        self._requests.put(request, answer_s)
+        self._call, self._here = self._calls.begin("HoldSession", requests, headers)
+        self._call.add_done_callback(lambda _: requests.stop())
+        self._end = weakref.finalize(self, _cancel, self._call, self._requests, self._here)
+        try:
+            self._answer(timeout_s + answer_s)
+        except BaseException:
+            self._end()
+            raise
+
+    def _answer(self, patience_s: float) -> Any:
+        """Wait for the next message."""
+        answers = _Patient(self._call, patience_s)
+        try:
+            answer = self._here.next_of(answers)
+        except grpc.RpcError:
+            if answers.given_up:
+                raise UnavailableError(f"{self._line.target} did not answer within {patience_s:g} s") from None
+            raise self._calls.error(self._call) from None
+        if answer is None:
+            raise UnavailableError(f"{self._line.target} ended the hold")
+        self._line.answered()
+        return answer
+
+    def move(self, moved_to: str) -> None:
+        """See `SessionHold.move`."""
+        request = _built(lambda: pb.HoldSessionRequest(moved_to=moved_to))
+        if not self._requests.put(request, self._answer_s):
+            # The stream has ended, which says why.
+            self._answer(self._answer_s)
+        try:
+            self._answer(self._answer_s)
+        except BaseException as error:
+            if isinstance(error, StateError) and is_from_server(self._call):
+                raise
+            # The server may have the request, or get it yet.
+            self._end()
+            if not self._has_ended():
+                raise
+            if not isinstance(error, StateError):
+                raise
+
+    def _has_ended(self) -> bool:
+        """Whether the session has ended on the server. While it can be held again, nobody else is about to end it."""
+        pause_s, deadline = FIRST_PAUSE_S, self._line.now() + self._answer_s
+        while True:
+            try:
+                self._again().close()
+            except SessionNotFoundError:
+                return True
+            except StateError as error:
+                if self._line.now() + pause_s >= deadline:
+                    reason = f"{self._line.target} does not say whether the session has ended there"
+                    raise OutcomeUnknownError(reason) from error
+                self._line.rest(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                return False
+
+    def close(self) -> None:
+        """See `SessionHold.close`. When this returns, the server has ended it, unless the connection is broken."""
+        if self._end.alive and self._here.refusal is None:
+            self._requests.end()
+            with suppress(grpc.RpcError):
+                for _ in _Patient(self._call, _CLOSE_S):
+                    pass
+        self._end()
+
+
+def _cancel(call: Any, requests: "_Requests", here: OneProcess) -> None:
+    if here.refusal is None:
+        call.cancel()
+        requests.stop()
+        here.close()
 
 
 class _Requests:

@@ -29,6 +29,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import Calls, methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.hold_service import HoldRpcs
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import beside, recordings
@@ -56,7 +57,7 @@ _logger: Final = get_logger(__name__)
 @methods(beside.RPCS, "_run")
 @methods(rpcs.SINGLES, "_answer")
 @methods(rpcs.LISTS.values(), "_list")
-class AuditServicer(TransactionRpcs):
+class AuditServicer(TransactionRpcs, HoldRpcs):
     """The rpcs of the audit service. Made and used on one event loop; close it before the provider.
 
     Args:
@@ -76,7 +77,8 @@ class AuditServicer(TransactionRpcs):
         stall_timeout_s: float = 30.0,
         max_message_bytes: int = 100 * 1024 * 1024,
     ) -> None:
-        super().__init__(provider)
+        TransactionRpcs.__init__(self, provider)
+        HoldRpcs.__init__(self, provider, stall_timeout_s)
         self._provider = provider
         self._reveal = reveal
         self._may_prune = prune
@@ -95,12 +97,14 @@ class AuditServicer(TransactionRpcs):
     def drain(self) -> None:
         """End all streams, with a status that says how to continue. Unary rpcs are still answered."""
         self._draining = True
+        self.end_holds()
 
     def close(self) -> None:
         """Wait for the work in progress, and end the threads."""
         self._draining = True
         for threads in (self._lists, self._answers, self._pruner, self._imports):
             threads.shutdown(cancel_futures=True)
+        self.close_holders()
 
     # Pruning
 

@@ -19,6 +19,7 @@ from dspex_persist.state.abilities import (
     Auditable,
     Durable,
     Forkable,
+    Holdable,
     Importable,
     Prunable,
     Recordable,
@@ -30,7 +31,7 @@ from dspex_persist.state.abilities import (
 )
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
-from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedImport
+from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedHold, BridgedImport
 from dspex_persist.state.bridge.cache import MAX_AGE_S, MAX_BYTES, ValueCache
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
@@ -101,7 +102,9 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, Forkable, Restorable, Prunable, Transacts):
+class BridgedState(
+    StreamsTools, Durable, Auditable, Recordable, Importable, Holdable, Forkable, Restorable, Prunable, Transacts
+):
     """Session state on a server.
 
     The connection is opened by the first call, and again by itself whenever it breaks. Calls that a broken connection
@@ -362,6 +365,19 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         headers = self._headers_of_origin(self.default_origin(commands.ImportSession.__name__))
         facts = (self._channel, self._line, header, session_id)
         return BridgedImport(*facts, headers=headers, timeout_s=self._timeout_s)
+
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> BridgedHold:
+        """Have the server hold it; see `Holdable.hold_session`. Calls of others wait no longer than their timeouts."""
+        self.check_open()
+        session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
+        return BridgedHold(
+            self._channel,
+            self._line,
+            session_id,
+            timeout_s,
+            headers=self._headers_of_origin(origin or self.default_origin(commands.EndMovedSession.__name__)),
+            answer_s=self._timeout_s,
+        )
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None

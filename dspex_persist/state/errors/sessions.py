@@ -27,7 +27,7 @@ class SessionMovedError(StateError):
 
 @dataclass(eq=False)
 class SessionHeldError(StateError):
-    """The session is being moved to another backend; the call came too late to wait for that. Nothing was written."""
+    """Somebody else is moving the session to another backend. Nothing was done."""
 
     retryable = True
     template = "session {session_id!q} is being moved"

@@ -179,6 +179,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.RecordInputsResponse.FromString,
                 _registered_method=True)
+        self.HoldSession = channel.stream_stream(
+                '/dspex.persist.v1.AuditService/HoldSession',
+                request_serializer=dspex__persist__audit__pb2.HoldSessionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.HoldSessionResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -405,6 +410,18 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldSession(self, request_iterator, context):
+        """Have all writers of a live session wait while it is moved to another backend; readers go on. The first message names
+        the session. When no tool and no transaction runs in it any more, and none begins, the server answers with a first
+        message; UNAVAILABLE if that takes longer than timeout_s, or if the session is held already. The hold ends with the
+        stream, however that ends, and after five minutes (UNAVAILABLE). A second message ends the session: it goes on
+        elsewhere, and those who waited get FAILED_PRECONDITION, which says where (SESSION_MOVED). The server answers that
+        with a second message, and the stream ends. The header x-dspex-actor names the caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -542,6 +559,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.RecordInputs,
                     request_deserializer=dspex__persist__audit__pb2.RecordInputsRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.RecordInputsResponse.SerializeToString,
+            ),
+            'HoldSession': grpc.stream_stream_rpc_method_handler(
+                    servicer.HoldSession,
+                    request_deserializer=dspex__persist__audit__pb2.HoldSessionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.HoldSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1283,6 +1305,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/RecordInputs',
             dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
             dspex__persist__audit__pb2.RecordInputsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dspex.persist.v1.AuditService/HoldSession',
+            dspex__persist__audit__pb2.HoldSessionRequest.SerializeToString,
+            dspex__persist__audit__pb2.HoldSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

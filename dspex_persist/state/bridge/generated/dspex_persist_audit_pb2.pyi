@@ -4,8 +4,8 @@ isort:skip_file
 Queries of a server's history: who changed what, when, in which tool execution, and from which inputs.
 
 A second service on the port of the unified bridge (snakepit_bridge.proto), which it does not change.
-Prune, ForkSession, RestoreSession, ImportSession, ConstrainVariable, AddRule, RemoveRule and the rpcs of transactions
-and recordings write; all other rpcs only read.
+Prune, ForkSession, RestoreSession, ImportSession, HoldSession, ConstrainVariable, AddRule, RemoveRule and the rpcs of
+transactions and recordings write; all other rpcs only read.
 
 Field numbers are stable: fields may be added, but none is ever changed or reused.
 """
@@ -2886,3 +2886,55 @@ class RestoreSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RestoreSessionResponse: _TypeAlias = RestoreSessionResponse  # noqa: Y015
+
+@_typing.final
+class HoldSessionRequest(_message.Message):
+    """-- Moving --"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    MOVED_TO_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """in the first message"""
+    timeout_s: _builtins.float
+    """in the first message: how long to wait for tools; default 30"""
+    moved_to: _builtins.str
+    """in the second message: where the session is now, in words"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        timeout_s: _builtins.float | None = ...,
+        moved_to: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "moved_to", b"moved_to", "session", b"session", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
+
+Global___HoldSessionRequest: _TypeAlias = HoldSessionRequest  # noqa: Y015
+
+@_typing.final
+class HoldSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVED_FIELD_NUMBER: _builtins.int
+    moved: _builtins.bool
+    """in the second message: the session has ended here"""
+    def __init__(
+        self,
+        *,
+        moved: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moved", b"moved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldSessionResponse: _TypeAlias = HoldSessionResponse  # noqa: Y015
