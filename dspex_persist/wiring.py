@@ -362,7 +362,10 @@ def _bridged(target: str, **options: Any) -> "BridgedState":
     from dspex_persist.state.bridged import BridgedState
 
     if options.get("tools") is not None:
-        reason = "a server has its own tools: start it with --tools MODULE, or register a worker's"
+        reason = (
+            "a server has its own tools: start it with --tools MODULE, or register a worker's; or have a context run "
+            "some here, Context(session_id, url, tools=...)"
+        )
         raise InvalidArgumentError("tools", reason)
     options.pop("tools", None)
     _check_options(options, _options_of(BridgedState), "a server")

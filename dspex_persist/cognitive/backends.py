@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
+from dspex_persist.cognitive.carried import CarriedTools
 from dspex_persist.cognitive.steps import DEFAULT, Terms
 from dspex_persist.infra import forks
 from dspex_persist.infra.mailbox import LoopMailbox
@@ -40,6 +41,7 @@ _MEANT: Final = {
     "file": 'a path, such as "sessions.db"',
     "server": '"grpc://HOST:PORT"',
 }
+_SERVERS: Final = ("grpc:", "grpc+unix:")
 
 _LONG: Final = frozenset[type]({ExecuteTool})
 """Commands that may take as long as a tool does."""
@@ -110,6 +112,11 @@ class Gate:
         with self._changed:
             self.tools.pop()
             self._changed.notify_all()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this code is in a block that passes as a tool does: whoever holds the gate waits for its end."""
+        return bool(self.tools) and self in _passed.get()
 
     def let_in(self) -> None:
         """Let the calls of this context that follow pass as part of a passage by `enter_tool`, until `let_out`."""
@@ -229,9 +236,34 @@ class _Borrowed(WithTools):
         self.interrupt()
 
 
+class _BorrowedServer(CarriedTools):
+    """The same for a provider on a server."""
+
+    def close(self) -> None:
+        """Do nothing: what runs ends as it does without the context."""
+
+
 def with_tools(provider: StateProvider, tools: Mapping[str, ToolCode]) -> WithTools:
     """Return a provider that executes other tools as well, over one that belongs to somebody else."""
     return _Borrowed(provider, tools)
+
+
+def opened(address: str | os.PathLike[str], options: Mapping[str, Any]) -> StateProvider:
+    """Open the session state at an address. Tools run in this process, wherever the sessions are."""
+    tools = options.get("tools")
+    if tools is None or not is_server(address):
+        return cast(StateProvider, open_state(address, **options))
+    provider: StateProvider = open_state(address, **{name: options[name] for name in options if name != "tools"})
+    try:
+        return CarriedTools(provider, tools)
+    except BaseException:
+        provider.discard()
+        raise
+
+
+def is_server(address: str | os.PathLike[str]) -> bool:
+    """Whether an address is that of a server."""
+    return isinstance(address, str) and address.startswith(_SERVERS)
 
 
 class Backend:
@@ -271,10 +303,10 @@ class Backend:
             tools = options.get("tools")
             if tools is None:
                 return cls(place, is_owned=False)
-            return cls(_Borrowed(place, tools), is_owned=True, options=options)
-        address = _IN_MEMORY if place == LOCAL else place
+            borrowed = _BorrowedServer if "remote" in place.capabilities else _Borrowed
+            return cls(borrowed(place, tools), is_owned=True, options=options)
         try:
-            provider: StateProvider = open_state(address, **options)
+            provider = opened(_IN_MEMORY if place == LOCAL else place, options)
         except InvalidArgumentError as error:
             raise _about_backend(error) from None
         return cls(provider, is_owned=True, options=options)

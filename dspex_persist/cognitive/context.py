@@ -414,7 +414,7 @@ class Context(Transacting, Watchable, Ruled):
         Raises:
             SessionExistsError: The server has a live session with this id.
             UnavailableError: The server cannot be reached, or a tool was still running in the session.
-            UnsupportedError: The session is on another server, which it cannot leave.
+            UnsupportedError: The session is on another server: it moves from there with `move_to`.
         """
         yield from work(self._ensure, BRIDGED, url, options)
 
@@ -423,6 +423,29 @@ class Context(Transacting, Watchable, Ruled):
         if self._closed:
             raise ContextClosedError(self.session_id)
         return execute_code(self._backend, code, command, self._signed(terms))
+
+    @verb
+    def move_to(self, place: str | os.PathLike[str], /, **options: Any) -> Steps[None]:
+        """Move the session to a file or a server, from wherever it is: also from a server, or to another file.
+
+        Like `ensure_persistent` otherwise, which leaves a session where it is if that is durable. Calls of other
+        clients of a server that the session leaves wait meanwhile, for as long as their timeouts are.
+
+        Args:
+            place: The file, which is created if it does not exist, or the address of the server. Nothing happens if the
+                session is there.
+            options: Further options of `dspex_persist.connect`; those of the context apply as well.
+
+        Raises:
+            SessionExistsError: There is a live session with this id.
+            OpenError: The file cannot be opened.
+            UnavailableError: The server cannot be reached, or a tool or transaction was still running in the session.
+            UnsupportedError: The server that the session is on does not reveal the values of sensitive variables, or is
+                of an older release.
+            OutcomeUnknownError: The connection to the server broke, and it does not say whether the session has ended
+                there: the session goes on at the new place, and may be live on that server, too.
+        """
+        yield from work(self._move, place, options)
 
     def _find_tool(self, tool: ToolCode | str) -> object:
         """Return the tool, if this context knows its code."""
@@ -441,10 +464,16 @@ class Context(Transacting, Watchable, Ruled):
         raise moves.nowhere(needed, name)
 
     def _ensure(self, kind: str, place: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._moving(lambda: moves.ensure(self._backend, self.session_id, kind, place, options))
+
+    def _move(self, place: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._moving(lambda: moves.move(self._backend, self.session_id, place, options))
+
+    def _moving(self, move: Callable[[], None]) -> None:
         if self._closed:
             raise ContextClosedError(self.session_id)
         try:
-            moves.ensure(self._backend, self.session_id, kind, place, options)
+            move()
         finally:
             if self._closed:
                 # It was closed meanwhile.

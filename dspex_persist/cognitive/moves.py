@@ -14,15 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from dspex_persist import clock
-from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch
-from dspex_persist.cognitive.carried import CarriedTools
+from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch, is_server, opened
 from dspex_persist.cognitive.deriving import Derived
 from dspex_persist.infra.garbage import uncollected
+from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.opening import open_state
 from dspex_persist.spelling import quote
 from dspex_persist.state.abilities import Holdable, Importable, Recordable, SessionHold, SessionImport
 from dspex_persist.state.errors import (
@@ -41,7 +40,6 @@ from dspex_persist.state.tools.session import current_session
 TIMEOUT_S: Final = 30.0
 """How long a move waits for the tools that run in the session, in seconds."""
 
-_SERVERS: Final = ("grpc:", "grpc+unix:")
 _IN_MEMORY: Final = ("memory:", ":memory:", LOCAL)
 _OF_FILES: Final = (
     "limits",
@@ -81,9 +79,27 @@ def ensure(
     _refuse_own(backend)
     with backend.moving:
         if not _is_there(backend, kind, address):
-            if kind == BRIDGED:
-                _refuse_derived(backend, session_id)
-            _move(backend, session_id, address, {**_carried(backend, kind), **options})
+            _leave(backend, session_id, kind, address, options)
+
+
+def move(backend: Backend, session_id: str, place: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Move a session to the backend at an address, unless it is there.
+
+    Args:
+        backend: The backend of the context.
+        session_id: The session.
+        place: The address, as for `connect`: a file or a server.
+        options: The options to open it.
+
+    Raises:
+        StateError: As `ensure`.
+    """
+    kind = BRIDGED if is_server(place) else EMBEDDED
+    address = _address_of(kind, place)
+    _refuse_own(backend)
+    with backend.moving:
+        if not _is_at(backend, kind, address):
+            _leave(backend, session_id, kind, address, options)
 
 
 def fulfils(backend: Backend, needed: str) -> bool:
@@ -109,12 +125,11 @@ def _address_of(kind: str, place: str | os.PathLike[str]) -> str:
     if not isinstance(place, str | os.PathLike):
         raise InvalidArgumentError("place", f"it must be a str or a path, not {type(place).__name__}")
     address = os.fspath(place)
-    is_server = address.startswith(_SERVERS)
-    if kind == BRIDGED and not is_server:
+    if kind == BRIDGED and not is_server(address):
         raise InvalidArgumentError(
             "url", f"{quote(address)} is not the URL of a server, such as grpc://127.0.0.1:50051"
         )
-    if kind == EMBEDDED and (is_server or address in _IN_MEMORY):
+    if kind == EMBEDDED and (is_server(address) or address in _IN_MEMORY):
         raise InvalidArgumentError("path", f"{quote(address)} is not a file: use ensure_bridged for a server")
     return address
 
@@ -124,13 +139,29 @@ def _is_there(backend: Backend, kind: str, address: str) -> bool:
         return backend.kind != LOCAL
     if backend.kind == BRIDGED and backend.url not in ("", address):
         raise UnsupportedError(
-            f"a move from {backend.url} to another server", "export the session there, and import it: session export"
+            f"ensure_bridged from {backend.url} to another server", f"say that it has to move: ctx.move_to({address!r})"
         )
     return backend.kind == BRIDGED
 
 
+def _is_at(backend: Backend, kind: str, address: str) -> bool:
+    if backend.kind != kind:
+        return False
+    if kind == BRIDGED:
+        return target_of(backend.url) == target_of(address)
+    return os.path.realpath(backend.url) == os.path.realpath(address)
+
+
+def _leave(backend: Backend, session_id: str, kind: str, address: str, options: Mapping[str, Any]) -> None:
+    if kind == BRIDGED:
+        _refuse_derived(backend, session_id)
+    _move(backend, session_id, address, {**_carried(backend, kind), **options})
+
+
 def _carried(backend: Backend, kind: str) -> dict[str, Any]:
     """Return the options of the context that hold at the new place, too."""
+    if backend.kind == kind:
+        return dict(backend.options)
     names = _OF_FILES if kind == EMBEDDED else ("tools",)
     return {name: backend.options[name] for name in names if name in backend.options}
 
@@ -141,7 +172,7 @@ def _move(backend: Backend, session_id: str, url: str, options: Mapping[str, Any
     Recordable.of(source)
     Holdable.of(source)
     was_owned = backend.is_owned
-    target = _opened(url, options)
+    target = opened(url, options)
     _Move(backend, session_id, target, url).carry_out()
     if was_owned:
         try:
@@ -155,25 +186,16 @@ def _refuse_own(backend: Backend) -> None:
     """Refuse a move that would wait for whoever makes it."""
     if current_session.get() is not None:
         raise UnsupportedError("a move by a tool", "move the session before you call the tool")
+    if backend.gate.is_inside:
+        raise UnsupportedError(
+            "a move of a session by the code of its own transaction", "move it before the transaction, or after its end"
+        )
     with suppress(RuntimeError):
         if backend.is_awaited_on(asyncio.get_running_loop()):
             raise UnsupportedError(
                 "a move that blocks an event loop whose calls it waits for",
                 "await it: ctx.ensure_persistent.aio(...) or ctx.ensure_bridged.aio(...)",
             )
-
-
-def _opened(url: str, options: Mapping[str, Any]) -> StateProvider:
-    """Open the backend that a session moves to. Tools run in this process, wherever it is."""
-    tools = options.get("tools")
-    if tools is None or not url.startswith(_SERVERS):
-        return cast(StateProvider, open_state(url, **options))
-    provider: StateProvider = open_state(url, **{name: each for name, each in options.items() if name != "tools"})
-    try:
-        return CarriedTools(provider, tools)
-    except BaseException:
-        provider.discard()
-        raise
 
 
 def _refuse_derived(backend: Backend, session_id: str) -> None:
@@ -241,8 +263,8 @@ class _Move:
             self._verify(imported)
             leaving = True
             held.move(self._url)
-        except BaseException:
-            if not leaving or self._still_lives():
+        except BaseException as error:
+            if not leaving or (not isinstance(error, OutcomeUnknownError) and self._still_lives()):
                 self._undo()
                 raise
             # It has ended here, whatever came then: it is complete there, and must not be lost.
@@ -251,15 +273,24 @@ class _Move:
         self._switch(began)
 
     def _begin_copy(self) -> SessionImport:
-        header, commits = Recordable.of(self._source).record(self._session_id, reveal=True)
+        header, commits = self._record()
         self._moved, self._header = _Moved(), header
         self._import = begun = Importable.of(self._target).begin_import(header)
-        if not self._url.startswith(_SERVERS):
+        if not is_server(self._url):
             # This move has opened the file, and nobody else uses it yet.
             begun.write_ahead()
         for commit in self._moved.counting(commits):
             begun.add(commit)
         return begun
+
+    def _record(self, started: int | None = None) -> tuple[Header, Iterator[RecordedCommit]]:
+        header, commits = Recordable.of(self._source).record(self._session_id, started=started, reveal=True)
+        if header.masked:
+            raise UnsupportedError(
+                f"a move of sensitive variables from {self._backend.url}, which does not reveal their values",
+                "start the server with --audit-reveal, or stop it and use its file",
+            )
+        return header, commits
 
     def _end_copy(self) -> None:
         if self._import is not None:
@@ -282,9 +313,7 @@ class _Move:
         moved, begun = self._moved, self._import
         assert begun is not None, "it has begun"
         try:
-            header, commits = Recordable.of(self._source).record(
-                self._session_id, started=moved.sequences[0], reveal=True
-            )
+            header, commits = self._record(moved.sequences[0])
         except InvalidArgumentError:
             # Another session has this id now.
             header, commits = None, iter(())

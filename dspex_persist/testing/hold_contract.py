@@ -79,8 +79,7 @@ class HoldContract(Contract):
         def write() -> None:
             while not over.is_set():
                 pending.extend(
-                    provider.submit(commands.SetVariable(session, "x", Value(str(each))))
-                    for each in range(5)
+                    provider.submit(commands.SetVariable(session, "x", Value(str(each)))) for each in range(5)
                 )
                 pending[-1].result(DEADLINE_S)
 

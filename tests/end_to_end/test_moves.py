@@ -326,3 +326,7 @@ def test_a_program_with_tools_prints_the_same_everywhere(tmp_path: Path, url: st
     expected = run(Context(tools=tools))
     assert run(Context(backend=tmp_path / "a.db", tools=tools)) == expected
     assert run(Context(tools=tools), lambda ctx: ctx.ensure_bridged(url)) == expected
+    assert run(Context(backend=url, tools=tools)) == expected
+    with BridgedState(url) as provider:
+        assert run(Context(backend=provider, tools=tools)) == expected
+        provider.check_open()

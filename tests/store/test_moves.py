@@ -209,6 +209,31 @@ def test_a_tool_cannot_move_its_own_session(path: Path) -> None:
         assert not path.exists()
 
 
+def test_a_transaction_cannot_move_its_own_session(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for its own end."""
+
+    async def run(ctx: Context) -> None:
+        async with ctx.transaction() as transaction:
+            await transaction.set.aio("x", 2)
+            with pytest.raises(UnsupportedError, match="own transaction; move it before the transaction"):
+                await ctx.ensure_persistent.aio(path)
+
+    monkeypatch.setattr(moves._Move, "carry_out", fail)
+    with Context("s") as ctx:
+        ctx.define("x", 0)
+        with ctx.transaction() as transaction:
+            transaction["x"] = 1
+            for move in (ctx.ensure_persistent, ctx.move_to):
+                with pytest.raises(UnsupportedError, match="own transaction; move it before the transaction"):
+                    move(path)
+        assert ctx["x"] == 1
+        asyncio.run(run(ctx))
+        assert ctx["x"] == 2
+        assert not path.exists()
+        monkeypatch.undo()
+        ctx.ensure_persistent(path)
+
+
 def test_a_move_waits_for_tools_and_no_tool_begins(path: Path) -> None:
     running, go_on = threading.Event(), threading.Event()
 

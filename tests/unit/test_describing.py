@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import Context, ToolContext
+from dspex_persist import Context, ToolContext, connect
 from dspex_persist.cognitive.describing import MASKED, sparkline
 from dspex_persist.state.errors import InvalidArgumentError
 
@@ -155,4 +155,4 @@ def test_tools_can_be_added_to_a_provider_of_somebody_else(ctx: Context) -> None
     with pytest.raises(TypeError, match="timeout_s: options are for a backend that the context opens"):
         Context("s", provider, timeout_s=3)
     with pytest.raises(InvalidArgumentError, match="a server has its own tools"):
-        Context("s", "grpc://127.0.0.1:1", tools=[double])
+        connect("grpc://127.0.0.1:1", tools=[double])

@@ -17,8 +17,8 @@ VARIABLES = {
 }
 CONTEXT = VARIABLES | {
     *("aclose", "aopen", "audit", "backend", "call", "close", "closed", "derive", "describe", "end", "ensure_bridged"),
-    *("ensure_persistent", "execute", "fork", "recording", "remove_rule", "resumed", "rollback_to", "rule", "rules"),
-    *("transaction", "transactions", "wait_for", "watch"),
+    *("ensure_persistent", "execute", "fork", "move_to", "recording", "remove_rule", "resumed", "rollback_to"),
+    *("rule", "rules", "transaction", "transactions", "wait_for", "watch"),
 }
 TOOL_CONTEXT = VARIABLES | {
     *("attempt", "call", "cancelled", "execution_id", "log", "metadata", "now", "publish", "random", "uuid"),
