@@ -20,7 +20,7 @@ from dspex_persist.cognitive.backends import (
     check_place,
     is_place_there,
 )
-from dspex_persist.cognitive.deriving import DERIVED, Derived
+from dspex_persist.cognitive.deriving import Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError, DspyMissingError
 from dspex_persist.cognitive.own_tools import execute_code
@@ -50,6 +50,7 @@ from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Auditable, Derives, ExecutesTools
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands.derivations import DERIVED
 from dspex_persist.state.commands.sessions import MOST_TTL_S
 from dspex_persist.state.errors import (
     DependencyCycleError,

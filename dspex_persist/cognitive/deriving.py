@@ -12,9 +12,6 @@ from dspex_persist.state.commands import Derivation
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import Value, Variable
 
-DERIVED: Final = "derived"
-"""The kind of the dependencies of a derived variable."""
-
 _logger: Final = get_logger(__name__)
 
 

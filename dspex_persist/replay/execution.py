@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar, cast
 from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution
 from dspex_persist.state import commands
-from dspex_persist.state.commands import Command
+from dspex_persist.state.commands import Command, Derivation
 from dspex_persist.state.commands.executions import Begun
 from dspex_persist.state.errors import StateError, UnsupportedError
 from dspex_persist.state.events import Event, ExecutionEnded, Moment
@@ -18,6 +18,7 @@ from dspex_persist.state.fold import fold
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
+    ChangeKind,
     JournalEntry,
     Origin,
     Value,
@@ -46,6 +47,8 @@ class ReplayedCall:
     recorded: RecordedExecution | None
     calls: "list[ReplayedCall]" = field(default_factory=list)
     published: list[Change] = field(default_factory=list)
+    derived: list[Change] = field(default_factory=list)
+    """What was computed from what it published."""
     end: ExecutionEnded | None = None
     changes: tuple[Change, ...] = ()
     events: tuple[Event, ...] = ()
@@ -125,6 +128,8 @@ class ReplayRun:
         repeated = self.calls[command.verdict.execution_id].recorded
         ended_at = repeated.ended_at if repeated is not None else None
         unit = self._unit(self.state, origin, ended_at or self.now())
+        if repeated is not None:
+            unit.derivations = repeated.derivations.get(repeated.ended, ())
         finished = command.apply(unit)
         ends = {event.execution_id: event for event in unit.events if isinstance(event, ExecutionEnded)}
         for execution_id, event in ends.items():
@@ -135,23 +140,27 @@ class ReplayRun:
 
     # Publishing
 
-    def _publish(self, command: commands.PublishVariable, origin: Origin) -> Variable:
+    def _publish(self, command: commands.PublishVariable, origin: Origin) -> tuple[Variable, ...]:
         """Publish on the recorded state of that moment, which includes what other callers had written by then."""
         call = self.calls[command.execution_id]
-        base = self._base_of(call)
+        base, derivations = self._base_of(call)
         base.executions = self.state.executions
         unit = self._unit(base, origin, self.now())
-        variable = command.apply(unit)
-        call.published.extend(unit.versions)
-        return variable
+        unit.derivations = derivations
+        variables = command.apply(unit)
+        for change in unit.versions:
+            is_derived = change.version.kind is not ChangeKind.PUBLISHED
+            (call.derived if is_derived else call.published).append(change)
+        return variables
 
-    def _base_of(self, call: ReplayedCall) -> SessionState:
+    def _base_of(self, call: ReplayedCall) -> tuple[SessionState, Sequence[Derivation]]:
+        """The session on which a call publishes next, and what was computed in that commit."""
         recorded, at = call.recorded, len(call.published)
         if recorded is None or at >= len(recorded.published):
-            return self.state
-        number = recorded.published[at][1] - 1
-        self._until = max(self._until, number)
-        return self._past.state_after(number)[0]
+            return self.state, ()
+        number = recorded.published[at][1]
+        self._until = max(self._until, number - 1)
+        return self._past.state_after(number - 1)[0], recorded.derivations[number]
 
     # Reading
 
@@ -159,7 +168,7 @@ class ReplayRun:
         """Return all versions of a variable that exist at this point of the replay, oldest first; None if none do."""
         live = state.find(identifier)
         kept = self._past.rebuilt.history(live.id if live is not None else identifier, self._until) or []
-        own = [change.version for call in self.calls.values() for change in call.published]
+        own = [change.version for call in self.calls.values() for change in (*call.published, *call.derived)]
         wanted = live.id if live is not None else kept[0].variable_id if kept else ""
         versions = {entry.version: entry for entry in (*kept, *own) if entry.variable_id == wanted}
         return [versions[number] for number in sorted(versions)] or None

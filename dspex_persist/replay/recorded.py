@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dspex_persist.state.commands import Derivation
 from dspex_persist.state.errors import NotADatabaseError, RecordingError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, MalformedEventError
-from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Failure, Value
+from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Failure, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording
 
 
@@ -71,7 +73,8 @@ class RecordedExecution:
 
     `number` is the commit that began it, `ended` the one that ended it, 0 if none did. `end` is the second half of its
     journal entry. `written` are the versions that it wrote, in their order, and `published` those that it published,
-    with their commits; both exclude those of its children.
+    with their commits; both exclude those of its children. `derivations` are what functions computed from them, by the
+    numbers of the commits; a replay has the values instead of the functions.
     """
 
     id: str
@@ -94,6 +97,7 @@ class RecordedExecution:
     events: tuple[Event, ...] = ()
     written: tuple[RecordedVersion, ...] = ()
     published: list[tuple[RecordedVersion, int]] = field(default_factory=list)
+    derivations: dict[int, tuple[Derivation, ...]] = field(default_factory=dict)
     children: "list[RecordedExecution]" = field(default_factory=list)
 
     def tree(self) -> "Iterator[RecordedExecution]":
@@ -146,8 +150,11 @@ def _add_executions(commit: RecordedCommit, executions: dict[str, RecordedExecut
             executions[event.execution_id] = _begun(commit, event)
     publishing = executions.get(commit.cause)
     if publishing is not None:
-        published = (version for version in commit.versions if version.kind is ChangeKind.PUBLISHED)
+        published = [version for version in commit.versions if version.kind is ChangeKind.PUBLISHED]
         publishing.published.extend((version, commit.number) for version in published)
+        if published:
+            computed = (version for version in commit.versions if version.kind is not ChangeKind.PUBLISHED)
+            publishing.derivations[commit.number] = _derivations(commit, computed)
     _end(commit, events, executions)
 
 
@@ -181,6 +188,23 @@ def _end(commit: RecordedCommit, events: Sequence[Event], executions: Mapping[st
         execution.end = event
         execution.events = others
         execution.written = tuple(written.take(event.writes))
+    top = executions.get(commit.cause)
+    if top is not None and top.ended == commit.number:
+        top.derivations[commit.number] = _derivations(commit, written.left())
+
+
+def _derivations(commit: RecordedCommit, computed: Iterable[RecordedVersion]) -> tuple[Derivation, ...]:
+    """Return derivations that compute what was computed in a commit, from whatever else changed in it."""
+    names = {version.name for version in commit.versions if version.kind is not ChangeKind.DELETED}
+    return tuple(
+        Derivation(version.name, tuple(names - {version.name}), partial(_constant, version.value))
+        for version in computed
+        if version.kind is ChangeKind.SET and version.value is not None
+    )
+
+
+def _constant(value: Value, _: Mapping[str, Variable]) -> Value:
+    return value
 
 
 class Written:

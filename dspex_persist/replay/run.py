@@ -19,7 +19,7 @@ from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, 
 from dspex_persist.replay.report import Aspect, Divergence, ReplayedExecution, ReplayOutcome, ReplayReport
 from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for, stood_in_for
 from dspex_persist.state.commands.globs import compile_glob
-from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.errors import DerivationError, InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,
@@ -258,6 +258,8 @@ def _why_not(root: RecordedExecution, tools: Collection[str]) -> str:
         return f"it ran in another process, in worker {root.worker_id}"
     if root.status not in _REPEATABLE:
         return f"it ended as {root.status.value.replace('_', ' ')}, which depends on other callers"
+    if root.failure is not None and root.failure.type == DerivationError.__name__:
+        return "a derived variable refused what it wrote, and its function is not in the recording"
     return ""
 
 

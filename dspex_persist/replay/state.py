@@ -9,6 +9,7 @@ from dspex_persist.replay.recorded import Source, Written, load
 from dspex_persist.replay.report import Aspect, Divergence, ReplayReport, diff_of
 from dspex_persist.state import values
 from dspex_persist.state.audit import VariableState
+from dspex_persist.state.commands.derivations import DERIVED
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, VariableConstrained, VariableRegistered
 from dspex_persist.state.limits import Limits
@@ -115,8 +116,19 @@ class _Check:
                 ended = True
                 yield from self._check_end(commit, event, written)
         for version in written.left() if ended else ():
+            if self._is_derived(version, commit):
+                continue
             summary = f"{version.name} version {version.version}: it is in no execution's journal entry"
             yield Divergence(Aspect.JOURNAL, summary, commit.number)
+
+    def _is_derived(self, version: RecordedVersion, commit: RecordedCommit) -> bool:
+        """Whether a variable was computed in a commit from others that changed in it."""
+        state, changed = self._rebuilt.state, {each.variable_id for each in commit.versions}
+        uses = state.dependencies if state is not None and version.kind is ChangeKind.SET else ()
+        return any(
+            (edge.from_id, edge.type, edge.until) == (version.variable_id, DERIVED, None) and edge.to_id in changed
+            for edge in uses
+        )
 
     def _check_end(self, commit: RecordedCommit, event: ExecutionEnded, written: Written) -> Iterator[Divergence]:
         execution_id = event.execution_id

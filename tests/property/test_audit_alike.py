@@ -150,7 +150,7 @@ class Twins:
             done = self.run(
                 PublishVariable(session, begun.execution_id, "a", Value("7")), actor, reason, begun.execution_id
             )
-            published = [] if done is None else [("a", done.version)]
+            published = [] if done is None else [("a", done[0].version)]
         if tool.end is None:
             return
         status = ExecutionStatus.COMMITTED if tool.end == "conflict" else ExecutionStatus(tool.end)

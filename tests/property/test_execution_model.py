@@ -371,8 +371,8 @@ class ExecutionModel(RuleBasedStateMachine):
             outcome = Outcome(error=error)
         if outcome.error is None:
             running.real.take_published(outcome.result)
-        wanted = lambda: _row(self.oracle.publish(model, command.identifier, value.json))  # noqa: E731
-        self._check(wanted, outcome, lambda variable: (variable.id, variable.version, variable.value.json))
+        wanted = lambda: [_row(self.oracle.publish(model, command.identifier, value.json))]  # noqa: E731
+        self._check(wanted, outcome, lambda made: [(each.id, each.version, each.value.json) for each in made])
 
     def _closing(self, running: Running, status: str) -> FinishExecution:
         """End an execution as a runner does: together with the running ones that it called."""

@@ -87,9 +87,9 @@ class Running:
 
     def publish(self, name: str, number: int) -> int:
         self.execution.check_can_publish(name)
-        variable = self.memory.run(c.PublishVariable("s", self.id, name, Value(str(number))), self.origin)
-        self.execution.take_published(variable)
-        return variable.version
+        published = self.memory.run(c.PublishVariable("s", self.id, name, Value(str(number))), self.origin)
+        self.execution.take_published(published)
+        return published[0].version
 
     def call(self) -> "Running":
         """An execution that this one calls."""

@@ -12,6 +12,7 @@ from dspex_persist.state.commands.executions import (
     RegisterTools,
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
+from dspex_persist.state.commands.publishing import PublishVariable
 from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit, ImportSession
 from dspex_persist.state.commands.restore import RestoreSession
 from dspex_persist.state.commands.rules import AddRule, ListRules, RemoveRule
@@ -33,7 +34,6 @@ from dspex_persist.state.commands.variables import (
     GetVariableHistory,
     GetVariables,
     ListVariables,
-    PublishVariable,
     RegisterVariable,
     RegisterVariables,
     RollbackVariable,

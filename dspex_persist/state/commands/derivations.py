@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from dspex_persist.state import values
 from dspex_persist.state.commands.base import Command
@@ -10,6 +10,9 @@ from dspex_persist.state.commands.variables import check_lock
 from dspex_persist.state.errors import DerivationError, StateError
 from dspex_persist.state.model import Source, Value, Variable
 from dspex_persist.state.unit_of_work import UnitOfWork
+
+DERIVED: Final = "derived"
+"""The kind of the dependencies of a derived variable."""
 
 
 @dataclass(frozen=True, slots=True)

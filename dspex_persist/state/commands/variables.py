@@ -9,7 +9,6 @@ from dspex_persist.state.arguments import Number, Version
 from dspex_persist.state.commands.base import FEW, Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
-    ExecutionNotFoundError,
     InvalidArgumentError,
     LimitExceededError,
     StateError,
@@ -244,7 +243,7 @@ class SetVariable(Command[int]):
         _check_version(variable, self.expected_version)
         metadata = check_metadata(self.metadata, uow.limits)
         source = source_of(metadata, uow.origin.source)
-        return _write(uow, self, variable, self.value, metadata, source).version
+        return write_value(uow, self, variable, self.value, metadata, source).version
 
     @property
     def is_small(self) -> bool:
@@ -257,7 +256,7 @@ class SetVariable(Command[int]):
         return len(self.value.json)
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
-        _read_updates(ahead, find, {self.identifier: self.value})
+        read_updates(ahead, find, {self.identifier: self.value})
 
     def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "SetVariable":
         """See `Command.canonical_form`: with the value in a canonical spelling."""
@@ -426,7 +425,7 @@ class SetVariables(Command[BatchOutcome]):
             before = uow.savepoint()
             try:
                 variable = uow.variable(self.session_id, identifier, hint=len(refusals) < _MOST_HINTS)
-                versions[identifier] = _write(uow, self, variable, value, metadata, source).version
+                versions[identifier] = write_value(uow, self, variable, value, metadata, source).version
             except VariableReplacedError:
                 uow.rollback_to(start)
                 raise
@@ -463,7 +462,7 @@ class SetVariables(Command[BatchOutcome]):
         return sum(len(value.json) for value in self.updates.values())
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
-        _read_updates(ahead, find, self.updates)
+        read_updates(ahead, find, self.updates)
 
     def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "SetVariables":
         """See `Command.canonical_form`: with the values in a canonical spelling."""
@@ -557,35 +556,6 @@ class RollbackVariable(Command[Variable]):
         return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
 
 
-@dataclass(frozen=True, slots=True)
-class PublishVariable(Command[Variable]):
-    """Write a value before the commit of the execution that sets it, such as its progress, so that others see it."""
-
-    execution_id: str
-    identifier: str
-    value: Value
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    writes: ClassVar[bool] = True
-    returns: ClassVar[Any] = Variable
-
-    def apply(self, uow: UnitOfWork) -> Variable:
-        if self.execution_id not in uow.session(self.session_id).executions:
-            raise ExecutionNotFoundError(self.execution_id)
-        variable = uow.variable(self.session_id, self.identifier)
-        metadata = check_metadata(self.metadata, uow.limits)
-        source = source_of(metadata, uow.origin.source)
-        return _write(uow, self, variable, self.value, metadata, source, ChangeKind.PUBLISHED)
-
-    @property
-    def json_length(self) -> int:
-        """See `Command`."""
-        return len(self.value.json)
-
-    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
-        _read_updates(ahead, find, {self.identifier: self.value})
-
-
 def check_facts(name: str, constraints: str, metadata: Mapping[str, str], limits: Limits) -> None:
     """Refuse to register a variable whose name, constraints or metadata exceed the limits."""
     check_text("name", name, limits.name_length, "name_length")
@@ -616,7 +586,8 @@ def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
         raise VariableLockedError(variable.name, lock.optimizer_id)
 
 
-def _read_updates(ahead: values.ReadAhead, find: values.Find, updates: Mapping[str, Value]) -> None:
+def read_updates(ahead: values.ReadAhead, find: values.Find, updates: Mapping[str, Value]) -> None:
+    """Read the values of a command ahead; `find` returns the variable that an identifier means."""
     for identifier, value in updates.items():
         variable = find(identifier)
         if variable is not None:
@@ -635,7 +606,7 @@ def _normalised(
     return values.normalise(variable.name, variable.type, constraints, value, uow.limits)
 
 
-def _write(
+def write_value(
     uow: UnitOfWork,
     command: Command[Any],
     variable: Variable,
@@ -644,6 +615,7 @@ def _write(
     source: Source,
     kind: ChangeKind = ChangeKind.SET,
 ) -> Variable:
+    """Check a value that a command writes, and stage it; return the variable after it."""
     check_lock(variable, metadata)
     constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
     if constraints.program_size:

@@ -172,11 +172,12 @@ class Execution:
                 )
                 raise InvalidArgumentError("publish", reason)
 
-    def take_published(self, variable: Variable) -> None:
-        """Show the execution a version that it has published."""
+    def take_published(self, published: Sequence[Variable]) -> None:
+        """Show the execution a version that it has published, and those that were computed from it."""
         with self.overlay.lock:
-            self.overlay.rebase(variable)
-            self.published.append((variable.name, variable.version))
+            for variable in published:
+                self.overlay.rebase(variable)
+            self.published.append((published[0].name, published[0].version))
 
     def undo(self) -> None:
         """Discard everything that it, and the executions it called, have staged."""

@@ -159,7 +159,7 @@ class Overlay:
         return any(identifier in (variable.name, variable.id) for variable in staged)
 
     def rebase(self, variable: Variable) -> None:
-        """Base the execution on a version that it has published itself: it sees that version, without a conflict."""
+        """Base the execution on a version that it has made by publishing: it sees that version, without a conflict."""
         before, now = variable.version - 1, see(variable)
         for name, seen in self.checked.items():
             if seen is not None and (seen.variable_id, seen.version) == (variable.id, before):

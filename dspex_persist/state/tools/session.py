@@ -195,9 +195,9 @@ class ToolSession:
         self.execution.check_can_publish(identifier)
         encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
-        variable = self._host.store.submit(command, self._origin_for(reason)).result()
-        self.execution.take_published(variable)
-        return variable.version
+        published = self._host.store.submit(command, self._origin_for(reason)).result()
+        self.execution.take_published(published)
+        return published[0].version
 
     def _type_of(self, identifier: str) -> str:
         query = commands.GetVariable(self.session_id, identifier)
