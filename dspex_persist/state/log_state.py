@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.futures import Ticket, failed
+from dspex_persist.infra.futures import Ticket, failed, settled
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
@@ -243,7 +243,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
 
     def _state_for(self, command: Command[Any]) -> SessionState | None:
         """The published state that the command can read at once, if it is in memory and that does not take long."""
-        if command.reads is not Reads.CURRENT:
+        if command.reads not in (Reads.CURRENT, Reads.LOADED):
             return None
         state = self._groups.find_loaded(command.session_id)
         return None if state is None or command.takes_long(state) else state
@@ -251,6 +251,8 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
     def _submit_read(self, command: Command[R], origin: Origin) -> Future[R]:
         reads = command.reads
         state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
+        if reads is Reads.LOADED and state is None:
+            return settled(cast(R, None))
         if reads is Reads.CURRENT and state is None:
             # Only the writer loads sessions, so that no session changes while it is being loaded.
             return self._writer.submit(Job(command, origin))
@@ -298,7 +300,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         command.read_ahead(values.ReadAhead(self.limits, strict=strict), facts.find, find_type)
 
     def _read_on_thread(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
-        if state is not None and command.reads is Reads.CURRENT:
+        if state is not None and command.reads in (Reads.CURRENT, Reads.LOADED):
             return cast(R, self._groups.read_current(command, origin, state))
         return cast(R, self._groups.read_stored(command, origin, state))
 

@@ -87,7 +87,9 @@ class Calls:
         command = await self._command(rpc, request, call)
         if rpc.first is not None:
             call.first = await self._read(rpc.first(command), call)
-        result = await (self._write(command, call) if command.writes else self._read(command, call))
+        result = None if rpc.instead is None else await self._read_instead(rpc.instead(command), command, call)
+        if result is None:
+            result = await (self._write(command, call) if command.writes else self._read(command, call))
         if rpc.log is not None:
             rpc.log(self._log(rpc.name, command.session_id, call), command, result)
         response = rpc.response_of(result, call)
@@ -112,6 +114,11 @@ class Calls:
         finally:
             # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del reply
+
+    async def _read_instead(self, reading: Command[R], command: Command[R], call: Call) -> R | None:
+        if call.header(EXPECTED_VERSION) is not None or call.origin(command.cause).idempotency_key is not None:
+            return None
+        return await self._read(reading, call)
 
     async def _write(self, command: Command[R], call: Call) -> R:
         try:

@@ -25,6 +25,7 @@ from dspex_persist.state.commands.sessions import (
     HoldSession,
     InitializeSession,
     ReadState,
+    ResumeSession,
     TouchSession,
 )
 from dspex_persist.state.commands.variables import (
@@ -79,6 +80,7 @@ __all__ = [
     "RemoveDependency",
     "RemoveRule",
     "RestoreSession",
+    "ResumeSession",
     "RollbackVariable",
     "SetVariable",
     "SetVariables",

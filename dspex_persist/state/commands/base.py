@@ -29,6 +29,8 @@ class Reads(Enum):
 
     CURRENT = "current"
     """Current values, which memory has."""
+    LOADED = "loaded"
+    """Current values if memory has the session. Otherwise the result is None: nothing is loaded."""
     HISTORY = "history"
     """Past versions, too, which are in the file."""
     FILE = "file"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
-from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
+from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.events import SessionStarted, SessionUpdated
 from dspex_persist.state.limits import Limits
@@ -44,7 +44,7 @@ class InitializeSession(Command[SessionView]):
             uow.start_session(SessionStarted(self.session_id, self.metadata, ttl_s, self.config))
             return SessionView(resumed=False, variables=())
         self._merge(uow, state)
-        return SessionView(resumed=True, variables=tuple(uow.current(v) for v in state.variables.values()))
+        return _resumed(uow, state)
 
     def _merge(self, uow: UnitOfWork, state: SessionState) -> None:
         merged = {**state.session.metadata, **self.metadata}
@@ -52,6 +52,10 @@ class InitializeSession(Command[SessionView]):
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
             check_merged_metadata(merged, self.metadata, uow.limits, _KNOWN)
             uow.record(self.session_id, SessionUpdated(self.session_id, merged, ttl_s))
+
+
+def _resumed(uow: UnitOfWork, state: SessionState) -> SessionView:
+    return SessionView(resumed=True, variables=tuple(uow.current(variable) for variable in state.variables.values()))
 
 
 def check_session_metadata(metadata: Mapping[str, str], limits: Limits) -> None:
@@ -75,6 +79,32 @@ def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | Non
         reason = f"ttl_seconds is {quote(text)}, it must be a number of seconds from 0 (for ever) to {MOST_TTL_S}"
         raise InvalidArgumentError("metadata", reason)
     return ttl_s or None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSession(Command[SessionView | None]):
+    """Resume a live session as `InitializeSession` does; None if that has to change something, or has to load it.
+
+    Clients initialize their session again and again, and this does not wait for the writer.
+    """
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> Reads:
+        """See `Command.reads`."""
+        return Reads.LOADED
+
+    def apply(self, uow: UnitOfWork) -> SessionView | None:
+        state = uow.find_session(self.session_id)
+        if state is None:
+            return None
+        session = state.session
+        if not self.metadata.items() <= session.metadata.items():
+            return None
+        if _ttl_of(self.metadata, session.ttl_s) != session.ttl_s:
+            return None
+        return _resumed(uow, state)
 
 
 @dataclass(frozen=True, slots=True)

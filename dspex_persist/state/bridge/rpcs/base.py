@@ -41,6 +41,8 @@ class Rpc(Generic[C, R]):
     """The size of a request in bytes; refuses one that is too large before it is parsed."""
     first: Callable[[C], Command[Any]] | None = None
     """A command to run before, whose result the response needs (`Call.first`)."""
+    instead: Callable[[C], Command[R | None]] | None = None
+    """A read to run instead of the command, unless its result is None or the call has an idempotency key."""
     is_list: bool = False
     """Whether the response may become too large for a message, and needs a check."""
     log: Callable[[Any, C, R], None] | None = None

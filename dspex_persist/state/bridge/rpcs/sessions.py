@@ -83,6 +83,7 @@ INITIALIZE_SESSION: Final[Rpc[commands.InitializeSession, SessionView]] = Rpc(
     command_of=_begin_command,
     response_of=_begin_response,
     result_of=_session_view,
+    instead=lambda command: commands.ResumeSession(command.session_id, command.metadata),
     log=lambda log, _, view: log.info("session resumed" if view.resumed else "session begun"),
 )
 RPCS: Final[tuple[Rpc[Any, Any], ...]] = (
