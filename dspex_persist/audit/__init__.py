@@ -13,6 +13,14 @@ running server, and on a backup. An open provider has `provider.audit()`, if it 
 checks that a history has not been altered.
 """
 
+from dspex_persist.audit.comparing import (
+    CallComparison,
+    PartComparison,
+    Row,
+    VersionComparison,
+    compare_calls,
+    compare_versions,
+)
 from dspex_persist.audit.documents import cost_text, document, value_of
 from dspex_persist.audit.heads import KeptHead, Verification, verify
 from dspex_persist.state.audit import (
@@ -42,6 +50,7 @@ from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
 __all__ = [
     "AuditSource",
+    "CallComparison",
     "ChangeKind",
     "CommitEntry",
     "CommitQuery",
@@ -61,15 +70,20 @@ __all__ = [
     "LmUsageQuery",
     "Operator",
     "Page",
+    "PartComparison",
     "Predicate",
     "Query",
     "ReadEntry",
+    "Row",
     "SessionEntry",
     "SessionQuery",
     "Source",
     "UsageBy",
     "VariableState",
     "Verification",
+    "VersionComparison",
+    "compare_calls",
+    "compare_versions",
     "cost_text",
     "document",
     "lm_calls_of",

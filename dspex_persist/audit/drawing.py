@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dspex_persist.audit.comparing import compare_words, folded
+from dspex_persist.audit.documents import cost_text
 from dspex_persist.audit.pictures import duration_text
+from dspex_persist.state.lm_calls import lm_calls_of
 from dspex_persist.state.model import Value
 
 MASKED: Final = "••••••"
@@ -26,14 +29,18 @@ _INVISIBLE: Final = {code: chr(code).encode("unicode_escape").decode() for code 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The links of a page; "" for none."""
+    """The links of a page; "" for none. Those of comparisons take two executions, or two versions of a variable."""
 
     session: Callable[[str], str]
     variable: Callable[[str, str], str]
     execution: Callable[[str], str]
+    comparison: Callable[[str, str], str]
+    versions: Callable[[str, str, int, int], str]
 
 
-NOWHERE: Final = Links(lambda _: "", lambda _session, _name: "", lambda _: "")
+NOWHERE: Final = Links(
+    lambda _: "", lambda _session, _name: "", lambda _: "", lambda *_: "", lambda _session, _name, _before, _after: ""
+)
 
 
 def render_template(name: str, /, links: Links = NOWHERE, **material: Any) -> str:
@@ -53,6 +60,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "cost": cost_text,
+        "folded": folded,
+        "lm_calls": lm_calls_of,
+        "words": compare_words,
         "value": value_text,
         "clip": clip,
         "short": lambda text, most: text if len(text) <= most else f"{text[: most - 1]}…",

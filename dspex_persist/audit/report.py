@@ -9,16 +9,15 @@ It contains no scripts and allows none. Its size is bounded, and it says what it
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from difflib import SequenceMatcher
 from itertools import islice
 from typing import Final, TypeVar
 
 from dspex_persist import clock
+from dspex_persist.audit.comparing import Piece, compare_words
 from dspex_persist.audit.drawing import clip, render_template, value_text
 from dspex_persist.audit.pictures import MOST_MARKS, Chart, Graph, Timeline, chart, lineage, number_of, timeline
 from dspex_persist.state.audit import (
@@ -36,7 +35,14 @@ from dspex_persist.state.audit import (
     SessionQuery,
     VariableState,
 )
-from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    NotInHistoryError,
+    UnsupportedError,
+    VersionPrunedError,
+    quote,
+)
+from dspex_persist.state.lm_calls import LmCall, LmUsage, LmUsageQuery, UsageBy, lm_calls_of
 from dspex_persist.state.model import Value
 from dspex_persist.state.values import is_number
 
@@ -57,14 +63,7 @@ class Bounds:
     charts: int = 24
     in_lineage: int = 14
     charted: int = 200_000
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a compared text. `kind`: "same" (before and after), "gone" or "new"."""
-
-    kind: str
-    text: str
+    lm_calls: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class VariableRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The contents of the page."""
+    """The contents of the page. `usage`: by tool and model; `lm_calls`: by execution."""
 
     session: SessionEntry
     since: CommitEntry | None
@@ -109,6 +108,8 @@ class Report:
     lineage: Graph | None
     left_out: tuple[str, ...]
     reveal: bool
+    usage: tuple[LmUsage, ...] = ()
+    lm_calls: Mapping[str, tuple[LmCall, ...]] = field(default_factory=dict)
 
 
 def gather(source: AuditSource, session: str, since: str = "", until: str = "", bounds: Bounds | None = None) -> Report:
@@ -143,6 +144,7 @@ class _Gathering:
     def report(self, session_id: str, since: str, until: str) -> Report:
         session, first, last = self._period(session_id, since, until)
         executions = self._executions(session_id, first, last)
+        lm_calls = self._lm_calls(executions)
         variables = self._variables(session, first, last)
         shown = [execution.summary for execution in executions]
         return Report(
@@ -158,6 +160,8 @@ class _Gathering:
             self._lineage(session, last, variables),
             tuple(self._left_out),
             self._source.reveal,
+            self._usage(session_id, first, last),
+            lm_calls,
         )
 
     def _period(self, session_id: str, since: str, until: str) -> tuple[SessionEntry, int, int]:
@@ -206,6 +210,31 @@ class _Gathering:
         # Tools may call many more executions than clients do.
         self._note(len(executions), 2 * most, "executions", "are shown, including those that others called")
         return tuple(executions[-2 * most :])
+
+    # LM calls
+
+    def _usage(self, session_id: str, first: int, last: int) -> tuple[LmUsage, ...]:
+        by = (UsageBy.SESSION, UsageBy.TOOL, UsageBy.MODEL)
+        query = LmUsageQuery(session=session_id, by=by, since=str(first), until=str(last))
+        try:
+            return tuple(usage for usage in self._source.iterate(query) if usage.session_id == session_id)
+        except UnsupportedError as error:
+            # An older server.
+            self._left_out.append(f"the sums of LM calls are missing: {error}")
+            return ()
+
+    def _lm_calls(self, executions: Sequence[ExecutionDetail]) -> dict[str, tuple[LmCall, ...]]:
+        """Return the newest LM calls by execution."""
+        shown: dict[str, tuple[LmCall, ...]] = {}
+        total, left = 0, self._bounds.lm_calls
+        for execution in reversed(executions):
+            calls = lm_calls_of(execution)
+            total += len(calls)
+            if calls and left:
+                shown[execution.summary.execution_id] = calls[-left:]
+                left -= len(calls[-left:])
+        self._note(total, self._bounds.lm_calls, "LM calls", "are shown in full: the newest")
+        return shown
 
     # Variables
 
@@ -331,30 +360,7 @@ def _change(
     return "" if before.version == after.version else "changed"
 
 
-# Differences of texts
-
-_TOKEN: Final = re.compile(r"\s+|-?\d+(?:\.\d+)?|\w+|[^\w\s]")
-_MOST_TOKENS: Final = 1_500
-_LEAST_ALIKE: Final = 0.3
-
-
 def _compared(before: HistoryEntry | VariableState | None, after: VariableState | None) -> Iterable[Piece]:
     if before is None or after is None or before.masked or after.masked or before.value == after.value:
         return ()
-    return compare(clip(value_text(before.value), _LARGE_BYTES), clip(value_text(after.value), _LARGE_BYTES))
-
-
-def compare(before: str, after: str) -> list[Piece]:
-    """Compare two texts word by word, or as a whole if they have little in common."""
-    old, new = _TOKEN.findall(before), _TOKEN.findall(after)
-    matcher = SequenceMatcher(None, old, new, autojunk=False)
-    if max(len(old), len(new)) > _MOST_TOKENS or matcher.ratio() < _LEAST_ALIKE:
-        return [Piece("gone", before), Piece("new", after)]
-    pieces: list[Piece] = []
-    for kind, old_begin, old_end, new_begin, new_end in matcher.get_opcodes():
-        if kind == "equal":
-            pieces.append(Piece("same", "".join(old[old_begin:old_end])))
-            continue
-        pieces += [Piece("gone", "".join(old[old_begin:old_end]))] if old_end > old_begin else []
-        pieces += [Piece("new", "".join(new[new_begin:new_end]))] if new_end > new_begin else []
-    return pieces
+    return compare_words(clip(value_text(before.value), _LARGE_BYTES), clip(value_text(after.value), _LARGE_BYTES))

@@ -154,15 +154,21 @@ def _usage_by(name: str) -> UsageBy:
     return UsageBy(name)
 
 
-def lm_calls_of(execution: ExecutionDetail) -> tuple[LmCall, ...]:
-    """Return the LM calls of an execution, in the order in which they began, without those of tools that it called."""
+def lm_calls_of(execution: ExecutionDetail, *, children: bool = False) -> tuple[LmCall, ...]:
+    """Return the LM calls of an execution, in the order in which they began.
+
+    Args:
+        execution: The execution.
+        children: Add those of the executions that it called.
+    """
     summary = execution.summary
     calls = [
         lm_call_of(entry, number, summary.execution_id, summary.tool)
         for number, entry in enumerate(_items(execution.recorded.get("lm")))
         if isinstance(entry, Mapping)
     ]
-    return tuple(sorted(calls, key=lambda call: call.ordinal))
+    called = (each for child in execution.children for each in lm_calls_of(child, children=True))
+    return (*sorted(calls, key=lambda call: call.ordinal), *(called if children else ()))
 
 
 def lm_call_of(entry: Mapping[str, Any], number: int = 0, execution_id: str = "", tool: str = "") -> LmCall:

@@ -199,6 +199,18 @@ def test_a_report_masks_sensitive_values(report: Path, path: Path, shell: Shell)
     assert "sensitive variables are shown" in revealed
 
 
+def test_a_report_shows_what_models_were_asked(elements: Elements, path: Path) -> None:
+    text = " ".join(elements.text.split())
+    assert "evaluateopenai/gpt-4o-mini8111,23372$0.000221" in text.replace(" ", "")
+    assert "openai/gpt-4o-mini judge.predict 180 tokens in, 12 out, $0.0000272, 640 ms" in text
+    assert f"{story.TICKETS[0]} {story.HOSTILE} key: •••" in text
+    assert "dspy.utils.exceptions.LMTimeoutError: the model did not answer within 30 s" in text
+    with dspex_persist.open_audit(path) as audit:
+        shown = gather(audit, SESSION, bounds=Bounds(lm_calls=3))
+    assert sum(map(len, shown.lm_calls.values())) == 3
+    assert "3 of 8 LM calls are shown in full: the newest" in shown.left_out
+
+
 def test_a_report_is_for_its_owners_eyes(report: Path) -> None:
     assert report.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in report.parent.glob(".report*")] == []
@@ -527,6 +539,51 @@ def test_the_site_reveals_where_that_is_wished_and_ends_at_ctrl_c(path: Path) ->
         assert story.SECRET in get(address, "variable", session=SESSION, name="api_key")[1]
 
 
+def evaluations(path: Path) -> list[str]:
+    """The executions with LM calls, oldest first."""
+    with dspex_persist.open_audit(path) as audit:
+        query = ExecutionQuery(session=SESSION, tool="evaluate", newest_first=False)
+        return [each.execution_id for each in audit.iterate(query)]
+
+
+@needs_datasette
+def test_the_site_shows_lm_calls_and_compares_them(site: str, path: Path) -> None:
+    first, second, third, fourth, *_ = evaluations(path)
+    status, text = get(site, "execution", id=second)
+    assert status == 200
+    assert story.SECRET not in text
+    assert "189 tokens in, 12 out" in text
+    for before in (first, third):
+        assert f'href="/compare?before={before}&amp;after={second}"' in text
+    status, text = get(site, "compare", before=second, after=fourth)
+    assert status == 200
+    assert "Classify the ticket<ins> by urgency</ins>." in text
+    assert "The same: model, options." in text
+    assert story.HOSTILE not in text
+    assert story.SECRET not in text
+    status, text = get(site, "versions", session=SESSION, name="prompt", before="0", after="1")
+    assert (status, "Classify the ticket<ins> by urgency</ins>." in text) == (200, True)
+    assert 'title="compare with version 0">diff</a>' in get(site, "variable", session=SESSION, name="prompt")[1]
+    assert "Its values are masked" in get(site, "versions", session=SESSION, name="api_key", before="0", after="1")[1]
+    for page, parts in (
+        ("compare", {"before": "exec_1_none", "after": first}),
+        ("versions", {"session": SESSION, "name": "prompt", "before": "0", "after": "99"}),
+        ("versions", {"session": SESSION, "name": "p*", "before": "0", "after": "1"}),
+        ("versions", {"session": SESSION, "name": "prompt", "before": "0", "after": "²"}),
+    ):
+        assert get(site, page, **parts)[0] == 404
+
+
+@needs_datasette
+def test_the_table_of_lm_calls_masks_their_texts(site: str, path: Path) -> None:
+    assert "the session has sensitive variables: see the execution" in get(site, "history/v_lm_calls")[1]
+    (row, *_) = json.loads(get(site, "history/v_lm_calls.json", _shape="array")[1])
+    assert (row["messages"], row["masked"]) == (None, 1)
+    with website(path, "--reveal") as address:
+        (row, *_) = json.loads(get(address, "history/v_lm_calls.json", _shape="array")[1])
+    assert story.SECRET in row["messages"]
+
+
 @needs_datasette
 def test_a_port_that_is_taken_is_a_sentence(path: Path, shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -670,3 +727,22 @@ def test_the_site_in_a_browser(visit: Visit, site: str) -> None:
     visit.open(f"{site}history/went_wrong?session={SESSION}")
     visit.assert_in_order(site)
     assert page.locator("table.rows-and-columns tbody tr").count() == 3
+
+
+@needs_datasette
+@looks
+def test_lm_calls_in_a_browser(visit: Visit, site: str, path: Path) -> None:
+    page = visit.page
+    visit.open(f"{site}execution?{urlencode({'id': evaluations(path)[1]})}")
+    visit.assert_in_order(site)
+    assert page.locator(".call .said.user pre").first.is_visible(), "the first calls are open"
+    page.get_by_role("link", name="the one after").click()
+    visit.assert_in_order(site)
+    before, after = (page.locator(".sides tr").first.locator("td").nth(side).bounding_box() for side in (0, 1))
+    assert (before["y"], before["width"]) == (after["y"], pytest.approx(after["width"], abs=2))
+    assert before["x"] + before["width"] <= after["x"] + 1
+    assert page.locator(".sides ins").count() > 0
+    assert visit.contrast(".both .soft") >= 4.5
+    page.locator(".both a").first.click()
+    visit.assert_in_order(site)
+    assert "/execution?id=exec_" in page.url

@@ -111,3 +111,35 @@ def test_usage_of_nothing_and_a_mistake(ask: Ask) -> None:
         "usage", "--by", "modle", code=2
     )
     assert "did you mean 'ask'" in ask("usage", "--tool", "akk", code=1)
+
+
+# Comparisons
+
+
+def test_two_executions_side_by_side(ask: Ask) -> None:
+    newest, *_, oldest = executions(ask, "ask")
+    lines = [line.rstrip() for line in ask("compare", oldest, newest).splitlines()]
+    assert lines[0].startswith(f"- {oldest}  ask  committed")
+    assert lines[1].startswith(f"+ {newest}  ask  committed")
+    assert lines[3] == "call 0  ask  generate.predict"
+    assert "  tokens in          100         100" in lines
+    assert lines[lines.index("  answer") :][:3] == ["  answer", "    - blue", "    + It is •••."]
+    assert "call 1 of ask, only after" in lines
+    assert "  system" not in lines[: lines.index("  answer")], "the system prompt is the same"
+    assert "      Be brief." in ask("compare", oldest, newest, "--full")
+    (pair, *_) = map(json.loads, ask("compare", oldest, newest, "--json").splitlines())
+    assert (pair["before"]["execution_id"], pair["after"]["execution_id"]) == (oldest, newest)
+    assert pair["parts"][-1] == {"name": "answer", "rows": [{"before": "blue", "after": "It is •••."}]}
+    assert ask("compare", oldest, oldest).splitlines()[-1] == "  the same request and the same answer"
+
+
+def test_two_versions_of_a_prompt(ask: Ask) -> None:
+    lines = ask("compare", "0", "v1", "--prompt", asked.SESSION, "prompt").splitlines()
+    assert lines[0] == "prompt of session asks"
+    assert lines[1].startswith("- version 0")
+    assert lines[3:] == ["- Answer in one word.", "+ Answer in two words.", "  Be brief."]
+    (row,) = map(json.loads, ask("compare", "0", "1", "--prompt", asked.SESSION, "prompt", "--json").splitlines())
+    assert row["rows"][0] == {"before": "Answer in one word.", "after": "Answer in two words."}
+    assert "its values are masked: •••" in ask("compare", "0", "0", "--prompt", asked.SESSION, "key")
+    assert "'x' is not the number of a version" in ask("compare", "x", "1", "--prompt", asked.SESSION, "prompt", code=2)
+    assert "no variable 'p*'" in ask("compare", "0", "1", "--prompt", asked.SESSION, "p*", code=1)

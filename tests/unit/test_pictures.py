@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
+from dspex_persist.audit.comparing import compare_words
 from dspex_persist.audit.pictures import TimeAxis, chart, duration_text, lineage, timeline
-from dspex_persist.audit.report import compare
 from dspex_persist.state.audit import ExecutionSummary, HistoryEntry, LineageNode, ReadEntry
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source, Value
 
@@ -263,12 +263,12 @@ def test_an_execution_that_reads_what_it_published_is_not_a_cycle() -> None:
 
 
 def test_texts_are_compared_by_words_and_numbers_as_a_whole() -> None:
-    assert [(each.kind, each.text) for each in compare("a long day", "a short day")] == [
+    assert [(each.kind, each.text) for each in compare_words("a long day", "a short day")] == [
         ("same", "a "),
         ("gone", "long"),
         ("new", "short"),
         ("same", " day"),
     ]
-    assert [(each.kind, each.text) for each in compare("0.125", "0.25")] == [("gone", "0.125"), ("new", "0.25")]
+    assert [(each.kind, each.text) for each in compare_words("0.125", "0.25")] == [("gone", "0.125"), ("new", "0.25")]
     many = "word " * 10_000
-    assert [each.kind for each in compare(many, f"{many}more")] == ["gone", "new"]
+    assert [each.kind for each in compare_words(many, f"{many}more")] == ["gone", "new"]

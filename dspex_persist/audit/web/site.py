@@ -13,6 +13,7 @@ from datasette.views.base import DatasetteError
 from markupsafe import Markup
 from pluggy import HookimplMarker
 
+from dspex_persist.audit.comparing import compare_calls, compare_versions
 from dspex_persist.audit.drawing import MASKED, Links, render_template
 from dspex_persist.audit.pictures import Chart, chart, lineage
 from dspex_persist.audit.report import gather
@@ -20,12 +21,21 @@ from dspex_persist.audit.web.questions import DATABASE, QUERIES, VIEWS
 from dspex_persist.state.audit import (
     AuditSource,
     ExecutionDetail,
+    ExecutionQuery,
+    ExecutionSummary,
     HistoryEntry,
     HistoryQuery,
     LineageNode,
     SessionQuery,
 )
-from dspex_persist.state.errors import NotInHistoryError, StateError, VersionNotFoundError
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    NotInHistoryError,
+    StateError,
+    VersionNotFoundError,
+    quote,
+)
+from dspex_persist.state.lm_calls import lm_calls_of
 from dspex_persist.state.model import ChangeKind
 from dspex_persist.state.store.history import views
 
@@ -39,6 +49,9 @@ _FAILED: Final = 500
 _INVALID_ADDRESS: Final = "this page cannot be shown: its address is invalid"
 _QUERY_ERRORS: Final = (ValueError, KeyError, views.SqlError)
 _MOST_READ: Final = 200
+_QUOTING: Final = frozenset({"error", "options", "messages", "answer", "hash"})
+"""The columns of LM calls that may quote sensitive values."""
+_LONGEST_NUMBER: Final = 9
 _LARGE: Final = (1_080, 260)
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _STYLE: Final = "/-/dspex-persist.css"
@@ -53,6 +66,10 @@ LINKS: Final = Links(
     lambda session: _address("session", id=session),
     lambda session, name: _address("variable", session=session, name=name),
     lambda execution_id: _address("execution", id=execution_id),
+    lambda before, after: _address("compare", before=before, after=after),
+    lambda session, name, before, after: _address(
+        "versions", session=session, name=name, before=str(before), after=str(after)
+    ),
 )
 
 
@@ -132,6 +149,15 @@ class Site:
         cells = {key: row[key] for key in row.keys()}  # noqa: SIM118 - SQLite's rows are not mappings
         if column == "value" and value is None and cells.get("sensitive"):
             return Markup('<span title="the value of a sensitive variable">{}</span>').format(MASKED)
+        if (
+            column in _QUOTING
+            and value is None
+            and cells.get("masked")
+            and (column != "error" or cells.get("error_type"))
+        ):
+            return Markup('<span title="the session has sensitive variables: see the execution">{}</span>').format(
+                MASKED
+            )
         url = _page_of(column, value, cells)
         return Markup('<a href="{}">{}</a>').format(url, value) if url else None
 
@@ -143,6 +169,8 @@ class Site:
             (r"^/session$", self._session),
             (r"^/variable$", self._variable),
             (r"^/execution$", self._execution),
+            (r"^/compare$", self._compare),
+            (r"^/versions$", self._versions),
             (rf"^{_STYLE}$", self._style),
         ]
 
@@ -159,6 +187,13 @@ class Site:
 
     async def _execution(self, request: Any) -> Any:
         return await _page(self._execution_text, request.args.get("id") or "")
+
+    async def _compare(self, request: Any) -> Any:
+        return await _page(self._compare_text, request.args.get("before") or "", request.args.get("after") or "")
+
+    async def _versions(self, request: Any) -> Any:
+        parts = (request.args.get(name) or "" for name in ("session", "name", "before", "after"))
+        return await _page(self._versions_text, *parts)
 
     async def _style(self) -> Any:
         return Response(render_template("datasette.css"), content_type="text/css; charset=utf-8")
@@ -210,7 +245,37 @@ class Site:
 
     def _execution_text(self, execution_id: str) -> str:
         one = self._source.execution(execution_id)
-        return render_template("web_execution.html", LINKS, one=one, read_versions=dict(self._read_by(one)))
+        return render_template(
+            "web_execution.html",
+            LINKS,
+            one=one,
+            read_versions=dict(self._read_by(one)),
+            others=list(self._comparable(one.summary)) if one.recorded.get("lm") else [],
+        )
+
+    def _comparable(self, one: ExecutionSummary) -> Iterator[tuple[str, str]]:
+        """Yield the executions of the same tool in the session to compare an execution with, and what they are."""
+        before = {"until": str(one.began_sequence - 1), "newest_first": True}
+        after = {"since": str(one.began_sequence), "newest_first": False}
+        for title, place in (("the execution before", before), ("the one after", after)):
+            query = ExecutionQuery(session=one.session_id, tool=one.tool, limit=1, **place)  # type: ignore[arg-type]
+            # The names may be patterns that match others, too.
+            others = (
+                each
+                for each in self._source.iterate(query)
+                if (each.session_id, each.tool) == (one.session_id, one.tool)
+            )
+            yield from ((title, other.execution_id) for other in others)
+
+    def _compare_text(self, before: str, after: str) -> str:
+        one, other = map(self._source.execution, (before, after))
+        calls = (lm_calls_of(each, children=True) for each in (one, other))
+        return render_template("web_compare.html", LINKS, before=one, after=other, pairs=compare_calls(*calls))
+
+    def _versions_text(self, session: str, name: str, before: str, after: str) -> str:
+        numbers = (_version_number(each) for each in (before, after))
+        versions = compare_versions(self._source, session, name, *numbers)
+        return render_template("web_versions.html", LINKS, versions=versions)
 
     def _read_by(self, one: ExecutionDetail) -> Iterator[tuple[tuple[str, int], HistoryEntry]]:
         """Yield the versions that it and the executions it called read: the first ones, without those pruned."""
@@ -227,6 +292,12 @@ _TABLES_OF_A_SESSION: Final = (
     ("all executions", "v_executions"),
     ("all commits", "v_commits"),
 )
+
+
+def _version_number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > _LONGEST_NUMBER:
+        raise InvalidArgumentError("version", f"{quote(text)} is not the number of a version")
+    return int(text)
 
 
 def _filtered(view: str, **conditions: str) -> str:

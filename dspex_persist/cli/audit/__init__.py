@@ -34,6 +34,7 @@ EPILOG = (
     "dspex-persist audit executions s1 --status failed\n\n"
     "dspex-persist audit show exec_1234    everything about one execution; a prefix of the id is enough\n\n"
     "dspex-persist audit show exec_1234 --lm    what models were asked in it, what they answered, what that cost\n\n"
+    "dspex-persist audit compare exec_12 exec_34    their LM calls side by side, prompts as a text diff\n\n"
     "dspex-persist audit usage --by day --by model --since 7d    what models cost\n\n"
     "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
@@ -324,14 +325,62 @@ def show(
         show_execution(audit, detail, request.look())
 
 
+@app.command(
+    help=(
+        "Compare the LM calls of two executions: facts side by side, prompts and answers as a text diff (- A, + B).\n\n"
+        "Calls are paired by tool and predictor, in their order. With --prompt, A and B are versions of a variable: "
+        "the lines of a text, or of the JSON of another value, such as a compiled program.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist audit compare exec_12 exec_34\n\n"
+        "dspex-persist audit compare 3 5 --prompt checkout-42 instructions    versions 3 and 5 of a variable\n\n"
+    ),
+)
+def compare(
+    before: Annotated[str, typer.Argument(metavar="A", help="An execution, or a version.", show_default=False)],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    prompt: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--prompt", metavar="SESSION VARIABLE", help="Compare versions of this variable.", show_default=False
+        ),
+    ] = None,
+    full: options.Full = False,
+    as_json: options.Json = False,
+    utc: options.Utc = False,
+    reveal: options.Reveal = False,
+    db: Db = None,
+    target: options.Target = None,
+) -> None:
+    """Compare LM calls, or versions of a prompt."""
+    from dspex_persist.audit import CallComparison, VersionComparison, compare_versions
+    from dspex_persist.cli.audit import comparison
+
+    request = AuditOptions(db, target, as_json, False, utc, reveal)
+    with asking(request) as audit:
+        if prompt is not None:
+            versions = compare_versions(audit, *prompt, *map(options.version_number, (before, after)))
+            if as_json:
+                _say_all(request, VersionComparison, [versions])
+            else:
+                comparison.show_versions(versions, request.look(), full=full)
+            return
+        one, other = (audit.execution(options.execution_id(each)) for each in (before, after))
+        if as_json:
+            _say_all(request, CallComparison, comparison.compare_executions(one, other))
+        else:
+            comparison.show_comparison(one, other, request.look(), full=full)
+
+
 def _show_calls(detail: "ExecutionDetail", request: AuditOptions, full: bool) -> None:
-    from dspex_persist.audit import LmCall
+    from dspex_persist.audit import LmCall, lm_calls_of
     from dspex_persist.cli.audit import calls
 
     if request.form is Form.TABLE:
         calls.show_calls(detail, request.look(), full=full)
     else:
-        _say_all(request, LmCall, calls.all_calls(detail))
+        _say_all(request, LmCall, lm_calls_of(detail, children=True))
 
 
 def _say_all(request: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:

@@ -14,13 +14,6 @@ _INDENT: Final = 2
 _ROLES: Final = {"system": "dim", "user": "cyan", "assistant": "green", "tool": "magenta"}
 
 
-def all_calls(execution: ExecutionDetail) -> Iterator[LmCall]:
-    """Yield the LM calls of an execution, then those of the executions that it called."""
-    yield from lm_calls_of(execution)
-    for child in execution.children:
-        yield from all_calls(child)
-
-
 def show_calls(execution: ExecutionDetail, look: Renderer, *, full: bool) -> None:
     """Print the LM calls of an execution and of those that it called. `full`: with the whole of each text."""
     from rich.text import Text
@@ -37,7 +30,7 @@ def show_calls(execution: ExecutionDetail, look: Renderer, *, full: bool) -> Non
     for call in calls:
         show_call(call, look, full=full)
     for child in execution.children:
-        if any(True for _ in all_calls(child)):
+        if lm_calls_of(child, children=True):
             look.print("")
             show_calls(child, look, full=full)
 

@@ -189,6 +189,16 @@ def execution_id(text: str) -> str:
     return f"exec_{text}" if text.isdecimal() else text
 
 
+def version_number(text: str) -> int:
+    """Return the number of a version, as 3 or v3, or raise `InvalidArgumentError`."""
+    from dspex_persist.state.errors import InvalidArgumentError, quote
+
+    number = text.removeprefix("v")
+    if not number.isascii() or not number.isdecimal():
+        raise InvalidArgumentError("prompt", f"{quote(text)} is not the number of a version, such as 3")
+    return int(number)
+
+
 def metadata_of(entries: Sequence[str] | None) -> Mapping[str, str]:
     """Return the entries of `--meta KEY=VALUE`, or raise `InvalidArgumentError` for anything else."""
     from dspex_persist.state.errors import InvalidArgumentError, quote
