@@ -117,7 +117,8 @@ class ExecutionDetail:
         reason: Why it ended, if not because of an error of its code.
         attempts: The ids of all executions for the same request, including this one, oldest first.
         children: The executions that it called.
-        history: The versions that it and its children wrote, including published ones.
+        history: The versions that it and its children wrote, including published ones, and what was computed from
+            them in the same commits.
     """
 
     summary: ExecutionSummary
@@ -139,11 +140,25 @@ class ExecutionDetail:
     children: tuple["ExecutionDetail", ...] = ()
     history: tuple[HistoryEntry, ...] = ()
 
+    @property
+    def computed(self) -> tuple[tuple[str, int], ...]:
+        """Names and versions of derived variables that were computed from what it and its children wrote."""
+        if self.summary.duration_us is None:
+            # It runs, or what it wrote was pruned from the journal.
+            return ()
+        made = {pair for each in self.tree() for pair in (*each.writes, *each.published)}
+        return tuple(pair for each in self.history if (pair := (each.name, each.version)) not in made)
+
+    def tree(self) -> Iterator["ExecutionDetail"]:
+        """Iterate over this execution and all that it called."""
+        yield self
+        for child in self.children:
+            yield from child.tree()
+
     def all_reads(self) -> Iterator[ReadEntry]:
         """Iterate over the reads of this execution and of all that it called."""
-        yield from self.reads
-        for child in self.children:
-            yield from child.all_reads()
+        for each in self.tree():
+            yield from each.reads
 
 
 @dataclass(frozen=True, slots=True)

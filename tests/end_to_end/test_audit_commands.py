@@ -23,7 +23,7 @@ import pytest
 from rich.cells import cell_len
 
 import dspex_persist
-from dspex_persist import Toolbox, ToolContext, cli, open_audit, tool
+from dspex_persist import Context, Toolbox, ToolContext, cli, open_audit, tool
 from dspex_persist.audit import (
     ChangeKind,
     CommitQuery,
@@ -305,6 +305,39 @@ def test_everything_that_shows_a_change_says_why(
     page = path.parent / "why.html"
     ask("report", SESSION, "-o", page)
     assert f"{WHY}, for b" in page.read_text(encoding="utf-8")
+
+
+def test_an_execution_shows_what_was_computed_from_its_writes(
+    ask: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    @tool
+    def sell(ctx: ToolContext) -> int:
+        ctx.publish("price", 3)
+        ctx["count"] = 5
+        return int(ctx["sum"])
+
+    @tool
+    def sell_twice(ctx: ToolContext) -> int:
+        ctx.call("sell")
+        ctx["count"] = 6
+        return int(ctx["sum"])
+
+    path = tmp_path / "derived.db"
+    with Context("s", path, tools=[sell, sell_twice]) as ctx:
+        ctx.define_many({"count": 1, "price": 2})
+        ctx.derive("sum", ["count", "price"], lambda count, price: count * price)
+        assert (ctx.call(sell), ctx["sum"]) == (3, 15)
+        ctx["price"] = 1
+        assert (ctx.call(sell_twice), ctx["sum"]) == (15, 18)
+        with ctx.audit() as audit:
+            inner, outer, first = (audit.execution(each.execution_id) for each in audit.iterate(ExecutionQuery()))
+        assert first.computed == (("sum", 1), ("sum", 2))
+        assert (outer.computed, inner.computed) == ((("sum", 4), ("sum", 5)), ())
+    shown = ask("show", first.summary.execution_id, db=path).out
+    assert "sum: 3 → 15  (version 2, set)" in shown.split("computed")[1]
+    page = tmp_path / "page.html"
+    ask("report", "s", "-o", page, db=path)
+    assert "<dt>computed</dt>" in page.read_text(encoding="utf-8")
 
 
 def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., CommandResult]) -> None:

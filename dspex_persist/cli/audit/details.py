@@ -96,6 +96,7 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Ite
     yield "read", (*map(changes.read, detail.reads), *(f"all of {plain(pattern)}" for pattern in detail.patterns))
     yield "wrote", changes.lines(detail.writes)
     yield "published", changes.lines(detail.published)
+    yield "computed", changes.lines(detail.computed)
     yield "logged", (_logged(entry, look) for entry in detail.log)
     yield "drew", (_drawn(name, drawn) for name, drawn in detail.recorded.items() if drawn and name != "lm")
     yield "LM calls", (f"{totals_text(calls)}: --lm shows them",) if (calls := lm_calls_of(detail)) else ()
