@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -164,6 +165,22 @@ def test_from_asyncio(ctx: Context) -> None:
         await programs.delete.aio("qa")
 
     asyncio.run(run())
+
+
+def test_savers_and_taggers_at_the_same_time(ctx: Context) -> None:
+    def save(number: int) -> int:
+        version = ctx.programs.save("qa", predictor(f"Program {number}."))
+        ctx.programs.tag("qa", f"tag{number}", version)
+        return int(version)
+
+    with ThreadPoolExecutor(4) as pool:
+        versions = list(pool.map(save, range(12)))
+    assert sorted(versions) == list(range(12))
+    tags = ctx.programs.tags("qa")
+    assert [tags[f"tag{number}"] for number in range(12)] == versions
+    for number in (0, 11):
+        loaded = ctx.programs.load("qa", predictor, f"tag{number}")
+        assert loaded.signature.instructions == f"Program {number}."
 
 
 def save_and_fail(ctx: Context) -> None:

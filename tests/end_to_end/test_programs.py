@@ -17,6 +17,7 @@ from dspex_persist import Context, open_audit
 from dspex_persist.cli import completing
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.replay import replay
+from dspex_persist.state.errors import ToolFailedError
 from dspex_persist.wiring import connect
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of
@@ -143,10 +144,35 @@ def test_a_call_is_one_execution_with_its_lm_calls(kind: str, tmp_path: Path) ->
         assert (summary.tool, detail.metadata["tool"]) == ("transaction", "programs/qa")
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server that has a program as a tool: its address, and its file."""
+    path = tmp_path_factory.mktemp("running") / "sessions.db"
+    with serve(path, "--tools", "tests.end_to_end.program_tools") as server:
+        yield f"grpc://{target_of(server)}", path
+
+
+def test_a_server_runs_a_program_for_clients(running: tuple[str, Path]) -> None:
+    url, path = running
+    with Context("support", url) as ctx:
+        ctx.programs.save("answer", predictor("Answer.", temperature=0.5), tag="production")
+        assert ctx.call("programs/answer", inputs={"question": "q"}) == {"answer": "by the server"}
+        # The server's tool goes before one of this process.
+        found = ctx.programs.execute("answer", {"question": "q"}, into=lambda: predictor(""), version="production")
+        assert found.answer == "by the server"
+        with pytest.raises(ToolFailedError, match=r"ProgramNotFoundError: .* there is no tag 'x'"):
+            ctx.call("programs/answer", inputs={"question": "q"}, version="x")
+    with open_audit(path) as source:
+        failed, *summaries = source.iterate(ours_query())
+        calls = [source.execution(each.execution_id).recorded["lm"][0] for each in summaries]
+    assert [each.tool for each in (failed, *summaries)] == ["programs/answer"] * 3
+    assert [call["request"]["options"]["temperature"] for call in calls] == [0.5, 0.5]
+
+
 def ours_query() -> Any:
     from dspex_persist.audit import ExecutionQuery
 
-    return ExecutionQuery(session="s")
+    return ExecutionQuery()
 
 
 def test_a_call_can_be_replayed_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

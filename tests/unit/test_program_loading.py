@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -169,6 +169,78 @@ def test_an_agent(ctx: Context) -> None:
     report = ctx.programs.check("p", made.agent(made.search, dspy.Tool(made.add, desc="Sum two numbers.")))
     assert report
     assert report.notes == ["the saved instructions of the program describe tools as they were: add"]
+
+
+# Every kind of module
+
+
+def reward(_inputs: Any, _answer: Any) -> float:
+    return 1.0
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "Predict": lambda: predict(),
+    "ChainOfThought": lambda: dspy.ChainOfThought("question -> answer"),
+    "ReAct": lambda: made.agent(),
+    "ReActV2": lambda: dspy.ReActV2(dspy.Signature("question -> answer"), tools=[made.search]),
+    "CodeAct": lambda: dspy.CodeAct("question -> answer", tools=[made.search]),
+    "ProgramOfThought": lambda: dspy.ProgramOfThought("question -> answer"),
+    "RLM": lambda: dspy.RLM("question -> answer"),
+    "BestOfN": lambda: dspy.BestOfN(predict(), N=2, reward_fn=reward, threshold=1.0),
+    "Refine": lambda: dspy.Refine(predict(), N=2, reward_fn=reward, threshold=1.0),
+    "MultiChainComparison": lambda: dspy.MultiChainComparison("question -> answer", M=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_of_each_kind(ctx: Context, kind: str) -> None:
+    program = made.tuned(KINDS[kind]())
+    settings = [name for name in ("max_iters", "N", "max_llm_calls", "fail_count") if hasattr(program, name)]
+    for name in settings:
+        setattr(program, name, 7)
+    ctx.programs.save("p", program)
+    loaded = ctx.programs.load("p", KINDS[kind])
+    assert [getattr(loaded, name) for name in settings] == [7] * len(settings)
+    for (path, was), (same, now) in zip(program.named_predictors(), loaded.named_predictors(), strict=True):
+        assert (path, was.demos, was.config) == (same, now.demos, now.config)
+        assert was.signature.equals(now.signature)
+        assert list(was.signature.fields) == list(now.signature.fields)
+    for name in settings[:1]:
+        saved = copy.deepcopy(ctx["programs/p"])
+        saved["modules"]["self"]["settings"][name] = 1.5
+        ctx["programs/p"] = saved
+        assert f"{name}=1.5 is saved for the program, which makes no sense" in differences(ctx, "p", KINDS[kind]())
+
+
+def test_a_loaded_program_can_be_compiled_again(ctx: Context) -> None:
+    ticket = dspy.Example(question="q", answer="yes").with_inputs("question")
+    optimizer = dspy.LabeledFewShot(k=1)
+    compiled = optimizer.compile(predict(), trainset=[ticket])
+    compiled._compiled = True
+    ctx.programs.save("p", compiled)
+    loaded = ctx.programs.load("p", predict)
+    assert loaded._compiled is False
+    assert loaded.demos == [ticket]
+    with dspy.context(lm=made.lm_on(made.Asked())):
+        again = dspy.BootstrapFewShot(max_bootstrapped_demos=1).compile(loaded, trainset=[ticket])
+    assert again.demos[0].augmented
+
+
+def test_what_an_optimizer_has_put_there_as_code(ctx: Context) -> None:
+    program = predict()
+    program.forward = lambda **inputs: inputs
+    ctx.programs.save("p", program)
+    assert "had a forward that an optimizer had put there" in differences(ctx, "p", predict())[0]
+    assert ctx.programs.load("p", program) is program
+
+
+def test_a_long_list_of_differences_is_shortened(ctx: Context) -> None:
+    ctx.programs.save("p", predict(", ".join(f"q{number}" for number in range(30)) + " -> answer"))
+    with pytest.raises(ProgramMismatchError, match=r"and 11 more: see \.differences") as raised:
+        ctx.programs.load("p", predict)
+    assert len(raised.value.differences) == 31
+    assert repr(ctx.programs) == "<programs of session 'programs'>"
 
 
 # Structure

@@ -12,7 +12,7 @@ from dspy.adapters.decision_state import DecisionState
 from dspy.signatures.signature import make_signature
 
 from dspex_persist.cognitive.dspy.binding import bind
-from dspex_persist.cognitive.dspy.program_parts import ROOT, Parts, kind_of, settings_of, source_of, tools_of
+from dspex_persist.cognitive.dspy.program_parts import FORWARD, ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
 from dspex_persist.cognitive.dspy.program_types import Classes
 from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
@@ -141,8 +141,16 @@ class Loading:
         for path, module in self._parts.modules.items():
             listed = self._saved.modules.get(path)
             compiled = listed is not None and listed.compiled
-            if getattr(module, "_compiled", False) is not compiled:
+            # The program itself can be compiled again, as after DSPy's own load.
+            if path != ROOT and getattr(module, "_compiled", False) is not compiled:
                 self._changes.append((module, "_compiled", compiled))
+        for left in self._saved.left_out:
+            module = self._parts.modules.get(left.path)
+            if left.what == FORWARD and module is not None and FORWARD not in vars(module):
+                self._differs(
+                    f"{_called(left.path)} had a {FORWARD} that an optimizer had put there, such as KNNFewShot, which "
+                    "is no data: compile the module first"
+                )
 
     def _check_class(self, path: str, saved: SavedModule, module: dspy.Module) -> None:
         here = kind_of(module)
@@ -160,7 +168,7 @@ class Loading:
                 self._differs(
                     f"{name}={value} is saved for {_called(path)}, and a {kind_of(module)} has no such setting"
                 )
-            elif isinstance(value, bool) or (value is not None and value < 0):
+            elif isinstance(value, bool) or not (value is None or value >= 0) or not _is_alike(value, here[name]):
                 self._differs(f"{name}={value} is saved for {_called(path)}, which makes no sense")
             elif here[name] != value:
                 self._changes.append((module, name, value))
@@ -289,7 +297,7 @@ class Loading:
             except UnreadableError as error:
                 self._differs(f"the option {name!r} of {path!r} cannot be read: {error}")
         for left in self._saved.left_out:
-            if left.path != path or left.what.startswith("lm."):
+            if left.path != path or left.what.startswith("lm.") or left.what == FORWARD:
                 continue
             if left.what in predictor.config:
                 config[left.what] = predictor.config[left.what]
@@ -433,6 +441,11 @@ def _listed(names: Any) -> str:
     more = len(listed) - _MOST_LISTED
     shown = ", ".join(f"{each!s:.60}" for each in listed[:_MOST_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _is_alike(value: float | None, other: float | None) -> bool:
+    """Whether a setting is a whole number where the module has one."""
+    return not isinstance(other, int) or not isinstance(value, float)
 
 
 def _release(version: str) -> tuple[int, ...]:

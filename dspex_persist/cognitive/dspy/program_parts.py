@@ -11,6 +11,8 @@ from dspy.predict.parameter import Parameter
 from dspex_persist.cognitive.dspy.program_types import class_name
 
 ROOT: Final = "self"
+FORWARD: Final = "forward"
+"""What optimizers such as KNNFewShot replace in a module: code."""
 _SKIPPED: Final = frozenset(
     ("callbacks", "config", "demos", "fields", "history", "lm", "signature", "stage", "tools", "traces", "train")
 )

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import dspy
 
-from dspex_persist.cognitive.dspy.program_parts import ROOT, Parts, kind_of, settings_of, source_of, tools_of
+from dspex_persist.cognitive.dspy.program_parts import FORWARD, ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_types import Classes, described_types, type_text
 from dspex_persist.cognitive.dspy.program_values import UnstorableError, encode
 from dspex_persist.cognitive.dspy.requests import OPTIONS
@@ -97,6 +97,9 @@ class Saving:
                 retrievers[path] = int(part.k)
             else:
                 self._refuse(path, part)
+        for path, module in self._parts.modules.items():
+            if FORWARD in vars(module):
+                self._leave_out(path, FORWARD, "object")
         return SavedProgram(
             dspy=dspy.__version__,
             adapter=adapter_name(),

@@ -40,7 +40,7 @@ _logger = get_logger(__name__)
 _LARGEST_PARTS: Final = 3
 _ATTEMPTS: Final = 100
 Into: TypeAlias = Any
-"""A module, or what makes one: its class, or a function without parameters."""
+"""A module, or what makes one: its class, or a function, which may take `ctx`."""
 
 
 class Programs(Catalog):

@@ -186,6 +186,9 @@ class Catalog(Runs):
         self._owner = owner
         self._session_id = session_id
 
+    def __repr__(self) -> str:
+        return f"<programs of session {self._session_id!r}>"
+
     def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
         return self._owner._run_step(step)

@@ -123,7 +123,7 @@ class SavedModule(Part):
     Attributes:
         kind: Its class.
         source: The SHA-256 of the class's source, unless the class is DSPy's own, or its source cannot be found.
-        compiled: Whether it is frozen (`_compiled`).
+        compiled: Whether it is frozen (`_compiled`). The program itself may be, too, which loading leaves out.
         settings: Such as `max_iters`.
         tools: The tools of an agent: by name, a hash of what the LM is told about the tool.
     """
@@ -139,8 +139,8 @@ class LeftOut(Part):
     """Something that is not in the saved program.
 
     Attributes:
-        path: The predictor that has it.
-        what: What it is: the name of an option.
+        path: The predictor, or the module, that has it.
+        what: What it is: the name of an option, or "forward".
         why: "secret" if it may be secret or an address, "unknown" if it is an option that nothing is known about,
             "object" if it is no data.
     """
@@ -193,7 +193,7 @@ class SavedProgram(Part):
     adapter: str
     modules: dict[str, SavedModule]
     predictors: dict[str, SavedPredictor]
-    retrievers: dict[str, int] = {}
+    retrievers: dict[str, Annotated[int, Field(ge=0)]] = {}
     bindings: tuple[SavedBinding, ...] = Field(default=(), strict=False)
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False)
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from dspex_persist.errors import DspexError
 from dspex_persist.spelling import quote
+
+_MOST_SHOWN: Final = 20
 
 
 @dataclass(eq=False)
@@ -75,7 +78,9 @@ class ProgramMismatchError(ProgramError):
     differences: Sequence[str]
 
     def __str__(self) -> str:
-        listed = "".join(f"\n- {difference}" for difference in self.differences)
+        listed = "".join(f"\n- {difference}" for difference in self.differences[:_MOST_SHOWN])
+        more = len(self.differences) - _MOST_SHOWN
+        listed += f"\n- and {more} more: see .differences" if more > 0 else ""
         return (
             f"version {self.version} of program {quote(self.name)} does not fit the module, which is unchanged; load "
             f"it into a module like the saved one, or what fits of it with strict=False:{listed}"
