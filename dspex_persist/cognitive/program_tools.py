@@ -17,6 +17,7 @@ def program_tool(
     *,
     tool_name: str | None = None,
     lms: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | None = None,
     record_lm: bool = True,
     isolation: Isolation | str = Isolation.SNAPSHOT,
     retries: int = 0,
@@ -32,6 +33,7 @@ def program_tool(
         into: The class of the module, or a function that makes one; see `Programs.load`.
         tool_name: The name of the tool; by default `programs/NAME`, as of the calls by `ctx.programs.call`.
         lms: See `Programs.load`.
+        adapters: See `Programs.load`.
         record_lm: Whether the journal has its LM calls.
         isolation: See `Programs.execute`.
         retries: How often to run it again after a conflict.
@@ -48,7 +50,7 @@ def program_tool(
         record_lm=record_lm,
     )
     def run_program(ctx: ToolContext, inputs: dict[str, Any], version: int | str | None = None) -> Any:
-        program = ctx.programs.load(name, into, version, lms=lms)
+        program = ctx.programs.load(name, into, version, lms=lms, adapters=adapters)
         return answer(variable_of(name), program, inputs)[0]
 
     return run_program

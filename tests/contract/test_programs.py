@@ -345,6 +345,28 @@ def test_bindings_come_back(ctx: Context) -> None:
     assert made.requests_of(module, question="q") == made.requests_of(made.Answering(), question="q")
 
 
+def test_bindings_that_choose_among_what_the_process_has(ctx: Context) -> None:
+    small, large = (made.lm_on(made.Asked(), temperature=number) for number in (0.25, 0.75))
+    ctx["model"], ctx["style"], ctx["how"] = "large", "json", "Be kind."
+    lms, adapters = {"small": small, "large": large}, {"json": dspy.JSONAdapter(), "chat": dspy.ChatAdapter()}
+    program = binding.bind(
+        predictor(), ctx, lms=lms, adapters=adapters, model="model", adapter="style", instructions="how"
+    )
+    ctx.programs.save("qa", program)
+    with pytest.raises(ProgramMismatchError, match="cannot be bound again: lms has no small, large"):
+        ctx.programs.load("qa", predictor)
+    with pytest.raises(ProgramMismatchError, match="cannot be bound again: adapters has no json"):
+        ctx.programs.load("qa", predictor, lms=lms)
+    loaded = ctx.programs.load("qa", predictor, lms=lms, adapters=adapters)
+    asked = made.Asked('{"answer": "yes"}')
+    lms["large"] = made.lm_on(asked)
+    again = ctx.programs.load("qa", predictor, lms=lms, adapters=adapters)
+    assert again(question="q").answer == "yes"
+    assert "Be kind." in asked.requests[0]["system"]
+    assert "JSON" in asked.requests[0]["system"]
+    assert loaded is not again
+
+
 def test_hostile_bindings(ctx: Context) -> None:
     ctx["x"] = 0.5
     ctx.programs.save("qa", binding.bind(made.Answering(), ctx, temperature="x"))

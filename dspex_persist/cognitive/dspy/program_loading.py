@@ -5,7 +5,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from inspect import signature as signature_of
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import dspy
 from dspy.adapters.decision_state import DecisionState
@@ -17,7 +17,6 @@ from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, ann
 from dspex_persist.cognitive.dspy.program_types import Classes
 from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, binding_of
-from dspex_persist.cognitive.errors import BindingError, BoundValueError
 from dspex_persist.cognitive.programs.documents import (
     SavedBinding,
     SavedDemo,
@@ -28,11 +27,28 @@ from dspex_persist.cognitive.programs.documents import (
     SavedSignature,
 )
 from dspex_persist.cognitive.variables import Variables
+from dspex_persist.errors import DspexError
 from dspex_persist.spelling import closest, did_you_mean
-from dspex_persist.state.errors import StateError
 
 _TOOL_NAME_FIELD: Final = "next_tool_name"
 _MOST_LISTED: Final = 8
+
+
+class Choices(NamedTuple):
+    """What a program may name of this process.
+
+    Attributes:
+        lms: LMs by name.
+        adapters: Adapters by name.
+    """
+
+    lms: Mapping[str, Any]
+    adapters: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, lms: Mapping[str, Any] | None, adapters: Mapping[str, Any] | None = None) -> "Choices":
+        """Return what was given; None for nothing."""
+        return cls(lms or {}, adapters or {})
 
 
 @dataclass
@@ -67,7 +83,7 @@ class Loading:
         saved: The program.
         version: Its version.
         program: The module.
-        lms: LMs of this process by name.
+        choices: LMs and adapters of this process by name.
         ctx: Whose variables set the options that variables did; None to bind nothing.
 
     Attributes:
@@ -75,11 +91,11 @@ class Loading:
     """
 
     def __init__(
-        self, saved: SavedProgram, version: int, program: dspy.Module, lms: Mapping[str, Any], ctx: Variables | None
+        self, saved: SavedProgram, version: int, program: dspy.Module, choices: "Choices", ctx: Variables | None
     ) -> None:
         self._saved = saved
         self._parts = Parts(program)
-        self._lms = lms
+        self._lms, self._adapters = choices
         self.report = LoadReport(version)
         # Attributes to set, which cannot fail any more.
         self._changes: list[tuple[Any, str, Any]] = []
@@ -370,7 +386,7 @@ class Loading:
                 continue
             try:
                 self._changes.append((module, ATTRIBUTE, self._bound(saved, module, ctx)))
-            except (BindingError, BoundValueError, StateError, TypeError, UnreadableError) as error:
+            except (DspexError, TypeError, UnreadableError) as error:
                 self._differs(
                     f"variables set options of {_called(saved.path)}, which cannot be bound again: {error!s:.300} "
                     "(bindings=False loads it without)"
@@ -380,18 +396,17 @@ class Loading:
         names = {option for options in (saved.options, *saved.per.values()) for option in options}
         if names & _ARGUMENTS.keys():
             raise UnreadableError(f"{_listed(names & _ARGUMENTS.keys())} is no option")
-        choices: dict[str, Any] = dict(saved.options)
-        if saved.lms:
-            missing = [name for name in saved.lms if name not in self._lms]
+        arguments: dict[str, Any] = dict(saved.options)
+        for argument, chosen, given in (("lms", saved.lms, self._lms), ("adapters", saved.adapters, self._adapters)):
+            missing = [name for name in chosen if name not in given]
             if missing:
-                raise UnreadableError(f"lms has no {_listed(missing)}")
-            choices["lms"] = {name: self._lms[name] for name in saved.lms}
-        if saved.adapters or saved.tools:
-            raise UnreadableError("a variable chooses adapters or tools, which only bind(...) can be given")
+                raise UnreadableError(f"{argument} has no {_listed(missing)}")
+            if chosen:
+                arguments[argument] = {name: given[name] for name in chosen}
         # `bind` checks all, and binds a copy, as the module has to stay as it is.
         trial = copy(module)
         precedence = "default" if saved.is_default else "variable"
-        bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **choices)
+        bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **arguments)
         return binding_of(trial)
 
 

@@ -14,7 +14,7 @@ from dspex_persist.cognitive.dspy.program_calls import (
     run_program,
     takes_context,
 )
-from dspex_persist.cognitive.dspy.program_loading import Loading, LoadReport
+from dspex_persist.cognitive.dspy.program_loading import Choices, Loading, LoadReport
 from dspex_persist.cognitive.dspy.program_state import Saving
 from dspex_persist.cognitive.joining import InExecution, joined, surroundings
 from dspex_persist.cognitive.programs.catalog import At, Catalog, checked_tag
@@ -131,6 +131,7 @@ class Programs(Catalog):
         *,
         strict: bool = True,
         lms: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         bindings: bool = True,
     ) -> Steps[Any]:
         """Load a program into a module.
@@ -147,6 +148,7 @@ class Programs(Catalog):
             lms: LMs by the names with which the program was saved, or by their models. What is stored never says where
                 requests go, so an LM that a predictor has of its own has to be given here, unless the module, or
                 `dspy.configure`, has one of its model.
+            adapters: Adapters by name, if a variable chooses among some.
             bindings: Whether variables set the options that they did when it was saved (`dspex_persist.dspy.bind`),
                 those of this session. A module that is bound already stays so.
 
@@ -159,7 +161,7 @@ class Programs(Catalog):
             DamagedProgramError: It is no program that this release can read.
         """
         module = yield from self._module(name, into)
-        loading = yield from self._loading(name, module, version, lms, bindings)
+        loading = yield from self._loading(name, module, version, Choices.of(lms, adapters), bindings)
         report = loading.report
         if strict and report.differences:
             raise ProgramMismatchError(name, report.version, tuple(report.differences))
@@ -176,6 +178,7 @@ class Programs(Catalog):
         version: At = None,
         *,
         lms: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         bindings: bool = True,
     ) -> Steps[LoadReport]:
         """Say what loading a program into a module would do, without changing it.
@@ -185,6 +188,7 @@ class Programs(Catalog):
             into: See `load`.
             version: See `load`.
             lms: See `load`.
+            adapters: See `load`.
             bindings: See `load`.
 
         Returns:
@@ -195,14 +199,12 @@ class Programs(Catalog):
             DamagedProgramError: It is no program that this release can read.
         """
         module = yield from self._module(name, into)
-        return (yield from self._loading(name, module, version, lms, bindings)).report
+        return (yield from self._loading(name, module, version, Choices.of(lms, adapters), bindings)).report
 
-    def _loading(
-        self, name: str, module: dspy.Module, version: At, lms: Mapping[str, Any] | None, bindings: bool
-    ) -> Steps[Loading]:
+    def _loading(self, name: str, module: dspy.Module, version: At, choices: Choices, bindings: bool) -> Steps[Loading]:
         number, value = yield from self._find(name, version)
         saved = self._read(name, number, value)
-        return (yield from work(Loading, saved, number, module, lms or {}, self._owner if bindings else None))
+        return (yield from work(Loading, saved, number, module, choices, self._owner if bindings else None))
 
     def _module(self, name: str, into: Into) -> Steps[Any]:
         if into is None:
@@ -241,6 +243,7 @@ class Programs(Catalog):
         into: Into = None,
         version: At = None,
         lms: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         record_lm: bool | None = None,
         isolation: Isolation | str = Isolation.SNAPSHOT,
         retries: int = 0,
@@ -260,6 +263,7 @@ class Programs(Catalog):
             into: See `load`. A module is copied.
             version: See `load`.
             lms: See `load`.
+            adapters: See `load`.
             record_lm: Whether the journal has its LM calls; None for what the context says.
             isolation: What others must not change meanwhile: what it writes ("snapshot"), or also what it reads
                 ("serializable").
@@ -283,7 +287,7 @@ class Programs(Catalog):
         execute = getattr(here, "_execute_code", None)
         if execute is None:
             programs = Programs(here, self._session_id)
-            program = yield from programs.load._steps(name, own, version, lms=lms)
+            program = yield from programs.load._steps(name, own, version, lms=lms, adapters=adapters)
             return (yield from work(run_program, program, given))
         yield from self._current(name)
         # Its signatures say which classes its inputs may have.
@@ -296,7 +300,7 @@ class Programs(Catalog):
         def load(ctx: InExecution, at: At) -> Any:
             module = next(modules, None) if not takes_context(own) else None
             again = own.deepcopy() if isinstance(own, dspy.Module) else own
-            return Programs(ctx, ctx.session_id).load(name, module or again, at, lms=lms)
+            return Programs(ctx, ctx.session_id).load(name, module or again, at, lms=lms, adapters=adapters)
 
         records = getattr(here, "_record_lm", False) if record_lm is None else record_lm
         options = {"isolation": arguments.member("isolation", isolation, Isolation), "retries": retries}
@@ -319,7 +323,7 @@ _registered: Final[dict[str, Any]] = {}
 def _saved(name: str, module: dspy.Module, lms: Mapping[str, Any]) -> SavedProgram:
     saved = Saving(name, module, lms).saved()
     # What is saved has to load again, into this module at least.
-    differences = Loading(saved, 0, module, lms, None).report.differences
+    differences = Loading(saved, 0, module, Choices.of(lms), None).report.differences
     if differences:
         raise ProgramNotSavedError(name, f"it would not load again: {'; '.join(differences)}")
     for left in saved.left_out:

@@ -161,7 +161,6 @@ class SavedBinding(Part):
         live: Whether they are read for each call of an LM.
         lms: The names of the LMs that a variable chooses from.
         adapters: The names of the adapters.
-        tools: The names of the tools.
     """
 
     path: str
@@ -171,7 +170,6 @@ class SavedBinding(Part):
     live: bool = False
     lms: tuple[str, ...] = Field(default=(), strict=False)
     adapters: tuple[str, ...] = Field(default=(), strict=False)
-    tools: tuple[str, ...] = Field(default=(), strict=False)
 
 
 class SavedProgram(Part):
