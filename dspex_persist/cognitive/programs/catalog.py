@@ -386,7 +386,11 @@ class Catalog(Runs):
             yield from ask(commands.RegisterVariable(self._session_id, variable, _MAP, value, "", mark), terms)
             # Registering what exists already writes nothing.
             found = yield from ask(commands.GetVariable(self._session_id, variable))
-            if found.version or found.value != value:
+            first = found.value
+            if found.version:
+                records = yield from ask(commands.GetVariableHistory(self._session_id, variable, 1, 1))
+                first = records[0].value if records else None  # type: ignore[assignment]
+            if first != value:
                 raise VersionConflictError(variable, -1, found.version)
             return 0
         return (yield from ask(commands.SetVariable(self._session_id, variable, value, mark, version), terms))
