@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Optional
 from uuid import UUID
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ImportString, SecretStr
 
 from tests.late import Late
 
@@ -165,6 +165,28 @@ def test_what_no_save_wrote_is_refused(document: Any, reason: str) -> None:
     classes = types.Classes((made.Event, made.Color, made.Size))
     with pytest.raises(values.UnreadableError, match=reason):
         values.decode([document], classes)
+
+
+class Importing(BaseModel):
+    code: ImportString[Any]
+
+
+class Wrapping(BaseModel):
+    child: Importing | None = None
+
+
+@pytest.mark.parametrize("annotation", [ImportString, ImportString[Any], list[ImportString], Importing, list[Wrapping]])
+def test_nothing_is_imported_because_a_type_says_so(annotation: Any) -> None:
+    classes, name = types.Classes((annotation,)), "tests.unit.never_imported"
+    for document in (
+        {"$": "annotated", "value": name},
+        {"$": "model", "class": "x:Importing", "value": [["code", name]]},
+        {"$": "model", "class": "x:Wrapping", "value": [["child", {"code": name}]]},
+    ):
+        with pytest.raises(values.UnreadableError, match=r"ImportString|no such class"):
+            values.decode(document, classes, annotation)
+    with pytest.raises(values.UnstorableError):
+        values.encode(len, classes, annotation)
 
 
 def test_a_class_is_found_where_it_has_moved_to() -> None:

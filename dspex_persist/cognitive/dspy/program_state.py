@@ -37,7 +37,7 @@ _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.I)
 
 def annotations_of(signature: Any) -> list[Any]:
     """Return the types of a signature's fields."""
-    return [field.annotation for field in signature.fields.values()]
+    return [each for field in signature.fields.values() for each in (field.annotation, *field.metadata)]
 
 
 def role_of(field: Any) -> str:

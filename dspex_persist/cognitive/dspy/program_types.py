@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, ForwardRef, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import dspy
+import pydantic
 from pydantic import BaseModel
 from typing_extensions import is_typeddict
 
@@ -19,6 +20,8 @@ _LOCAL: Final = "<locals>."
 _OWN: Final = ("dspy", "pydantic", "typing", "builtins", "enum")
 _DSPY_TYPES: Final = ("Audio", "Citations", "Code", "Document", "File", "History", "Image", "Reasoning", "ToolCalls")
 _MOST_CLASSES: Final = 1_000
+# For type checkers it is something else.
+_IMPORT_STRING: Final[type] = getattr(pydantic, "ImportString")  # noqa: B009
 
 
 def type_text(annotation: Any) -> str:
@@ -66,16 +69,27 @@ def described_types(annotations: Iterable[Any]) -> dict[str, dict[str, str]]:
 
 def classes_in(annotations: Iterable[Any]) -> list[type]:
     """Return the classes with fields, and the enumerations, that types mention, also as fields of each other."""
+    return [kind for kind in _all_in(annotations) if _has_parts(kind)]
+
+
+def _all_in(annotations: Iterable[Any]) -> list[type]:
     found: dict[type, None] = {}
     left = list(annotations)
     while left and len(found) < _MOST_CLASSES:
         annotation = left.pop(0)
+        if type(annotation) is _IMPORT_STRING:
+            # As metadata, it is an instance.
+            annotation = _IMPORT_STRING
         left.extend(get_args(annotation))
         kind = annotation if inspect.isclass(annotation) and get_origin(annotation) is None else get_origin(annotation)
-        if not inspect.isclass(kind) or kind in found or not _has_parts(kind):
+        if not inspect.isclass(kind) or kind in found:
             continue
         found[kind] = None
+        if not _has_parts(kind):
+            continue
         left.extend(_fields_of(kind).values())
+        if issubclass(kind, BaseModel):
+            left.extend(each for field in kind.model_fields.values() for each in field.metadata)
         if not _is_own(kind) and not is_typeddict(kind):
             left.extend(kind.__subclasses__())
     return list(found)
@@ -120,9 +134,14 @@ class Classes:
 
     Args:
         annotations: The types of the fields of a signature.
+
+    Attributes:
+        imports: Whether a value may be an `ImportString`: pydantic imports what it names.
     """
 
     def __init__(self, annotations: Iterable[Any]) -> None:
+        annotations = list(annotations)
+        self.imports = _IMPORT_STRING in _all_in(annotations)
         self._by_label: dict[str, type] = {}
         self._by_name: dict[str, list[type]] = {}
         own = (getattr(dspy, name, None) for name in _DSPY_TYPES)

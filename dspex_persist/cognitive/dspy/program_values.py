@@ -27,6 +27,7 @@ _KIND: Final = "$"
 _VALUE: Final = "value"
 _CLASS: Final = "class"
 _DEEPEST: Final = 60
+_IMPORTS: Final = "a value beside a pydantic.ImportString, which would import what is stored"
 # A request has the same JSON for each.
 _DICTS: Final = (dict, OrderedDict, defaultdict)
 
@@ -55,14 +56,16 @@ def encode(value: Any, classes: Classes, annotation: Any = None) -> Any:
     except UnstorableError as refusal:
         if annotation is None:
             raise
-        return _by_annotation(value, annotation, refusal)
+        return _by_annotation(value, annotation, refusal, classes)
     if _encode(decode(encoded, classes, annotation), classes, 0) != encoded:
         raise UnstorableError(f"a {class_name(type(value))} that its own class reads back as another value")
     return encoded
 
 
-def _by_annotation(value: Any, annotation: Any, refusal: UnstorableError) -> Any:
+def _by_annotation(value: Any, annotation: Any, refusal: UnstorableError, classes: Classes) -> Any:
     """Return a value of a type that only pydantic knows, such as a URL; raise `refusal` if that does not know it."""
+    if classes.imports:
+        raise UnstorableError(_IMPORTS)
     try:
         adapter = TypeAdapter(annotation)
         document = adapter.dump_python(value, mode="json")
@@ -151,13 +154,15 @@ def _pairs(value: Mapping[Any, Any], classes: Classes, depth: int) -> list[Any]:
 
 
 def _model(value: BaseModel, classes: Classes, depth: int) -> Any:
+    if classes.imports:
+        raise UnstorableError(_IMPORTS)
     fields: list[Any] = []
     for name, field in type(value).model_fields.items():
         given = getattr(value, name)
         try:
             fields.append([name, _encode(given, classes, depth)])
         except UnstorableError as refusal:
-            fields.append([name, _by_annotation(given, field.annotation, refusal)])
+            fields.append([name, _by_annotation(given, field.annotation, refusal, classes)])
     fields.extend(_pairs(value.model_extra or {}, classes, depth))
     return _of_class(value, "model", fields, classes)
 
@@ -204,6 +209,8 @@ def _decode(document: Any, classes: Classes, annotation: Any = None) -> Any:
     kind, value = document[_KIND], document.get(_VALUE)
     if not isinstance(kind, str) or not document.keys() <= {_KIND, _VALUE, _CLASS}:
         raise UnreadableError(f"{_brief(document)} is no value that ctx.programs.save writes")
+    if classes.imports and kind in ("annotated", "model"):
+        raise UnreadableError(_IMPORTS)
     if kind == "annotated":
         if annotation is None:
             raise UnreadableError("a value whose type no field says")
