@@ -416,6 +416,27 @@ def test_hostile_demos_and_paths(ctx: Context) -> None:
     )
 
 
+def test_texts_of_the_store_are_shown_on_one_line_and_shortened(ctx: Context) -> None:
+    ctx.programs.save("p", made.Answering())
+    saved = copy.deepcopy(ctx["programs/p"])
+    escape = "\x1b[2J\n" + "x" * 5_000
+    judge = saved["predictors"].pop("judge")
+    judge["signature"]["fields"][0] |= {"name": escape, "type": escape}
+    judge["config"] = {escape: 1}
+    saved["predictors"] |= {escape: judge, "judge": judge}
+    saved["modules"]["self"]["kind"] = saved["adapter"] = escape
+    ctx["programs/p"] = saved
+    report = ctx.programs.check("p", made.Answering)
+    assert len(report.differences) > 3
+    for text in (*report.differences, *report.notes):
+        assert text.isprintable()
+        assert len(text) < 700
+    judge["signature"]["instructions"] = "line\n" * 100_000
+    ctx["programs/p"] = saved
+    (changed,) = [each for each in ctx.programs.diff("p").predictors if each.path == "judge"]
+    assert changed.instructions == ("-66 characters", "+500,000 characters")
+
+
 # Diffs
 
 

@@ -112,7 +112,7 @@ def _show_list(infos: "Sequence[ProgramInfo]") -> None:
 
 
 def _tags(tags: "Mapping[str, int]") -> str:
-    return ", ".join(f"{tag}: {version}" for tag, version in tags.items())
+    return ", ".join(f"{plain(tag)}: {version}" for tag, version in tags.items())
 
 
 @app.command(
@@ -151,7 +151,7 @@ def _show_history(versions: "Sequence[ProgramVersion]") -> None:
         Column("saved", lambda row: look.time(row.at), least=look.time_width),
         Column("by", lambda row: plain(row.actor), least=8, most=60),
         Column("kind", lambda row: row.kind.value.replace("_", " "), least=6),
-        Column("tags", lambda row: ", ".join(row.tags), least=8, most=60),
+        Column("tags", lambda row: plain(", ".join(row.tags)), least=8, most=60),
         Column("demos", lambda row: str(row.as_dict().get("demos", "")), least=5, right=True),
         Column("why", lambda row: plain(row.reason or ""), least=10, most=200),
     ]
@@ -193,7 +193,7 @@ def _show(version: "ProgramVersion", saved: "SavedProgram") -> None:
     from dspex_persist.cli.audit.rendering import Renderer
 
     look = Renderer(is_utc=False)
-    tags = f" [{', '.join(version.tags)}]" if version.tags else ""
+    tags = f" [{plain(', '.join(version.tags))}]" if version.tags else ""
     say(f"{plain(version.name)}, version {version.version}{tags}: {plain(saved.kind)}, DSPy {plain(saved.dspy)}")
     why = f', "{plain(version.reason)}"' if version.reason else ""
     say(f"saved {look.time(version.at)} by {plain(version.actor)}{why}")

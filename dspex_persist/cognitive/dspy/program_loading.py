@@ -28,10 +28,11 @@ from dspex_persist.cognitive.programs.documents import (
 )
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.errors import DspexError
-from dspex_persist.spelling import closest, did_you_mean
+from dspex_persist.spelling import closest, did_you_mean, printable, quote
 
 _TOOL_NAME_FIELD: Final = "next_tool_name"
 _MOST_LISTED: Final = 8
+_LONGEST: Final = 120
 
 
 class Choices(NamedTuple):
@@ -133,14 +134,16 @@ class Loading:
         saved, here = self._saved.dspy, dspy.__version__
         if saved != here:
             if _release(saved)[:2] > _release(here)[:2]:
-                self._differs(f"DSPy {saved:.40} has saved it, and this is {here}: upgrade DSPy")
+                self._differs(f"DSPy {_brief(saved)} has saved it, and this is {here}: upgrade DSPy")
             else:
-                self._note(f"DSPy {saved:.40} has saved it, and this is {here}, which may word its requests otherwise")
+                self._note(
+                    f"DSPy {_brief(saved)} has saved it, and this is {here}, which may word its requests otherwise"
+                )
         adapter = adapter_name()
         if self._saved.adapter != adapter:
             self._note(
-                f"the adapter was {self._saved.adapter:.80}, and is {adapter}: requests are worded otherwise unless "
-                "dspy.configure(adapter=...) says the same"
+                f"the adapter was {_brief(self._saved.adapter)}, and is {adapter}: requests are worded otherwise, "
+                "unless dspy.configure(adapter=...) says the same"
             )
 
     def _check_modules(self) -> None:
@@ -149,7 +152,9 @@ class Loading:
             if module is None:
                 # Its predictors are reported.
                 if not any(each.startswith(path) for each in self._saved.predictors):
-                    self._note(f"the saved program has a module {path!r}, a {saved.kind:.80}, and this one has not")
+                    self._note(
+                        f"the saved program has a module {quote(path)}, a {_brief(saved.kind)}, and this one has not"
+                    )
                 continue
             self._check_class(path, saved, module)
             self._match_settings(path, saved, module)
@@ -172,7 +177,8 @@ class Loading:
         here = kind_of(module)
         if saved.kind.rpartition(".")[2] != here.rpartition(".")[2]:
             self._note(
-                f"{_called(path)} was a {saved.kind:.80}, and is a {here}: what it does with its predictors may differ"
+                f"{_called(path)} was a {_brief(saved.kind)}, and is a {here}: what it does with its predictors may "
+                "differ"
             )
         elif saved.source is not None and source_of(module) not in (None, saved.source):
             self._note(f"the source of {here} has changed since it was saved: what it does may differ")
@@ -218,19 +224,19 @@ class Loading:
             if not matches:
                 near = did_you_mean(closest(path, set(by_path) - set(here)))
                 self._differs(
-                    f"the module has a predictor {path!r}, and the saved program has not{near and f' ({near})'}"
+                    f"the module has a predictor {quote(path)}, and the saved program has not{near and f' ({near})'}"
                 )
                 continue
             if len(matches) > 1:
                 paths = _listed(matches)
-                self._differs(f"{paths} were several predictors, and are one in the module, {path!r}")
+                self._differs(f"{paths} were several predictors, and are one in the module, {quote(path)}")
             used.update(matches)
             self._match(path, predictor, self._saved.predictors[next(iter(matches))])
         for path in self._saved.predictors:
             if path not in used:
                 near = did_you_mean(closest(path, set(here) - set(by_path)))
                 self._differs(
-                    f"the saved program has a predictor {path!r}, and the module has not{near and f' ({near})'}"
+                    f"the saved program has a predictor {quote(path)}, and the module has not{near and f' ({near})'}"
                 )
 
     def _match(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> None:
@@ -252,22 +258,27 @@ class Loading:
             now = are.get(name)
             if now is None:
                 near = did_you_mean(closest(name, are.keys() - were.keys()))
-                self._differs(f"{path!r} has lost the {was.role} field {name!r} ({was.type:.80}){near and f'; {near}'}")
+                self._differs(
+                    f"{quote(path)} has lost the {was.role} field {quote(name)} ({_brief(was.type)})"
+                    f"{near and f'; {near}'}"
+                )
             elif now.role != was.role:
                 changed.add(name)
-                self._differs(f"field {name!r} of {path!r} was an {was.role}, and is an {now.role}")
+                self._differs(f"field {quote(name)} of {quote(path)} was an {was.role}, and is an {now.role}")
             elif now.type != was.type:
                 changed.add(name)
                 if not (
                     name == _TOOL_NAME_FIELD and was.type.startswith("Literal[") and now.type.startswith("Literal[")
                 ):
-                    self._differs(f"field {name!r} of {path!r} was a {was.type:.120}, and is a {now.type:.120}")
+                    self._differs(
+                        f"field {quote(name)} of {quote(path)} was a {_brief(was.type)}, and is a {_brief(now.type)}"
+                    )
         for name, now in are.items():
             if name not in were:
-                self._differs(f"{path!r} has a new {now.role} field {name!r} ({now.type:.80})")
+                self._differs(f"{quote(path)} has a new {now.role} field {quote(name)} ({_brief(now.type)})")
         if were.keys() == are.keys() and list(were) != list(are):
             self._differs(
-                f"the fields of {path!r} were in the order {_listed(were)}, and are in the order {_listed(are)}"
+                f"the fields of {quote(path)} were in the order {_listed(were)}, and are in the order {_listed(are)}"
             )
         self._check_types(path, saved, here)
         return changed
@@ -280,12 +291,12 @@ class Loading:
             parts = [f"{each} is gone" for each in was if each not in now]
             parts += [f"{each} is new" for each in now if each not in was]
             parts += [
-                f"{each} was {was[each]:.60}, and is {now[each]:.60}"
+                f"{each} was {_brief(was[each])}, and is {_brief(now[each])}"
                 for each in was
                 if now.get(each, was[each]) != was[each]
             ]
             what = ", ".join(islice(parts, _MOST_LISTED)) or "its parts are in another order"
-            self._differs(f"the class {name:.80}, which fields of {path!r} have, has changed: {what}")
+            self._differs(f"the class {_brief(name)}, which fields of {quote(path)} have, has changed: {what}")
 
     def _demos(self, path: str, predictor: dspy.Predict, saved: SavedPredictor, changed: set[str]) -> list[Any]:
         classes = Classes(annotations_of(predictor.signature))
@@ -297,7 +308,7 @@ class Loading:
             try:
                 demos.append(_demo(demo, predictor, classes))
             except UnreadableError as error:
-                self._differs(f"demo {number} of {path!r} cannot be read: {error}")
+                self._differs(f"demo {number} of {quote(path)} cannot be read: {error}")
         return demos
 
     def _config(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> dict[str, Any]:
@@ -306,12 +317,12 @@ class Loading:
         config = {name: value for name, value in predictor.config.items() if name not in CONFIG}
         for name, document in saved.config.items():
             if name not in CONFIG:
-                self._differs(f"{path!r} has the option {name!r:.60} saved, which is none that is loaded")
+                self._differs(f"{quote(path)} has the option {quote(name)} saved, which is none that is loaded")
                 continue
             try:
                 config[name] = decode(document, classes)
             except UnreadableError as error:
-                self._differs(f"the option {name!r} of {path!r} cannot be read: {error}")
+                self._differs(f"the option {quote(name)} of {quote(path)} cannot be read: {error}")
         for left in self._saved.left_out:
             if left.path != path or left.what.startswith("lm.") or left.what == FORWARD:
                 continue
@@ -319,10 +330,11 @@ class Loading:
                 config[left.what] = predictor.config[left.what]
             elif left.why == "object":
                 self._differs(
-                    f"{path!r} had an option {left.what!r:.60} that is no data: make the module with it, as before"
+                    f"{quote(path)} had an option {quote(left.what)} that is no data: make the module with it, as "
+                    "before"
                 )
             else:
-                self._note(f"{path!r} had an option {left.what!r:.60}, which is not saved; the module has none")
+                self._note(f"{quote(path)} had an option {quote(left.what)}, which is not saved; the module has none")
         return config
 
     def _decisions(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> dict[str, Any]:
@@ -331,7 +343,7 @@ class Loading:
             decisions = {name: decode(document, classes) for name, document in saved.decisions.items()}
             DecisionState(predictor.signature, decisions)
         except (UnreadableError, ValueError, TypeError, KeyError, AttributeError) as error:
-            self._differs(f"the decisions of {path!r} do not fit: {error!s:.200}")
+            self._differs(f"the decisions of {quote(path)} do not fit: {error!s:.200}")
             return dict(predictor.fields)
         return decisions
 
@@ -339,22 +351,24 @@ class Loading:
         """Return the LM: one of this process, as what is stored must not decide where requests go."""
         if saved is None:
             if predictor.lm is not None:
-                self._note(f"{path!r} had no LM of its own, and keeps that of the module, {model_of(predictor.lm)}")
+                self._note(
+                    f"{quote(path)} had no LM of its own, and keeps that of the module, {model_of(predictor.lm)}"
+                )
             return predictor.lm
         lm = self._find_lm(predictor, saved)
         if lm is None:
             name = saved.name or saved.model
-            how = f"lms={{{name!r:.80}: dspy.LM(...)}}"
+            how = f"lms={{{quote(name)}: dspy.LM(...)}}"
             self._differs(
-                f"{path!r} has an LM of its own, {saved.model:.80}, and none is given for it: load with {how}"
+                f"{quote(path)} has an LM of its own, {_brief(saved.model)}, and none is given for it: load with {how}"
             )
             return predictor.lm
         options = getattr(lm, "kwargs", {})
         differing = [name for name, value in saved.options.items() if options.get(name) != value]
         if model_of(lm) != saved.model:
-            self._note(f"the LM of {path!r} was {saved.model:.80}, and is {model_of(lm)}")
+            self._note(f"the LM of {quote(path)} was {_brief(saved.model)}, and is {model_of(lm)}")
         if differing:
-            self._note(f"the LM of {path!r} has other options than it had: {_listed(differing)}")
+            self._note(f"the LM of {quote(path)} has other options than it had: {_listed(differing)}")
         return lm
 
     def _find_lm(self, predictor: dspy.Predict, saved: SavedLm) -> Any:
@@ -368,11 +382,11 @@ class Loading:
         here = {path: part for path, part in self._parts.parameters.items() if isinstance(part, dspy.Retrieve)}
         for path, k in self._saved.retrievers.items():
             if path not in here:
-                self._differs(f"the saved program has a retriever {path!r}, and the module has not")
+                self._differs(f"the saved program has a retriever {quote(path)}, and the module has not")
             elif here[path].k != k:
                 self._changes.append((here[path], "k", k))
         for path in here.keys() - self._saved.retrievers.keys():
-            self._differs(f"the module has a retriever {path!r}, and the saved program has not")
+            self._differs(f"the module has a retriever {quote(path)}, and the saved program has not")
 
     # Bindings
 
@@ -421,7 +435,7 @@ def _demo(saved: SavedDemo, predictor: dspy.Predict, classes: Classes) -> Any:
         try:
             values[name] = decode(document, classes, None if known is None else known.annotation)
         except UnreadableError as error:
-            raise UnreadableError(f"its field {name!r:.60}: {error}") from None
+            raise UnreadableError(f"its field {quote(name)}: {error}") from None
     if saved.kind == "dict":
         return values
     demo = dspy.Example(values)
@@ -448,14 +462,20 @@ def _signature(signature: Any, saved: SavedSignature) -> Any:
 
 
 def _called(path: str) -> str:
-    return "the program" if path == ROOT else repr(path)
+    return "the program" if path == ROOT else quote(path)
 
 
 def _listed(names: Any) -> str:
     listed: Sequence[str] = list(names) if isinstance(names, dict | list) else sorted(names)
     more = len(listed) - _MOST_LISTED
-    shown = ", ".join(f"{each!s:.60}" for each in listed[:_MOST_LISTED])
+    shown = ", ".join(_brief(each) for each in listed[:_MOST_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _brief(text: str) -> str:
+    """Return a text of the store on one line, shortened."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return printable(short)
 
 
 def _is_alike(value: float | None, other: float | None) -> bool:

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 _WIDTH: Final = 100
 _MOST_DEMOS: Final = 5
+_LONGEST_COMPARED: Final = 200_000
 _MAPPINGS: Final = ("mapping", "model", "dataclass", "namedtuple", "example", "prediction")
 _PALE: Final = {"+": "color:#1a7f37", "-": "color:#cf222e", "@": "color:#656d76"}
 
@@ -284,6 +285,9 @@ def _as_key(key: Any) -> str:
 
 
 def _text_diff(before: str, after: str) -> Iterator[str]:
+    if before != after and len(before) + len(after) > _LONGEST_COMPARED:
+        # It takes quadratic time, and any client may have written it.
+        return iter((f"-{len(before):,} characters", f"+{len(after):,} characters"))
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=3)
     # Without the two lines that name files.
     return (line for number, line in enumerate(lines) if number > 1)
