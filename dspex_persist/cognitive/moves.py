@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from math import inf
 from typing import Any, Final
 
 from dspex_persist import clock
@@ -227,8 +227,11 @@ class _Move:
     def carry_out(self) -> None:
         """Move the session, or leave everything as it was."""
         try:
-            # Nobody has to wait for what is there already.
+            # Nobody has to wait for what is there already, nor for what comes while that is copied. If that is much,
+            # others write faster than this copies, and only the pause ends it.
             self._begin_copy().check()
+            self._add_rest(most=len(self._moved.sequences) // 2)
+            self._begun.check()
             with self._at_the_gate():
                 began = time.perf_counter()
                 with Holdable.of(self._source).hold_session(self._session_id, timeout_s=TIMEOUT_S) as held:
@@ -283,14 +286,20 @@ class _Move:
             begun.add(commit)
         return begun
 
-    def _record(self, started: int | None = None) -> tuple[Header, Iterator[RecordedCommit]]:
-        header, commits = Recordable.of(self._source).record(self._session_id, started=started, reveal=True)
+    def _record(self, started: int | None = None, after: int = 0) -> tuple[Header, Iterator[RecordedCommit]]:
+        source = Recordable.of(self._source)
+        header, commits = source.record(self._session_id, started=started, reveal=True, after=after)
         if header.masked:
             raise UnsupportedError(
                 f"a move of sensitive variables from {self._backend.url}, which does not reveal their values",
                 "start the server with --audit-reveal, or stop it and use its file",
             )
         return header, commits
+
+    @property
+    def _begun(self) -> SessionImport:
+        assert self._import is not None, "it has begun"
+        return self._import
 
     def _end_copy(self) -> None:
         if self._import is not None:
@@ -299,28 +308,28 @@ class _Move:
     def _copy(self) -> ImportedSession:
         """Copy what others have written since `_begin_copy`, and finish."""
         self._add_rest()
-        assert self._import is not None, "it has begun"
         try:
-            self._imported = imported = self._import.finish()
+            self._imported = imported = self._begun.finish()
         except BaseException as error:
             # Interrupted, it goes on.
             self._is_unknown = isinstance(error, OutcomeUnknownError) or not isinstance(error, Exception)
             raise
-        self._moved.content_hash = self._import.content_hash
+        self._moved.content_hash = self._begun.content_hash
         return imported
 
-    def _add_rest(self) -> None:
-        moved, begun = self._moved, self._import
-        assert begun is not None, "it has begun"
+    def _add_rest(self, most: float = inf) -> None:
+        """Copy what others have written since, unless that is more than `most` commits."""
+        moved, begun = self._moved, self._begun
         try:
-            header, commits = self._record(moved.sequences[0])
+            header, commits = self._record(moved.sequences[0], len(moved.sequences))
         except InvalidArgumentError:
             # Another session has this id now.
             header, commits = None, iter(())
-        if header == self._header:
+        if header == self._header or (header is not None and header.commits - len(moved.sequences) > most):
             return
         if header is not None and begun.extend(header):
-            for commit in moved.counting(islice(commits, len(moved.sequences), None)):
+            self._header = header
+            for commit in moved.counting(commits):
                 begun.add(commit)
         else:
             begun.close()

@@ -114,7 +114,7 @@ class Recordable(Ability):
 
     @abstractmethod
     def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
+        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """Read the whole log of a session, live or ended; a backend in memory has only live ones.
 
@@ -123,9 +123,10 @@ class Recordable(Ability):
             started: The number of its first commit, to select one of several sessions with this id; the newest if None.
             reveal: Include the values of sensitive variables, which are left out otherwise. A server allows it only if
                 it was started with `audit_reveal`.
+            after: Leave out the commits up to this number, counted within the session, because the caller has them.
 
         Returns:
-            The header, and an iterator that reads the commits on demand, oldest first.
+            The header, which counts all commits, and an iterator that reads them on demand, oldest first.
 
         Raises:
             NotInHistoryError: The history has no such session.

@@ -128,10 +128,10 @@ class RecordsAround(HandedOn, Recordable):
     """Passes recordings on to `provider`."""
 
     def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
+        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `Recordable.record`."""
-        return Recordable.of(self.provider).record(session_id, started=started, reveal=reveal)
+        return Recordable.of(self.provider).record(session_id, started=started, reveal=reveal, after=after)
 
     def content_hash(self, session_id: str, *, started: int | None = None) -> str:
         """See `Recordable.content_hash`."""

@@ -90,14 +90,15 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         return StoredAudit(self._store.readers, reveal=arguments.flag("reveal", reveal))
 
     def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
+        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `Recordable.record`."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
             started = arguments.sequence("started", started)
-        return recordings.read_session(self._store.readers, session_id, started=started, reveal=reveal)
+        after, readers = arguments.sequence("after", after), self._store.readers
+        return recordings.read_session(readers, session_id, started=started, reveal=reveal, after=after)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None

@@ -109,17 +109,19 @@ class MemoryState(LogState, Auditable, Recordable, Forkable, Restorable):
         return PastAudit(self._log, self.check_open, reveal=arguments.flag("reveal", reveal))
 
     def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
+        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `Recordable.record`; only live sessions can be recorded."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
             started = arguments.sequence("started", started)
+        after = arguments.sequence("after", after)
         past = self._log.past_of(session_id)
         # In this order, so that no answer is missing.
         commits = tuple(past.commits)
-        return record(past, commits, self._log.answers_of(session_id), started=started, reveal=reveal)
+        answers = self._log.answers_of(session_id)
+        return record(past, commits, answers, started=started, reveal=reveal, after=after)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None

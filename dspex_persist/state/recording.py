@@ -228,12 +228,15 @@ def _version_content(version: RecordedVersion) -> list[Any]:
     )
 
 
-def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[Header, Iterator[RecordedCommit]]:
+def read_recording(
+    lines: Iterable[str], name: str = "the recording", after: int = 0
+) -> tuple[Header, Iterator[RecordedCommit]]:
     """Read a recording.
 
     Args:
         lines: The lines, which are iterated over once.
         name: The name of the file, for errors.
+        after: The number of the last commit that was left out of it; 0 for a whole recording.
 
     Returns:
         The header, and an iterator that reads the commits on demand.
@@ -241,7 +244,7 @@ def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[H
     Raises:
         RecordingError: A line is invalid, or (at the end) commits are missing. The error names the line.
     """
-    reader, rest = RecordingReader(name), iter(lines)
+    reader, rest = RecordingReader(name, after), iter(lines)
     with reader.readable():
         header = reader.read_header(next(rest, ""))
     return header, _read_commits(reader, rest)
@@ -260,14 +263,17 @@ def _read_commits(reader: "RecordingReader", rest: Iterator[str]) -> Iterator[Re
 class RecordingReader:
     """Reads a recording line by line, wherever the lines come from. `name` is what errors call it.
 
+    Its commits up to number `after` were left out.
+
     Attributes:
         header: The header, once it was read.
     """
 
     header: Header
 
-    def __init__(self, name: str = "the recording") -> None:
+    def __init__(self, name: str = "the recording", after: int = 0) -> None:
         self._name = name
+        self._after = after
         self._lines = 0
 
     @contextmanager
@@ -280,7 +286,8 @@ class RecordingReader:
 
     def read_header(self, line: str) -> Header:
         """Read the first line."""
-        self._lines = 1
+        # As in the file of the whole recording.
+        self._lines = 1 + self._after
         self.header = _header_of(line, self._name)
         return self.header
 
@@ -305,7 +312,7 @@ class RecordingReader:
     def end(self) -> None:
         """Raise `RecordingError` if commits are missing, or were too many."""
         count = self._lines - 1
-        if count != self.header.commits:
+        if count != max(self.header.commits, self._after):
             reason = f"it ends after {count} commits of {self.header.commits}"
             raise RecordingError(self._name, count + 1, reason)
 

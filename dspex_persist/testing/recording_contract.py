@@ -149,6 +149,14 @@ class RecordingContract(Contract):
         provider.set_variable(session, "x", 1)
         assert [commit.number for commit in commits] == list(range(1, header.commits + 1)) == [1, 2]
 
+    def test_without_those_that_are_known(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "integer", 0)
+        for number in range(3):
+            provider.set_variable(session, "x", number, idempotency_key=f"key-{number}")
+        header, commits = recorded(provider, session, reveal=True)
+        for after in range(len(commits) + 2):
+            assert recorded(provider, session, reveal=True, after=after) == (header, commits[after:])
+
     def test_many_commits(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "string", "")
         pending = [provider.submit(commands.SetVariable(session, "x", Value(f'"{"x" * 1000}"'))) for _ in range(700)]
@@ -185,6 +193,8 @@ class RecordingContract(Contract):
         for wrong in ("1", 1.0, True, -1, 2**63):
             with pytest.raises(errors.InvalidArgumentError, match=r"^invalid started: "):
                 Recordable.of(provider).record(session, started=wrong)
+            with pytest.raises(errors.InvalidArgumentError, match=r"^invalid after: "):
+                Recordable.of(provider).record(session, after=wrong)
         for wrong in (1, "yes", None):
             with pytest.raises(errors.InvalidArgumentError, match=r"^invalid reveal: "):
                 Recordable.of(provider).record(session, reveal=wrong)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import Context, EmbeddedState, connect
+from dspex_persist import Context, EmbeddedState, ToolContext, connect, tool
 from dspex_persist.cognitive import moves
 from dspex_persist.infra import forks
 from dspex_persist.state import imports
 from dspex_persist.state.abilities import Recordable, SessionImport
 from dspex_persist.state.commands import ImportCommit
 from dspex_persist.state.errors import EngineClosedError, ForkedProcessError, RecordingError, UnavailableError
+from dspex_persist.state.imports import CheckedImport
 from dspex_persist.state.model import ImportedSession
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import maintenance
@@ -151,6 +152,65 @@ def test_a_fork_in_between(
     assert state.get_value("s", "x") == 250
     state.close()
     assert maintenance.check(path).problems == ()
+
+
+@pytest.mark.parametrize("place", ["memory:", "sessions.db"])
+def test_the_rest_of_a_recording_names_executions_as_the_whole_does(tmp_path: Path, place: str) -> None:
+    """Their numbers are those of commits, also of commits that are left out."""
+
+    @tool
+    def count(ctx: ToolContext) -> int:
+        ctx["x"] += 1
+        return int(ctx["x"])
+
+    with connect(place if place == "memory:" else tmp_path / place, tools=[count]) as state:
+        other, ctx = Context("other", state), Context("s", state)
+        for each in (other, ctx):
+            each.define("x", 0)
+        for number in range(3):
+            other.call(count)
+            ctx.execute(count, {}, idempotency_key=f"key-{number}")
+            ctx.set("x", number, idempotency_key=f"set-{number}")
+        with ctx.transaction() as transaction:
+            transaction["x"] = 9
+            header, whole = Recordable.of(state).record("s", reveal=True)
+            commits = tuple(whole)
+            for after in range(len(commits) + 1):
+                rest = Recordable.of(state).record("s", reveal=True, after=after)
+                assert (rest[0], tuple(rest[1])) == (header, commits[after:])
+
+
+def test_what_is_written_during_the_copy_is_not_copied_in_the_pause(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    with Context("s") as ctx:
+        ctx.define("x", 0)
+        ctx["x"] = 2
+        finish, record = CheckedImport.finish, moves._Move._record
+
+        def write(move: moves._Move, *arguments: Any) -> Any:
+            recording = record(move, *arguments)
+            if not arguments:
+                ctx["x"] = 1
+            return recording
+
+        def note(begun: CheckedImport) -> ImportedSession:
+            seen.append(begun._content.commits)
+            return finish(begun)
+
+        copy = moves._Move._copy
+
+        def pause(move: moves._Move) -> ImportedSession:
+            seen.append(len(move._moved.sequences))
+            return copy(move)
+
+        monkeypatch.setattr(moves._Move, "_record", write)
+        monkeypatch.setattr(moves._Move, "_copy", pause)
+        monkeypatch.setattr(CheckedImport, "finish", note)
+        ctx.ensure_persistent(path)
+        assert seen == [4, 4]
+        assert ctx["x"] == 1
 
 
 def test_a_move_interrupted_while_the_last_is_written_leaves_nothing(

@@ -85,7 +85,7 @@ def test_calls_are_passed_on_to_the_provider() -> None:
     wrapper: Any = Around(able(*OTHERS))
     policy = PrunePolicy(keep_versions=1)
     assert wrapper.audit(reveal=True) == ((), {"reveal": True})
-    assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False})
+    assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False, "after": 0})
     assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {"origin": None})
     assert wrapper.restore_session("s", "now") == (("s", "now"), {"origin": None})
     arguments, options = wrapper.prune(policy, confirm=True)

@@ -145,15 +145,22 @@ def prune(
 
 
 def record(
-    channel: grpc.Channel, line: Line, session_id: str, *, started: int | None, reveal: bool, timeout_s: float
+    channel: grpc.Channel,
+    line: Line,
+    session_id: str,
+    *,
+    started: int | None,
+    reveal: bool,
+    after: int,
+    timeout_s: float,
 ) -> tuple[Header, Iterator[RecordedCommit]]:
     """Have a server record a session; see `Recordable.record`.
 
     Each message has to come within `timeout_s` seconds; the whole recording has no limit.
     """
-    request = _built(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal))
+    request = _built(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal, after=after))
     messages = _Calls(channel, line).stream(recordings.RECORD, request, None, patience_s=timeout_s)
-    return recordings.recording_of(messages, f"the recording from {line.target}")
+    return recordings.recording_of(messages, f"the recording from {line.target}", after)
 
 
 def content_hash(channel: grpc.Channel, line: Line, session_id: str, *, started: int | None, timeout_s: float) -> str:

@@ -146,7 +146,9 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
     def _begin_recording(self, request: pb.RecordSessionRequest) -> Iterator[Any]:
         started = request.started if request.HasField("started") else None
         reveal = self._reveal and request.reveal
-        return lines_of(*Recordable.of(self._provider).record(request.session, started=started, reveal=reveal))
+        provider = Recordable.of(self._provider)
+        recording = provider.record(request.session, started=started, reveal=reveal, after=request.after)
+        return lines_of(*recording)
 
     async def GetContentHash(self, request: pb.GetContentHashRequest, _context: Context) -> pb.GetContentHashResponse:
         started = request.started if request.HasField("started") else None

@@ -337,7 +337,7 @@ class BridgedState(
         return audit_client.prune(self._channel, self._line, policy, confirm=confirm, progress=progress)
 
     def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
+        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """Have the server record; see `Recordable.record`. Each message has to come within `timeout_s`."""
         self.check_open()
@@ -345,7 +345,13 @@ class BridgedState(
         if started is not None:
             started = arguments.sequence("started", started)
         return audit_client.record(
-            self._channel, self._line, session_id, started=started, reveal=reveal, timeout_s=self._timeout_s
+            self._channel,
+            self._line,
+            session_id,
+            started=started,
+            reveal=reveal,
+            after=arguments.sequence("after", after),
+            timeout_s=self._timeout_s,
         )
 
     def content_hash(self, session_id: str, *, started: int | None = None) -> str:

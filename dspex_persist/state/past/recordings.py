@@ -33,6 +33,7 @@ def record(
     *,
     started: int | None,
     reveal: bool,
+    after: int,
 ) -> tuple[Header, Iterator[RecordedCommit]]:
     """Return the first commits of a session as a recording; see `Recordable.record`.
 
@@ -46,7 +47,9 @@ def record(
     # An answer may quote a value that has to be left out.
     answers = {} if hidden else answers
     secrets = Secrets(()) if reveal else past.secrets()
-    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(past, commits, answers, hidden, secrets)
+    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(
+        past, commits, answers, hidden, secrets, after
+    )
 
 
 def _recorded(
@@ -55,11 +58,14 @@ def _recorded(
     answers: Mapping[int, RecordedAnswer],
     hidden: Collection[str],
     secrets: Secrets,
+    after: int,
 ) -> Iterator[RecordedCommit]:
     began: dict[int, int] = {}
     for number, commit in enumerate(commits, 1):
         if any(isinstance(event, ExecutionBegan) for event in commit.events):
             began[commit.sequence] = number
+        if number <= after:
+            continue
         changes = sorted(commit.changes, key=lambda change: (past.place_of(change.variable.id), change.version.version))
         versions = tuple(_version(change, hidden) for change in changes)
         events = tuple(_event(event, commits, secrets) for event in commit.events)

@@ -1876,20 +1876,24 @@ class RecordSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     REVEAL_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     started: _builtins.int
     """the session that began with this commit, of several with this id; otherwise the newest"""
     reveal: _builtins.bool
+    after: _builtins.int
+    """leave out the commits up to this number, counted within the session; the header counts them"""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
         started: _builtins.int | None = ...,
         reveal: _builtins.bool = ...,
+        after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_started", b"_started", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_started", b"_started", "reveal", b"reveal", "session", b"session", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_started", b"_started", "after", b"after", "reveal", b"reveal", "session", b"session", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__started: _TypeAlias = _typing.Literal["started"]  # noqa: Y015
     _WhichOneofArgType__started: _TypeAlias = _typing.Literal["_started", b"_started"]  # noqa: Y015

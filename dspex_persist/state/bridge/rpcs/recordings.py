@@ -37,8 +37,11 @@ def batch_of(lines: Iterator[Any], size_bytes: int) -> Any:
     return response
 
 
-def recording_of(messages: Iterable[Any], name: str) -> tuple[Header, Iterator[RecordedCommit]]:
-    """Return the recording in a stream of messages, which are read as its commits are. Errors call it `name`."""
+def recording_of(messages: Iterable[Any], name: str, after: int = 0) -> tuple[Header, Iterator[RecordedCommit]]:
+    """Return the recording in a stream of messages, which are read as its commits are. Errors call it `name`.
+
+    It has no commits up to number `after`.
+    """
     sequences: deque[int] = deque()
 
     def lines() -> Iterator[str]:
@@ -47,7 +50,7 @@ def recording_of(messages: Iterable[Any], name: str) -> tuple[Header, Iterator[R
                 sequences.append(line.sequence)
                 yield f"{line.json}\n"
 
-    header, commits = read_recording(lines(), name)
+    header, commits = read_recording(lines(), name, after)
     sequences.popleft()
     return header, (replace(commit, sequence=sequences.popleft()) for commit in commits)
 

@@ -54,6 +54,11 @@ _COMMITS: Final = f"""
     FROM commits INDEXED BY commits_by_session
     WHERE session_key = ? AND sequence > ? AND sequence <= ? ORDER BY sequence LIMIT {_PAGE_COMMITS}
 """
+_KNOWN: Final = """
+    SELECT sequence, created_at,
+        EXISTS (SELECT 1 FROM events WHERE events.sequence = commits.sequence AND kind = 'execution_began')
+    FROM commits INDEXED BY commits_by_session WHERE session_key = ? ORDER BY sequence LIMIT ?
+"""
 _VERSIONS: Final = """
     SELECT versions.sequence, versions.variable_key, variables.variable_id, variables.name, versions.version,
         versions.kind, versions.source, versions.value, of_value.content, versions.binary, of_binary.content,
@@ -102,7 +107,7 @@ _RULE_EVENTS: Final = """
 
 
 def read_session(
-    readers: Engine, session_id: str, *, started: int | None = None, reveal: bool = False
+    readers: Engine, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
 ) -> tuple[Header, Iterator[RecordedCommit]]:
     """Read the log of a session, live or ended, up to now.
 
@@ -112,6 +117,7 @@ def read_session(
         started: If several sessions had this id, the commit with which the wanted one began; None for the newest.
         reveal: Whether to include the values of variables that are now marked as sensitive, also where recorded LM
             calls quote them.
+        after: The number within the session of a commit: those up to it are left out.
 
     Returns:
         The header, and an iterator that reads the commits as it goes.
@@ -131,7 +137,7 @@ def read_session(
         # An answer may quote a value that has to be left out.
         keys = deque[tuple[int, str]]() if hidden else deque(raw_rows(connection, _KEYS, key))
     header = Header(session_id, count, masked=bool(hidden))
-    return header, _Reading(readers, session_id, key, last, hidden, keys, secrets).commits()
+    return header, _Reading(readers, session_id, key, last, hidden, keys, secrets).commits(min(after, count))
 
 
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -198,12 +204,26 @@ class _Reading:
         self._began = array("q")
         self._numbers = array("q")
 
-    def commits(self) -> Iterator[RecordedCommit]:
-        after = 0
+    def commits(self, known: int) -> Iterator[RecordedCommit]:
+        """Yield the commits after the first `known` ones."""
+        after = self._pass_over(known) if known else 0
         while after < self._last:
             with snapshot(self._readers) as connection, damage.reading(self._session_id):
                 after, page = self._read_page(connection, after)
             yield from page
+
+    def _pass_over(self, known: int) -> int:
+        """Note what the later commits need to know of the first ones; return the number of the last of these."""
+        sequence = 0
+        with snapshot(self._readers) as connection:
+            for sequence, created_at, begins in raw_rows(connection, _KNOWN, self._key, known):
+                self._number += 1
+                if begins:
+                    self._began.append(sequence)
+                    self._numbers.append(self._number)
+                if self._keys and self._keys[0][0] <= created_at:
+                    self._keys.popleft()
+        return sequence
 
     def _read_page(self, connection: Connection, after: int) -> tuple[int, list[RecordedCommit]]:
         """Read the next commits; the number of the last one in the file, and the commits."""
