@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from dspex_persist import __version__
-from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
+from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, shells, tools
 from dspex_persist.cli.groups import HELP_OPTIONS
 from dspex_persist.cli.hints import ExplainedError, use_options_of
 from dspex_persist.cli.live import call as call_command
@@ -30,6 +30,8 @@ _COLLECT_AFTER: Final = 20_000
 
 app = typer.Typer(
     no_args_is_help=True,
+    # Typer's scripts split and evaluate what is typed; see `shells`.
+    add_completion=False,
     # Typer's tracebacks would show local variables, which contain users' values.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -73,6 +75,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    install_completion: Annotated[
+        bool,
+        shells.option("--install-completion", shells.install_here, "Set up completion for the shell that runs this."),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        shells.option("--show-completion", shells.show, "Print the completion script for the shell that runs this."),
+    ] = False,
 ) -> None:
     """Durable, versioned session state for AI tools in one SQLite file."""
 
@@ -80,6 +90,9 @@ def _root(
 def main() -> None:
     """Run the command line. A known error becomes one sentence on stderr and an exit code, never a traceback."""
     streams.prepare()
+    instruction = os.environ.get(shells.VARIABLE)
+    if instruction:
+        sys.exit(streams.finish(shells.answer(typer.main.get_command(app), instruction)))
     code = streams.finish(_run(sys.argv[1:]))
     # At the exit of the interpreter, because a program that calls `main` may continue. Thread pools register there,
     # too, and the callback registered last is called first.

@@ -5,7 +5,6 @@ A shell waits for it at each press of the key, so it imports only what it needs,
 
 import io
 import os
-import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S: Final = 1.0
 _MOST: Final = 200
-# A shell would run or split anything else: clients choose the names.
-_HARMLESS: Final = re.compile(r"[\w.@%+,/-]+", re.ASCII)
 _BY_DEFAULT: Final = Path("sessions.db")
 # As in `cognitive.programs.documents`, whose import takes too long.
 _PROGRAMS: Final = "programs/"
@@ -95,7 +92,8 @@ def _offered(
         # In some commands the server is an option of another name.
         target = ctx.params.get("target") or ctx.params.get("server")
         found = of_server(_url_of(target)) if target else of_file(_database_of(ctx.params.get("db")))
-    return [name for name in found if name.startswith(incomplete) and _HARMLESS.fullmatch(name)][:_MOST]
+    # Clients choose the names: a terminal would obey control characters.
+    return [name for name in found if name.startswith(incomplete) and name.isprintable()][:_MOST]
 
 
 def _url_of(target: str) -> str:
@@ -107,7 +105,8 @@ def _url_of(target: str) -> str:
 def _database_of(given: Path | None) -> Path:
     """Return what `places.database_of` returns; importing the settings takes as long as all the rest."""
     if given is not None:
-        return given
+        # The shell has not expanded what is being typed.
+        return Path(os.path.expandvars(given)).expanduser()
     if _CONFIG.exists() or "DSPEX_PERSIST_CONFIG" in os.environ:
         from dspex_persist.cli.places import database_of
 
