@@ -33,6 +33,7 @@ from benchmarks import (
     memory,
     moving,
     parts,
+    programs,
     rpc,
     startup,
     versions,
@@ -100,6 +101,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "parts": [_Job(parts.measure, (plan, folder))],
         "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
         "cognitive": [_Job(each.measure, (plan, folder)) for each in (cognitive, callbacks, moving)],
+        "dspy": [_Job(programs.measure, (plan, folder))],
         "startup": [_Job(startup.measure, (plan, folder))],
         "audit": [_Job(audit.measure, (plan, *(folder / f"audit{count}.db" for count in plan.audit_versions)))],
     }

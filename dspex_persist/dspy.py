@@ -8,9 +8,11 @@ from dspex_persist.cognitive.dspy import (
     UnexpectedLmCallError,
     UnseenLmCallError,
     bind,
+    bindings,
     playing,
     unbind,
 )
+from dspex_persist.cognitive.dspy.binding import BoundOption
 from dspex_persist.cognitive.dspy.program_loading import LoadReport
 from dspex_persist.cognitive.dspy.programs import Programs
 from dspex_persist.cognitive.program_tools import program_tool
@@ -25,6 +27,7 @@ from dspex_persist.cognitive.programs.errors import (
 )
 
 __all__ = [
+    "BoundOption",
     "DamagedProgramError",
     "LmDivergence",
     "LoadReport",
@@ -44,6 +47,7 @@ __all__ = [
     "UnexpectedLmCallError",
     "UnseenLmCallError",
     "bind",
+    "bindings",
     "playing",
     "program_tool",
     "unbind",

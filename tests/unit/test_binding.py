@@ -534,6 +534,26 @@ def test_unbinding_some_options(receiver: Receiver, ctx: Context) -> None:
     ours.unbind(ours.unbind(program))
 
 
+def test_bindings_lists_what_variables_set(ctx: Context) -> None:
+    program = nested()
+    assert ours.bindings(program) == ()
+    ours.bind(program, ctx, temperature="temperature", per={"inner": {"max_tokens": "tokens"}})
+    ours.bind(program.steps[1]["last"], ctx, top_p="temperature", precedence="default", live=True)
+    ours.bind(program.inner, ctx, per={"generate.predict": {"top_p": "temperature"}})
+    found = [(each.path, each.option, each.variable, each.precedence, each.live) for each in ours.bindings(program)]
+    assert found == [
+        ("self", "temperature", "temperature", "variable", False),
+        ("inner", "max_tokens", "tokens", "variable", False),
+        ("inner.generate.predict", "top_p", "temperature", "variable", False),
+        ("steps[1]['last']", "top_p", "temperature", "default", True),
+    ]
+    assert {each.session_id for each in ours.bindings(program)} == {ctx.session_id}
+    shown = repr(vars(program)["_dspex_persist_binding"])
+    assert shown == (
+        f"<Binding to session {ctx.session_id!r}: temperature='temperature', inner={{'max_tokens': 'tokens'}}>"
+    )
+
+
 # What is refused
 
 

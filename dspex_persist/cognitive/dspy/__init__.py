@@ -54,7 +54,7 @@ except ModuleNotFoundError as error:
 
     raise DspyMissingError() from error
 
-from dspex_persist.cognitive.dspy.binding import bind, unbind
+from dspex_persist.cognitive.dspy.binding import bind, bindings, unbind
 from dspex_persist.cognitive.dspy.hook import install, playing, record_calls
 from dspex_persist.cognitive.dspy.playback import (
     LmDivergence,
@@ -73,6 +73,7 @@ __all__ = [
     "UnexpectedLmCallError",
     "UnseenLmCallError",
     "bind",
+    "bindings",
     "install",
     "playing",
     "record_calls",

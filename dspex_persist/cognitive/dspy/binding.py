@@ -1,13 +1,14 @@
 """`bind` and `unbind`: options of DSPy programs that variables set."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from dspy import Adapter, BaseLM, Module
 
 from dspex_persist.cognitive.dspy import checks, enforcing, hook
 from dspex_persist.cognitive.dspy.options import OPTIONS
-from dspex_persist.cognitive.dspy.paths import modules_in, predictors_in
+from dspex_persist.cognitive.dspy.paths import SELF, modules_in, predictors_in
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, Binding, binding_of, reading
 from dspex_persist.cognitive.errors import BindingError
 from dspex_persist.cognitive.steps import run
@@ -128,6 +129,56 @@ def unbind(module: M, *options: str) -> M:
     else:
         delattr(program, ATTRIBUTE)
     return module
+
+
+@dataclass(frozen=True, slots=True)
+class BoundOption:
+    """An option of a program that a variable sets.
+
+    Attributes:
+        path: Where in the program: "self" for all of it.
+        option: The option, such as `temperature`.
+        variable: The name of the variable.
+        session_id: The session of the variable.
+        precedence: "variable" if it beats what else says the option, "default" if it only fills in.
+        live: Whether it is read for each call of an LM.
+    """
+
+    path: str
+    option: str
+    variable: str
+    session_id: str
+    precedence: str
+    live: bool
+
+
+def bindings(module: Any) -> tuple[BoundOption, ...]:
+    """Return which options of a program variables set, including the bindings of modules inside it.
+
+    Args:
+        module: The program, or a module.
+    """
+    return tuple(
+        BoundOption(
+            _joined(place, path),
+            option,
+            variable,
+            binding.ctx.session_id,
+            "default" if binding.is_default else "variable",
+            binding.live,
+        )
+        for place, each in modules_in(module)
+        if (binding := binding_of(each)) is not None
+        for path, options in ((SELF, binding.options), *binding.per.items())
+        for option, variable in options.items()
+    )
+
+
+def _joined(place: str, path: str) -> str:
+    """Return the path in a program of what is at a path in the module at a place."""
+    if SELF in (place, path):
+        return path if place == SELF else place
+    return f"{place}.{path}"
 
 
 def _without(options: Mapping[str, str], gone: Iterable[str]) -> dict[str, str]:

@@ -2,22 +2,24 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar, Token
+from typing import Any, Final
 
 from dspy import Module, Predict, settings
-from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.lm15 import Request
 
 from dspex_persist.cognitive.dspy import choosing, request_options, snapshots
-from dspex_persist.cognitive.dspy.options import LM_OPTIONS, check, check_for, synonyms, wire_name
-from dspex_persist.cognitive.dspy.snapshots import Choice, Entry, Scope, binding_of
+from dspex_persist.cognitive.dspy.entering import Entry
+from dspex_persist.cognitive.dspy.options import check_for, synonyms, wire_name
+from dspex_persist.cognitive.dspy.snapshots import Scope, binding_of
 from dspex_persist.cognitive.errors import BoundValueError
 
-_Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-
 # Calls of LMs
+
+_calling: ContextVar[Scope | None] = ContextVar("dspex_persist_calling", default=None)
+"""The scope in which an LM is being called. What that calls is up to it."""
 
 
 def enforced(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,9 +33,10 @@ def enforced(call: Callable[..., Any]) -> Callable[..., Any]:
         if _reads_here(scope):
             entry = Entry(scope.module, scope, reads_live=True)
             entry.read()
-            scope = entry.scope()
-        with _calling(scope, lm, args, kwargs) as (positional, options):
-            return call(lm, *positional, **options)
+            with entry as scope, _Call(scope, lm, args, kwargs) as arguments:
+                return call(lm, *arguments.args, **arguments.kwargs)
+        with _Call(scope, lm, args, kwargs) as arguments:
+            return call(lm, *arguments.args, **arguments.kwargs)
 
     return enforcing
 
@@ -49,16 +52,18 @@ def enforced_async(call: Callable[..., Any]) -> Callable[..., Any]:
         if _reads_here(scope):
             entry = Entry(scope.module, scope, reads_live=True)
             await entry.read_aio()
-            scope = entry.scope()
-        with _calling(scope, lm, args, kwargs) as (positional, options):
-            return await call(lm, *positional, **options)
+            with entry as scope, _Call(scope, lm, args, kwargs) as arguments:
+                return await call(lm, *arguments.args, **arguments.kwargs)
+        with _Call(scope, lm, args, kwargs) as arguments:
+            return await call(lm, *arguments.args, **arguments.kwargs)
 
     return enforcing
 
 
 def _is_apart(scope: Scope, lm: Any) -> bool:
     """Whether an LM is called by another LM, or as the second LM of a `TwoStepAdapter`, which is not the program's."""
-    if scope.is_calling:
+    calling = _calling.get()
+    if calling is not None and calling.module is scope.module and calling.snapshot is scope.snapshot:
         return True
     return scope.lm is not None and scope.lm is not lm and getattr(settings.adapter, "extraction_model", None) is lm
 
@@ -68,70 +73,65 @@ def _reads_here(scope: Scope) -> bool:
     return scope.is_live and not isinstance(scope.module, Predict)
 
 
-@contextmanager
-def _calling(scope: Scope, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[_Arguments]:
-    """Yield the arguments of a call of an LM."""
-    request = args[0] if args else kwargs.get("request")
-    if isinstance(request, Request):
-        changes = _changes(scope, lm, request_options.said_in(request, kwargs), request)
-        if changes:
-            args, kwargs = (), {**kwargs, **request_options.with_options(request, changes)}
-    else:
-        changes = _changes(scope, lm, kwargs)
-        if changes:
-            gone = {synonym for name in changes for synonym in synonyms(name)}
-            kwargs = {**{name: said for name, said in kwargs.items() if name not in gone}, **changes}
-    token = snapshots.put(scope.calling())
-    try:
-        yield args, kwargs
-    except Exception as error:
-        _explain(error, lm, scope, changes)
-        raise
-    finally:
-        thread_local_overrides.reset(token)
+class _Call:
+    """A call of an LM, whose arguments are those that variables say."""
+
+    __slots__ = ("_changes", "_lm", "_scope", "_token", "args", "kwargs")
+
+    def __init__(self, scope: Scope, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._scope, self._lm, self.args, self.kwargs = scope, lm, args, kwargs
+        request = args[0] if args else kwargs.get("request")
+        if isinstance(request, Request):
+            self._changes = _changes(scope, lm, request_options.said_in(request, kwargs), request)
+            if self._changes:
+                self.args, self.kwargs = (), {**kwargs, **request_options.with_options(request, self._changes)}
+        else:
+            self._changes = _changes(scope, lm, kwargs)
+            if self._changes:
+                gone = {synonym for name in self._changes for synonym in synonyms(name)}
+                self.kwargs = {name: said for name, said in kwargs.items() if name not in gone} | self._changes
+
+    def __enter__(self) -> "_Call":
+        self._token: Token[Scope | None] = _calling.set(self._scope)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        _calling.reset(self._token)
+        if isinstance(error, Exception) and self._changes:
+            _explain(error, self._lm, self._scope, self._changes)
 
 
 def _changes(scope: Scope, lm: Any, said: Mapping[str, Any], request: Any = None) -> dict[str, Any]:
     """Return the options of a call of an LM that variables set, by their names there."""
     changes: dict[str, Any] = {}
-    for option, choice, value in _set_by(scope):
-        name = wire_name(option, lm)
-        if _applies(choice, synonyms(name), said, lm if request is None else None):
-            check_for(lm, name, choice.variable, value)
-            if request is not None and not request_options.can_say(name):
-                reason = "an lm15.Request cannot say it"
-                raise BoundValueError(option, choice.variable, value, reason, str(lm.model))
-            changes[name] = value
+    for each in scope.lm_options:
+        name = wire_name(each.option, lm)
+        # An `lm15.Request` says all of its options itself.
+        if each.is_default and _is_said(name, said, lm if request is None else None):
+            continue
+        check_for(lm, name, each.variable, each.value)
+        if request is not None and not request_options.can_say(name):
+            raise BoundValueError(
+                each.option, each.variable, each.value, "an lm15.Request cannot say it", str(lm.model)
+            )
+        changes[name] = each.value
     return changes
 
 
 def _explain(error: Exception, lm: Any, scope: Scope, changes: Mapping[str, Any]) -> None:
     """Add to an error of an LM, which may refuse a value, which variables have set what."""
     set_here = [
-        f"{option}={value!r} (variable {choice.variable!r})"
-        for option, choice, value in _set_by(scope)
-        if wire_name(option, lm) in changes
+        f"{each.option}={each.value!r} (variable {each.variable!r})"
+        for each in scope.lm_options
+        if wire_name(each.option, lm) in changes
     ]
-    if set_here:
-        error.add_note(f"Variables have set for {getattr(lm, 'model', lm)}: {', '.join(set_here)}")
+    error.add_note(f"Variables have set for {getattr(lm, 'model', lm)}: {', '.join(set_here)}")
 
 
-def _set_by(scope: Scope) -> Iterator[tuple[str, Choice, Any]]:
-    """Yield the options of LM calls that variables set, and their values."""
-    for option, choice in scope.choices.items():
-        if option in LM_OPTIONS:
-            value = scope.reading(choice).value
-            check(option, choice.variable, value)
-            yield option, choice, value
-
-
-def _applies(choice: Choice, names: tuple[str, ...], said: Mapping[str, Any], lm: Any) -> bool:
-    """Whether the variable sets an option: with `precedence="default"` only if nothing else does."""
-    if not choice.binding.is_default:
-        return True
-    # An `lm15.Request` says all of its options itself.
+def _is_said(name: str, said: Mapping[str, Any], lm: Any) -> bool:
+    """Whether a call, or its LM, says an option."""
     defaults = getattr(lm, "kwargs", {})
-    return all(said.get(name) is None and defaults.get(name) is None for name in names)
+    return any(said.get(each) is not None or defaults.get(each) is not None for each in synonyms(name))
 
 
 # Calls of modules
@@ -148,21 +148,6 @@ def _has_to_enter(module: Any, scope: Scope | None) -> bool:
     return any(option in scope.choices and choosing.can_set(module, option) for option in choosing.ATTRIBUTES)
 
 
-@contextmanager
-def _inside(entry: Entry) -> Iterator[Scope]:
-    scope, changes = entry.scope(), {}
-    if scope.has_program_options:
-        scope.attributes = choosing.attributes_in(scope)
-        changes = choosing.settings_in(scope)
-    token = snapshots.put(scope, **changes)
-    try:
-        yield scope
-    finally:
-        thread_local_overrides.reset(token)
-        if entry.is_outermost:
-            scope.snapshot.ended = True
-
-
 recording_of: Callable[[Any], Any] | None = None
 """Returns what records the LM calls of an outermost call of a program, if its context does that. Set by `recording`."""
 
@@ -170,7 +155,10 @@ recording_of: Callable[[Any], Any] | None = None
 def _recorded(entry: Entry) -> Any:
     """Return a context manager, of both kinds, for a call that may have to be recorded."""
     recording = recording_of(entry.module) if recording_of is not None and entry.is_outermost else None
-    return recording or nullcontext()
+    return recording or _NOTHING
+
+
+_NOTHING: Final = nullcontext()
 
 
 def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +171,7 @@ def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         entry.read()
-        with _recorded(entry), _inside(entry) as within:
+        with _recorded(entry), entry as within:
             return call(module, *args, **_with_iterations(within, kwargs))
 
     return entering
@@ -198,7 +186,7 @@ def _entering_async(call: Callable[..., Any]) -> Callable[..., Any]:
         entry = Entry(module, scope, reads_live=isinstance(module, Predict))
         await entry.read_aio()
         async with _recorded(entry):
-            with _inside(entry) as within:
+            with entry as within:
                 return await call(module, *args, **_with_iterations(within, kwargs))
 
     return entering
@@ -222,7 +210,7 @@ def _batching(batch: Callable[..., Any]) -> Callable[..., Any]:
             return batch(module, *args, **kwargs)
         entry = Entry(module, scope, reads_live=False)
         entry.read()
-        with _recorded(entry), _inside(entry) as scope:
+        with _recorded(entry), entry as scope:
             snapshots.put(scope.between_calls())
             return batch(module, *args, **kwargs)
 
@@ -246,14 +234,15 @@ def _preparing(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         if scope.has_program_options:
             kwargs = choosing.prepared(scope, predict, kwargs)
         lm = kwargs.get("lm", predict.lm) or settings.lm
-        said = {**predict.config, **kwargs.get("config", {})}
+        own = kwargs.get("config", {})
+        said = {**predict.config, **own}
         set_here = {}
-        for option, choice, value in _set_by(scope):
-            name = wire_name(option, lm)
-            if _applies(choice, synonyms(name), said, lm):
-                set_here[name] = value
+        for each in scope.lm_options:
+            name = wire_name(each.option, lm)
+            if not (each.is_default and _is_said(name, said, lm)):
+                set_here[name] = each.value
         if set_here:
-            kwargs = {**kwargs, "config": {**kwargs.get("config", {}), **set_here}}
+            kwargs = {**kwargs, "config": {**own, **set_here}}
         scope.lm, config, signature, demos, inputs = preprocess(predict, **kwargs)
         return scope.lm, {**config, **set_here}, signature, demos, inputs
 

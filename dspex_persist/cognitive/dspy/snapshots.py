@@ -4,22 +4,24 @@ The scope of a call is in DSPy's settings, which is what DSPy's own threads inhe
 says. A scope never changes, so calls with different snapshots do not see each other.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import Token
-from typing import Any, Final, NamedTuple
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from dspy import Predict, settings
 from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 
 from dspex_persist.cognitive import typed
-from dspex_persist.cognitive.dspy.options import PROGRAM_OPTIONS
-from dspex_persist.cognitive.dspy.paths import is_within, modules_in
-from dspex_persist.cognitive.joining import NOTHING, Surroundings, joined, surroundings
+from dspex_persist.cognitive.dspy.options import LM_OPTIONS, PROGRAM_OPTIONS, check
+from dspex_persist.cognitive.dspy.paths import modules_in
+from dspex_persist.cognitive.joining import NOTHING, Surroundings, surroundings
 from dspex_persist.cognitive.records import decode
-from dspex_persist.cognitive.steps import Steps, ask, run, run_aio
+from dspex_persist.cognitive.steps import Steps, ask
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.state import commands
+from dspex_persist.state.tools.session import current_session
 
 SCOPE: Final = "dspex_persist_scope"
 """The key of the scope in DSPy's settings."""
@@ -60,6 +62,11 @@ class Binding:
             dict.fromkeys((*options.values(), *(name for each in per.values() for name in each.values())))
         )
 
+    @property
+    def has_program_options(self) -> bool:
+        """Whether it sets more than options of LM calls."""
+        return any(not PROGRAM_OPTIONS.keys().isdisjoint(each) for each in (self.options, *self.per.values()))
+
     def replace(self, options: Mapping[str, str], per: Mapping[str, Mapping[str, str]]) -> "Binding":
         """Return a binding like this one, of other options."""
         return Binding(
@@ -71,6 +78,11 @@ class Binding:
             lms=self.lms,
             adapters=self.adapters,
         )
+
+    def __repr__(self) -> str:
+        options = (*self.options.items(), *self.per.items())
+        listed = ", ".join(f"{name}={each!r}" for name, each in options)
+        return f"<Binding to session {self.ctx.session_id!r}: {listed}>"
 
     def __copy__(self) -> "Binding":
         return self
@@ -95,13 +107,17 @@ class Reading(NamedTuple):
     version: int
 
 
-def reading(ctx: Variables, names: Iterable[str]) -> Steps[dict[str, Reading]]:
+# Making one checks its arguments, which takes as long as it takes to carry it out.
+_query = lru_cache(maxsize=256)(commands.GetVariables)
+
+
+def reading(ctx: Variables, names: tuple[str, ...]) -> Steps[dict[str, Reading]]:
     """Read variables as of one moment.
 
     Raises:
         VariableNotFoundError: One of them is not there.
     """
-    found = yield from ask(commands.GetVariables(ctx.session_id, tuple(names)))
+    found = yield from ask(_query(ctx.session_id, names))
     for name in found.missing:
         # Its error has the nearest name.
         yield from ask(commands.GetVariable(ctx.session_id, name))
@@ -112,15 +128,16 @@ def reading(ctx: Variables, names: Iterable[str]) -> Steps[dict[str, Reading]]:
     return readings
 
 
-_Readings = dict[tuple[Variables, str], Reading]
+Readings: TypeAlias = dict[tuple[int, str], Reading]
+"""What was read, by the `id` of the context, which the binding keeps, and the name of the variable."""
 
 
 class Snapshot:
     """What one outermost call has read.
 
     Attributes:
-        readings: By context and name. Modules that join the call later, because they are not in the program's
-            attributes, add theirs.
+        readings: The variables. Modules that join the call later, because they are not in the program's attributes,
+            add theirs.
         ended: Whether the call has ended. Code that goes on afterwards keeps it, but the next call takes a new one.
         around: What the call is part of.
     """
@@ -129,7 +146,7 @@ class Snapshot:
 
     def __init__(self, around: Surroundings) -> None:
         self.around = around
-        self.readings: _Readings = {}
+        self.readings: Readings = {}
         self.ended = False
 
 
@@ -164,6 +181,18 @@ class Choice(NamedTuple):
     depth: int
 
 
+class LmOption(NamedTuple):
+    """An option of LM calls that a variable sets, with the variable and its value.
+
+    `is_default` says that it applies only if nothing else says the option.
+    """
+
+    option: str
+    variable: str
+    value: Any
+    is_default: bool
+
+
 class Scope:
     """A module's call in progress, and what applies in it.
 
@@ -173,13 +202,12 @@ class Scope:
         choices: By option, the variable that sets it.
         snapshot: What the outermost call has read.
         live: What was read last of the variables of bindings with `live=True`.
-        is_calling: Whether an LM is being called: what that calls is up to it.
         outer: The scope of the caller.
         lm: The LM of the predictor that is called, once that has chosen it.
         attributes: The attributes of the module that variables set during this call.
     """
 
-    __slots__ = ("attributes", "choices", "frames", "is_calling", "live", "lm", "module", "outer", "snapshot")
+    __slots__ = ("_lm_options", "attributes", "choices", "frames", "live", "lm", "module", "outer", "snapshot")
 
     def __init__(
         self,
@@ -187,15 +215,14 @@ class Scope:
         frames: tuple[Frame, ...],
         choices: Mapping[str, Choice],
         snapshot: Snapshot,
-        live: _Readings,
+        live: Readings,
         outer: "Scope | None" = None,
-        is_calling: bool = False,
     ) -> None:
         self.module, self.frames, self.choices = module, frames, choices
-        self.snapshot, self.live, self.is_calling = snapshot, live, is_calling
-        self.outer = outer
+        self.snapshot, self.live, self.outer = snapshot, live, outer
         self.lm: Any = None
         self.attributes: Mapping[str, Any] = {}
+        self._lm_options: tuple[LmOption, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -206,7 +233,26 @@ class Scope:
     def reading(self, choice: Choice) -> Reading:
         """Return what sets an option."""
         readings = self.live if choice.binding.live else self.snapshot.readings
-        return readings[choice.binding.ctx, choice.variable]
+        return readings[id(choice.binding.ctx), choice.variable]
+
+    @property
+    def lm_options(self) -> tuple[LmOption, ...]:
+        """The options of LM calls that variables set.
+
+        Raises:
+            BoundValueError: An option does not take the value of its variable.
+        """
+        options = self._lm_options
+        if options is None:
+            options = self._lm_options = tuple(self._checked())
+        return options
+
+    def _checked(self) -> Iterator[LmOption]:
+        for option, choice in self.choices.items():
+            if option in LM_OPTIONS:
+                value = self.reading(choice).value
+                check(option, choice.variable, value)
+                yield LmOption(option, choice.variable, value, choice.binding.is_default)
 
     @property
     def has_program_options(self) -> bool:
@@ -217,10 +263,6 @@ class Scope:
     def is_live(self) -> bool:
         """Whether the next call of an LM has to read variables."""
         return any(frame.binding.live for frame in self.frames)
-
-    def calling(self) -> "Scope":
-        """Return the scope for what an LM does while it is called."""
-        return Scope(self.module, self.frames, self.choices, self.snapshot, self.live, self.outer, True)
 
     def between_calls(self) -> "Scope":
         """Return the scope for code that will call the module, several times perhaps."""
@@ -249,129 +291,21 @@ def current() -> Scope | None:
     The execution of a tool that the program calls is no part of that: it reads variables in its own transaction.
     """
     scope: Scope | None = thread_local_overrides.get().get(SCOPE)
-    if scope is None or scope.snapshot.around.session is not around().session:
+    if scope is None:
         return None
-    return scope
+    # The first comparison is for speed: every call of an LM passes here.
+    session = scope.snapshot.around.session
+    return scope if session is current_session.get() or session is around().session else None
 
 
-def put(scope: Scope | None, **others: Any) -> Token[Any]:
+def put(scope: Scope, others: Mapping[str, Any] | None = None) -> Token[Any]:
     """Make this the scope of the code in this context, with other settings of DSPy."""
-    overrides = thread_local_overrides.get()
-    token: Token[Any] = thread_local_overrides.set(dotdict({**overrides, **others, SCOPE: scope}))
+    overrides = dotdict(thread_local_overrides.get())
+    overrides[SCOPE] = scope
+    if others:
+        overrides.update(others)
+    token: Token[Any] = thread_local_overrides.set(overrides)
     return token
-
-
-# Entering a call
-
-_Wanted = dict[Variables, dict[str, None]]
-
-
-class Entry:
-    """The beginning of a module's call: which variables it has to read, and the scope that it makes of them."""
-
-    __slots__ = ("_around", "_binding", "_is_new", "_live", "_names", "_names_live", "_outer", "_snapshot", "module")
-
-    def __init__(self, module: Any, outer: Scope | None, *, reads_live: bool) -> None:
-        self.module, self._binding = module, binding_of(module)
-        if outer is not None and outer.snapshot.ended and self._binding is not None:
-            outer = None
-        self._outer = outer
-        self._is_new = self._binding is not None and not any(
-            frame.module is module for frame in (() if outer is None else outer.frames[-1:])
-        )
-        self._around = around()
-        self._snapshot = Snapshot(self._around) if outer is None else outer.snapshot
-        self._live: _Readings = {}
-        self._names: _Wanted = {}
-        self._names_live: _Wanted = {}
-        if outer is None:
-            for _, each in modules_in(module):
-                if (binding := binding_of(each)) is not None and not binding.live:
-                    self._names.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
-        elif self._binding is not None and not self._binding.live:
-            known, ctx = self._snapshot.readings, self._binding.ctx
-            missing = {name: None for name in self._binding.names if (ctx, name) not in known}
-            if missing:
-                self._names[ctx] = missing
-        if reads_live or self._binding is not None:
-            bindings = [] if outer is None else [frame.binding for frame in outer.frames]
-            for binding in (*bindings, self._binding):
-                if binding is not None and binding.live:
-                    self._names_live.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
-
-    @property
-    def is_outermost(self) -> bool:
-        """Whether no call of a bound module is in progress."""
-        return self._outer is None
-
-    def read(self) -> None:
-        """Read the variables."""
-        for ctx, names, readings in self._wanted():
-            where = joined(ctx, self._around)
-            self._take(ctx, run(where, reading(where, names)), readings)
-
-    async def read_aio(self) -> None:
-        """Read the variables without blocking the event loop."""
-        for ctx, names, readings in self._wanted():
-            where = joined(ctx, self._around)
-            self._take(ctx, await run_aio(where, reading(where, names)), readings)
-
-    def _wanted(self) -> Iterator[tuple[Variables, Iterable[str], _Readings]]:
-        for ctx, names in self._names.items():
-            yield ctx, names, self._snapshot.readings
-        for ctx, names in self._names_live.items():
-            yield ctx, names, self._live
-
-    @staticmethod
-    def _take(ctx: Variables, found: Mapping[str, Reading], readings: _Readings) -> None:
-        for name, each in found.items():
-            # Of two modules that join a call at the same time, both use what was read first.
-            readings.setdefault((ctx, name), each)
-
-    def scope(self) -> Scope:
-        """Return the scope of the call."""
-        outer, module, binding = self._outer, self.module, self._binding
-        frames, choices, live = ((), {}, {}) if outer is None else (outer.frames, outer.choices, outer.live)
-        if frames:
-            choices = dict(choices)
-            for depth, frame in enumerate(frames):
-                if id(module) in frame.targets:
-                    _choose(choices, frame.targets[id(module)], frame.binding, depth)
-        if binding is not None and self._is_new:
-            frame = Frame(binding, module, _targets_of(binding, module))
-            choices = dict(choices)
-            named = {option: Named(variable, module) for option, variable in binding.options.items()}
-            _choose(choices, {**named, **frame.targets.get(id(module), {})}, binding, len(frames))
-            frames = (*frames, frame)
-        return Scope(module, frames, choices, self._snapshot, {**live, **self._live} if self._live else live, outer)
-
-
-def _choose(choices: dict[str, Choice], options: Mapping[str, Named], binding: Binding, depth: int) -> None:
-    """Let a binding set options, unless a binding of a module further inside does."""
-    for option, (variable, target) in options.items():
-        chosen = choices.get(option)
-        if chosen is None or chosen.depth <= depth:
-            choices[option] = Choice(variable, target, binding, depth)
-
-
-def _targets_of(binding: Binding, program: Any) -> dict[int, dict[str, Named]]:
-    """Return what `per` says about each module of a program; the longest path that leads to it counts most."""
-    if not binding.per:
-        return {}
-    targets: dict[int, dict[str, Named]] = {}
-    paths = sorted(binding.per, key=len)
-    modules = modules_in(program)
-    by_path = dict(modules)
-    for path, module in modules:
-        options = {
-            option: Named(variable, by_path[other])
-            for other in paths
-            if is_within(path, other)
-            for option, variable in binding.per[other].items()
-        }
-        if options:
-            targets[id(module)] = options
-    return targets
 
 
 # What the recorder asks
