@@ -141,6 +141,26 @@ def test_the_example_with_a_compiled_program(tmp_path: Path) -> None:
     assert "saved versions 3 and 4" in second
 
 
+def test_the_example_whose_temperature_another_process_turns(tmp_path: Path) -> None:
+    def turn(server: ServerProcess, name: str, value: str) -> None:
+        run_python(["-m", "dspex_persist", "set", "tuned", name, value, "--target", target_of(server)], tmp_path)
+
+    shown = next(each for each in programs_of("docs/dspy.md") if "class Draft" in each.text)
+    example = (EXAMPLES / "turned_program.py").read_text()
+    assert all(line.strip() in example for line in shown.text.splitlines()[1:])
+    with serve(tmp_path / "sessions.db") as server:
+        command = [sys.executable, "-W", "ignore", str(EXAMPLES / "turned_program.py"), target_of(server)]
+        with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdout is not None
+            lines = [program.stdout.readline()]
+            turn(server, "temperature", "0.9")
+            lines.append(program.stdout.readline())
+            turn(server, "done", "true")
+            lines += program.stdout
+            assert program.wait(within(30)) == 0
+    assert lines == ["asked at 0.2, asked at 0.2\n", "asked at 0.9, asked at 0.9\n"]
+
+
 def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None:
     here = tools_list("--tools", "examples.shop", cwd=ROOT)
     assert here.returncode == 0, here.stderr
