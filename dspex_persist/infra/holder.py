@@ -39,6 +39,16 @@ def pid_of(text: bytes) -> int | None:
     return pid if _is_running(pid) and _text_of(pid).strip() == text.strip() else None
 
 
+def has_ended(text: bytes) -> bool:
+    """Return whether the process that wrote `text` certainly ran in this PID namespace, and does so no more."""
+    match = _FORM.fullmatch(text.partition(b"\n")[0])
+    if match is None or not match[2] or match[3].decode(errors="replace") != _namespace():
+        return False
+    state, started = _state(int(match[1])), _start_time(int(match[1]))
+    # One that its parent has not reaped yet does nothing any more.
+    return started != match[2].decode() or state in ("Z", "X")
+
+
 def _text_of(pid: int) -> bytes:
     host = socket.gethostname().encode(errors="replace")[:128]
     return f"{pid} {_start_time(pid)} {_namespace()} ".encode() + host + b"\n"
@@ -56,12 +66,23 @@ def _is_running(pid: int) -> bool:
 
 def _start_time(pid: int) -> str:
     """The start time of a process, in clock ticks since boot; "" if the system does not report it."""
+    fields = fields_of(pid)
+    return fields[19] if fields else ""
+
+
+def _state(pid: int) -> str:
+    fields = fields_of(pid)
+    return fields[0] if fields else ""
+
+
+def fields_of(pid: int) -> list[str]:
+    """Return what the system says of a process after its name: its state, its parent, ...; [] if it says nothing."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        return ""
+        return []
     # The name, in parentheses, may contain anything.
-    return content.rpartition(b")")[2].split()[19].decode()
+    return content.rpartition(b")")[2].decode().split()
 
 
 def _namespace() -> str:

@@ -1,0 +1,1042 @@
+"""A pool of workers: each is lent to one call at a time, and is replaced when it fails. It knows no services.
+
+A call that runs in a worker may need another worker of the pool. Such nested calls go first. If every worker that is
+lent waits for nested calls, nobody would ever return one; the pool then starts a spare worker beyond its size.
+"""
+
+import asyncio
+import contextlib
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Generic, Literal, Self, TypeVar
+
+from dspex_persist.infra import forks
+from dspex_persist.infra.circuit import Circuit, OpenCircuitError
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.orphans import Run
+from dspex_persist.infra.pool_errors import (
+    NestedTooDeepError,
+    PoolError,
+    PoolSaturatedError,
+    PoolStartError,
+    PoolUnavailableError,
+    QueueTimeoutError,
+    WorkerBusyError,
+    WorkerExitedError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
+from dspex_persist.infra.worker import Worker, WorkerCommand, WorkerStartError
+
+Affinity = Literal["hint", "strict_queue", "strict_fail_fast"]
+
+_KEYS_MOST: Final = 10_000
+# A process that has closed its connections may take this long until it has ended.
+_EXIT_S: Final = 1.0
+_TRIAL_POLL_S: Final = 0.2
+
+_logger: Final = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """The size of a pool, and its limits. Times are in seconds.
+
+    Attributes:
+        size: How many workers the pool keeps.
+        batch: How many are started at the same time.
+        queue_size: How many calls may wait for a worker.
+        queue_timeout_s: How long each of them may wait.
+        call_timeout_s: How long a call may keep a worker, unless it has a limit of its own; None: without a limit.
+        affinity: What happens when a call's key was last with a worker that is busy. hint: another one takes the call;
+            strict_queue: the call waits for that one; strict_fail_fast: it is refused.
+        nesting: How deep calls may be nested, and how many spare workers there may be for them.
+        spare_keep_s: How long a spare worker is kept that nobody needs.
+        health_interval_s: How often idle workers are pinged.
+        health_timeout_s: How long the answer to a ping may take.
+        health_failures: After this many pings without an answer, a worker is replaced.
+        max_requests: A worker is replaced after this many calls.
+        max_rss_bytes: A worker is replaced when it has more memory than this in use after a call, or while it is idle.
+        max_age_s: An idle worker is replaced when it is older; never two at the same time.
+        backoff_s: The pause after a worker that failed at once; it doubles with each further one.
+        longest_backoff_s: The longest such pause.
+        crash_limit: After this many such failures in a row no worker is started for a while, and then one as a trial.
+        crash_pause_s: How long that is.
+        stable_s: A worker that has lived this long, or has done a call, has not failed at once.
+    """
+
+    size: int = 2
+    batch: int = 4
+    queue_size: int = 1000
+    queue_timeout_s: float = 5.0
+    call_timeout_s: float | None = None
+    affinity: Affinity = "hint"
+    nesting: int = 8
+    spare_keep_s: float = 60.0
+    health_interval_s: float = 30.0
+    health_timeout_s: float = 5.0
+    health_failures: int = 2
+    max_requests: int | None = None
+    max_rss_bytes: int | None = None
+    max_age_s: float | None = None
+    backoff_s: float = 0.2
+    longest_backoff_s: float = 30.0
+    crash_limit: int = 5
+    crash_pause_s: float = 60.0
+    stable_s: float = 10.0
+
+
+class Contact:
+    """What the user of a pool keeps for one worker: how it is talked to. Methods are called in the order below."""
+
+    async def open(self) -> Mapping[str, str]:
+        """Called before the process starts; returns more placeholders for its command."""
+        return {}
+
+    async def connect(self, address: str) -> None:
+        """Called when the worker says that it is ready."""
+
+    async def ping(self) -> None:
+        """Return if the worker answers, and raise anything if it does not. Called to the worker's end."""
+
+    def lost(self, error: Exception) -> str:
+        """Return why an error of a call means that the connection to the worker is lost; "" if it does not."""
+        return str(error) or type(error).__name__ if isinstance(error, ConnectionError | EOFError) else ""
+
+    async def close(self) -> None:
+        """Called when the process has ended, also if it never got ready. Must not raise."""
+
+
+C = TypeVar("C", bound=Contact)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """One worker, as it is now.
+
+    Attributes:
+        id: Its id.
+        pid: Its process.
+        address: Where it serves.
+        state: idle, busy, or settling: its call was given up, but has not ended.
+        spare: Whether it is beyond the size of the pool.
+        requests: The calls that it has done.
+        age_s: How long it has been ready, in seconds.
+        rss_bytes: The memory that it has in use; 0 if the system does not say.
+        busy_s: How long it has had its call, in seconds; 0 if it has none.
+    """
+
+    id: str
+    pid: int
+    address: str
+    state: str
+    spare: bool
+    requests: int
+    age_s: float
+    rss_bytes: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A pool, as it is now, and what it has counted since its start.
+
+    Attributes:
+        pool: Its name.
+        state: starting, running, failing (no worker is started for a while, after failures), draining or closed.
+        size: How many workers it is to have.
+        idle: Workers that are free.
+        busy: Workers that are lent.
+        starting: Workers that are being started.
+        spares: Workers beyond the size.
+        queued: Calls that wait.
+        requests: Calls that got a worker.
+        errors: Of these, those that ended with an error, without those counted below.
+        saturated: Calls that were refused because too many waited.
+        queue_timeouts: Calls that waited in vain.
+        call_timeouts: Calls that did not end in time.
+        exits: Calls during which the worker ended, or was lost.
+        started: Workers that got ready.
+        start_failures: Workers that did not.
+        crashed: Workers that ended by themselves.
+        recycled: Workers that were replaced because of their calls, memory or age.
+        replaced: Workers that were replaced because they did not answer, or did not end a call.
+        last_failure: The last failure to start or to live, as text; "" without any.
+        workers: The workers that are ready.
+    """
+
+    pool: str
+    state: str
+    size: int
+    idle: int
+    busy: int
+    starting: int
+    spares: int
+    queued: int
+    requests: int
+    errors: int
+    saturated: int
+    queue_timeouts: int
+    call_timeouts: int
+    exits: int
+    started: int
+    start_failures: int
+    crashed: int
+    recycled: int
+    replaced: int
+    last_failure: str
+    workers: tuple[WorkerStatistics, ...]
+
+
+class _Member(Generic[C]):
+    """A worker that is ready."""
+
+    def __init__(self, worker: Worker, contact: C, *, spare: bool, now: float) -> None:
+        self.worker = worker
+        self.contact = contact
+        self.spare = spare
+        self.ready_at = self.idle_since = now
+        self.requests = 0
+        self.has_succeeded = False
+        self.keys: set[str] = set()
+        self.lease: Lease[C] | None = None
+        # Done when it is to leave the pool, with the reason; or when the process has ended, with None.
+        self.over: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    def leave(self, reason: str | None) -> None:
+        if not self.over.done():
+            self.over.set_result(reason)
+
+
+class Lease(Generic[C]):
+    """A worker that is lent to one call.
+
+    Attributes:
+        worker: The id of the worker.
+        pid: Its process.
+        address: Its gRPC target.
+        contact: What the pool's user keeps for it.
+        parent: The lease of the call that this one is nested in.
+        depth: How deep it is nested; 0 if it is not.
+        key: The affinity key.
+        deadline: The event loop's time at which the call has to end; None without a limit.
+    """
+
+    def __init__(
+        self,
+        pool: "WorkerPool[C]",
+        member: _Member[C],
+        key: str | None,
+        parent: "Lease[Any] | None",
+        deadline: float | None,
+    ) -> None:
+        self.worker = member.worker.id
+        self.pid = member.worker.pid
+        self.address = member.worker.address
+        self.contact = member.contact
+        self.key = key
+        self.parent = parent
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.deadline = deadline
+        self.began_at = asyncio.get_running_loop().time()
+        # How many nested calls, of this pool or others, wait for a worker.
+        self.waiting = 0
+        self.pool = pool
+        self.member = member
+        self.discarded = ""
+        self.settling: tuple[Awaitable[object], float] | None = None
+        self.interrupt: Callable[[PoolError], None] | None = None
+
+    def discard(self, reason: str) -> None:
+        """Have the worker replaced when the call ends, because it cannot be trusted any more."""
+        self.discarded = self.discarded or reason
+
+    def release_when(self, settled: Awaitable[object], within_s: float) -> None:
+        """Have the worker become free only when `settled` is done, although the caller does not wait for that.
+
+        Use it for a call that was given up: until the worker has really ended it, no other call may get the worker. If
+        that takes longer than `within_s` seconds, the worker is replaced. How `settled` ends does not matter.
+        """
+        self.settling = (settled, within_s)
+
+    async def lost(self, reason: str) -> PoolError:
+        """Return the error of a call that has lost its connection to the worker, which is replaced.
+
+        `lend` calls this for the errors that `Contact.lost` knows.
+
+        Args:
+            reason: How the connection was lost, for the case that the worker's process runs on.
+        """
+        worker = self.member.worker
+        if not worker.has_exited:
+            await asyncio.wait({worker.exited}, timeout=_EXIT_S)
+        if worker.has_exited:
+            return self.exited()
+        self.discard(reason)
+        return WorkerLostError(self.pool.name, self.worker, reason)
+
+    def exited(self) -> WorkerExitedError:
+        """Return the error of a call whose worker has exited."""
+        worker = self.member.worker
+        return WorkerExitedError(self.pool.name, self.worker, worker.ending, worker.tail)
+
+
+class _Waiter(Generic[C]):
+    """A call that waits for a worker."""
+
+    def __init__(self, number: int, key: str | None, parent: Lease[Any] | None) -> None:
+        self.key = key
+        self.parent = parent
+        depth = 0 if parent is None else parent.depth + 1
+        # The deepest nested call goes first: it ends before those that wait for it, so few spares are enough.
+        self.rank = (-depth, number)
+        self.turn: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
+
+
+class WorkerPool(Generic[C]):
+    """Keeps a number of workers running, and lends them. Used on one event loop, whose thread has to outlive it.
+
+    Attributes:
+        name: The name, in errors and in the log.
+        options: Its size and limits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: WorkerCommand,
+        contact: Callable[[str], C],
+        *,
+        run: Run,
+        options: PoolOptions | None = None,
+    ) -> None:
+        """Make a pool without workers.
+
+        Args:
+            name: Its name.
+            command: How each worker is started.
+            contact: Makes what its user keeps for a worker, given the id of that.
+            run: What the workers belong to; several pools can share one. Its owner closes it, after the pools.
+            options: The size and limits.
+        """
+        self.name = name
+        self.options = options or PoolOptions()
+        self._command = command
+        self._contact = contact
+        self._run = run
+        self._logger = _logger.bind(pool=name)
+        self._state = "new"
+        self._members: dict[str, _Member[C]] = {}
+        # By the time of their return: the last one is the warmest.
+        self._idle: dict[str, _Member[C]] = {}
+        self._homes: OrderedDict[str, _Member[C]] = OrderedDict()
+        self._waiters: list[_Waiter[C]] = []
+        self._numbers = 0
+        self._keepers: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._starting = self._spares = 0
+        self._may_start = asyncio.Semaphore(self.options.batch)
+        self._failures = 0
+        self._last_failure = ""
+        self._counts: Counter[str] = Counter()
+        self._changed = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
+        longest_trial_s = command.ready_timeout_s + self.options.stable_s
+        self._circuit = Circuit(
+            self.options.crash_limit, self.options.crash_pause_s, self.options.crash_pause_s, trial_s=longest_trial_s
+        )
+
+    # --- Life
+
+    async def start(self) -> None:
+        """Start the workers, and wait until each of them is ready or has failed once; those that failed are retried.
+
+        Raises:
+            PoolStartError: Not one worker started. The pool is closed.
+        """
+        assert self._state == "new", "a pool starts once"
+        self._state = "running"
+        forks.register(self)
+        firsts = [asyncio.get_running_loop().create_future() for _ in range(self.options.size)]
+        for first in firsts:
+            self._keep_task(self._keepers, self._keep(first))
+        self._keep_task(self._background, self._look_after())
+        try:
+            await asyncio.gather(*firsts)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        if firsts and not self._counts["started"]:
+            reason = self._last_failure
+            await self.close()
+            raise PoolStartError(self.name, reason)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.ForkListener`. The workers are the parent's."""
+        self._state = "closed"
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more calls, but nested ones of calls in progress; wait for all to end, then close.
+
+        Args:
+            timeout_s: How long to wait, in seconds; calls that still run then are interrupted.
+
+        Returns:
+            Whether all calls ended by themselves.
+        """
+        if self._state == "running":
+            self._state = "draining"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._is_quiet():
+                    self._changed.clear()
+                    await self._changed.wait()
+        is_quiet = self._is_quiet()
+        await self.close()
+        return is_quiet
+
+    async def close(self) -> None:
+        """Interrupt all calls, end all workers, and return when they are gone. May be called again."""
+        if self._closing is None:
+            self._state = "closed"
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        closed = PoolUnavailableError(self.name, "it is closed")
+        self._fail_waiters(closed)
+        for member in list(self._members.values()):
+            if member.lease is not None and member.lease.interrupt is not None:
+                member.lease.interrupt(closed)
+        tasks = [*self._keepers, *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._ending:
+            await asyncio.wait(self._ending)
+        forks.unregister(self)
+
+    # --- Lending
+
+    def lend(
+        self, key: str | None = None, *, timeout_s: float | None = None, parent: Lease[Any] | None = None
+    ) -> "_Lending[C]":
+        """Lend a worker: `async with pool.lend(...) as lease:`.
+
+        The block is interrupted when the worker exits, when its time is over, or when the pool closes; it then ends
+        with the error of the pool. A block that is cancelled, or whose time is over, has its worker replaced, unless it
+        has called `lease.release_when`.
+
+        Args:
+            key: The affinity key: the worker that had it last is preferred, or demanded (`options.affinity`).
+            timeout_s: How long to wait for a worker and to use it, in seconds; by default the limits of the pool.
+            parent: The lease, of any pool, of the call that makes this one and waits for it. The call goes first, and
+                its key is only a hint.
+
+        Raises:
+            PoolSaturatedError: Too many calls wait.
+            QueueTimeoutError: No worker became free in time.
+            WorkerBusyError: The worker of the key is busy.
+            NestedTooDeepError: There are too many parents.
+            PoolUnavailableError: The pool is draining or closed, or its workers fail at once.
+            WorkerTimeoutError: The block took too long.
+            WorkerExitedError: The worker ended during the block.
+        """
+        return _Lending(self, key, timeout_s, parent)
+
+    def forget(self, key: str) -> None:
+        """Forget which worker had an affinity key."""
+        member = self._homes.pop(key, None)
+        if member is not None:
+            member.keys.discard(key)
+            self._dispatch()
+
+    def statistics(self) -> PoolStatistics:
+        """Return what the pool does now, and what it has counted."""
+        now = self._time()
+        state = self._state
+        if state == "running" and self._circuit.state == "open":
+            state = "failing"
+        elif state == "running" and len(self._regular()) < self.options.size:
+            state = "starting"
+        counts = self._counts
+        return PoolStatistics(
+            pool=self.name,
+            state=state,
+            size=self.options.size,
+            idle=len(self._idle),
+            busy=len(self._members) - len(self._idle),
+            starting=self._starting,
+            spares=sum(member.spare for member in self._members.values()),
+            queued=len(self._waiters),
+            requests=counts["requests"],
+            errors=counts["errors"],
+            saturated=counts["saturated"],
+            queue_timeouts=counts["queue_timeouts"],
+            call_timeouts=counts["call_timeouts"],
+            exits=counts["exits"],
+            started=counts["started"],
+            start_failures=counts["start_failures"],
+            crashed=counts["crashed"],
+            recycled=counts["recycled"],
+            replaced=counts["replaced"],
+            last_failure=self._last_failure,
+            workers=tuple(_statistics(member, now) for member in self._members.values()),
+        )
+
+    async def acquire(
+        self, key: str | None, parent: Lease[Any] | None, deadline: float | None, timeout_s: float | None
+    ) -> Lease[C]:
+        """Wait for a worker; use `lend`."""
+        if parent is not None and parent.depth >= self.options.nesting:
+            raise NestedTooDeepError(self.name, self.options.nesting)
+        self._numbers += 1
+        waiter = _Waiter[C](self._numbers, key, parent)
+        while True:
+            self._check_open(parent)
+            member = self._pick(waiter) or await self._wait(waiter, deadline, timeout_s)
+            if not self._is_gone(member):
+                break
+            waiter = _Waiter(self._numbers, key, parent)
+        if deadline is None and timeout_s is None and self.options.call_timeout_s is not None:
+            deadline = self._time() + self.options.call_timeout_s
+        lease = member.lease = Lease(self, member, key, parent, deadline)
+        self._idle.pop(member.worker.id, None)
+        self._counts["requests"] += 1
+        if key is not None:
+            self._bind(key, member)
+        return lease
+
+    async def _wait(self, waiter: _Waiter[C], deadline: float | None, timeout_s: float | None) -> _Member[C]:
+        self._check_wait(waiter)
+        queue_s = self.options.queue_timeout_s
+        until = self._time() + queue_s
+        if deadline is not None and deadline < until:
+            until, queue_s = deadline, timeout_s or 0.0
+        insort(self._waiters, waiter, key=lambda each: each.rank)
+        _count_waiting(waiter.parent, 1)
+        self._start_spare()
+        try:
+            async with asyncio.timeout_at(until):
+                return await waiter.turn
+        except TimeoutError:
+            if waiter.turn.done() and not waiter.turn.cancelled():
+                return waiter.turn.result()
+            self._counts["queue_timeouts"] += 1
+            raise QueueTimeoutError(self.name, queue_s, self._described()) from None
+        except asyncio.CancelledError:
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                self._give_back(waiter.turn.result())
+            raise
+        finally:
+            _count_waiting(waiter.parent, -1)
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            self._changed.set()
+
+    def _is_gone(self, member: _Member[C]) -> bool:
+        """Whether a worker cannot be lent any more, even if the event loop has not learnt that it has exited."""
+        if member.worker.has_exited:
+            self._exited(member)
+        return member.over.done()
+
+    def _check_open(self, parent: Lease[Any] | None) -> None:
+        if self._state == "draining" and parent is not None:
+            return
+        if self._state != "running":
+            raise PoolUnavailableError(self.name, f"it is {self._state.replace('new', 'not started')}")
+
+    def _check_wait(self, waiter: _Waiter[C]) -> None:
+        if not self._members and not self._starting and self._circuit.state == "open":
+            raise self._failing()
+        if len(self._waiters) >= self.options.queue_size:
+            self._counts["saturated"] += 1
+            raise PoolSaturatedError(self.name, self.options.size, len(self._waiters))
+        home = self._homes.get(waiter.key or "")
+        if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
+            self._counts["saturated"] += 1
+            raise WorkerBusyError(self.name, home.worker.id)
+
+    def _failing(self) -> PoolUnavailableError:
+        reason = f"{self._failures} workers in a row failed at once; no other is started for a while"
+        return PoolUnavailableError(self.name, f"{reason}. The last: {self._last_failure}")
+
+    def _pick(self, waiter: _Waiter[C]) -> _Member[C] | None:
+        """The idle worker for a call, if there is one."""
+        is_nested = waiter.parent is not None
+        home = self._homes.get(waiter.key) if waiter.key is not None else None
+        if home is not None:
+            if home.worker.id in self._idle and (is_nested or not home.spare):
+                return home
+            if self.options.affinity != "hint" and not is_nested and not home.over.done():
+                return None
+        free = [member for member in self._idle.values() if is_nested or not member.spare]
+        if not free:
+            return None
+        if waiter.key is None:
+            return free[-1]
+        # Sessions are spread, so that each finds its worker free.
+        return min(reversed(free), key=lambda member: len(member.keys))
+
+    def _dispatch(self) -> None:
+        """Give free workers to the calls that wait."""
+        for waiter in self._waiters[:] if self._idle else ():
+            member = self._pick(waiter)
+            if member is not None:
+                del self._idle[member.worker.id]
+                self._waiters.remove(waiter)
+                waiter.turn.set_result(member)
+                if not self._idle:
+                    break
+        self._start_spare()
+        self._changed.set()
+
+    def _fail_waiters(self, error: PoolError) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.turn.set_exception(error)
+
+    def _bind(self, key: str, member: _Member[C]) -> None:
+        before = self._homes.pop(key, None)
+        if before is not None:
+            before.keys.discard(key)
+        self._homes[key] = member
+        member.keys.add(key)
+        if len(self._homes) > _KEYS_MOST:
+            oldest, its = self._homes.popitem(last=False)
+            its.keys.discard(oldest)
+
+    # --- Returning
+
+    def give_back(self, lease: Lease[C], error: BaseException | None) -> None:
+        """Take a worker back; `lend` does it."""
+        member = lease.member
+        member.requests += 1
+        if isinstance(error, WorkerTimeoutError):
+            self._counts["call_timeouts"] += 1
+        elif isinstance(error, WorkerExitedError | WorkerLostError):
+            self._counts["exits"] += 1
+        elif isinstance(error, Exception):
+            self._counts["errors"] += 1
+        if lease.settling is not None:
+            self._keep_task(self._background, self._settle(lease, *lease.settling))
+            return
+        if isinstance(error, asyncio.CancelledError | WorkerTimeoutError):
+            lease.discard("its call was given up")
+        self._release(lease)
+
+    async def _settle(self, lease: Lease[C], settled: Awaitable[object], within_s: float) -> None:
+        waiting = asyncio.ensure_future(settled)
+        either: set[asyncio.Future[Any]] = {waiting, lease.member.worker.exited}
+        try:
+            await asyncio.wait(either, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                lease.discard(f"it did not end a call within {within_s:g} s after that was given up")
+        finally:
+            if waiting.done() and not waiting.cancelled():
+                waiting.exception()
+            waiting.cancel()
+            self._release(lease)
+
+    def _release(self, lease: Lease[C]) -> None:
+        member = lease.member
+        member.lease = None
+        if lease.discarded:
+            self._counts["replaced"] += 1
+            member.leave(lease.discarded)
+        elif not self._is_gone(member):
+            self._succeeded(member)
+            self._recycle(member)
+        self._give_back(member)
+
+    def _give_back(self, member: _Member[C]) -> None:
+        if not self._is_gone(member) and self._state != "closed":
+            member.idle_since = self._time()
+            self._idle[member.worker.id] = member
+        self._dispatch()
+
+    def _recycle(self, member: _Member[C]) -> None:
+        """Have a worker replaced that has done, grown or lived enough."""
+        options, reason = self.options, ""
+        if options.max_requests is not None and member.requests >= options.max_requests:
+            reason = f"it has done {member.requests} calls"
+        elif options.max_rss_bytes is not None and (rss := member.worker.rss_bytes) > options.max_rss_bytes:
+            reason = f"it has {rss} bytes of memory in use"
+        elif options.max_age_s is not None and (age_s := self._time() - member.ready_at) > options.max_age_s:
+            # Workers that were started together must not all be gone together.
+            reason = f"it is {age_s:.0f} s old" if len(self._regular()) >= options.size else ""
+        if reason:
+            self._counts["recycled"] += 1
+            self._idle.pop(member.worker.id, None)
+            member.leave(reason)
+
+    # --- Keeping workers
+
+    async def _keep(self, first: "asyncio.Future[None]") -> None:
+        """Keep one of the workers running."""
+        try:
+            while True:
+                await self._pause()
+                await self._live(first, spare=False)
+        finally:
+            if not first.done():
+                first.set_result(None)
+
+    async def _pause(self) -> None:
+        """Wait until another worker may be started."""
+        if self._failures:
+            pause_s = self.options.backoff_s * 2 ** min(self._failures - 1, 20)
+            await asyncio.sleep(min(pause_s, self.options.longest_backoff_s))
+        while True:
+            try:
+                self._circuit.admit()
+                break
+            except OpenCircuitError as error:
+                await asyncio.sleep(max(error.retry_in_s, _TRIAL_POLL_S))
+        # Workers that do not end must not become more and more.
+        while len(self._ending) > self.options.size:
+            await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _live(self, first: "asyncio.Future[None] | None", *, spare: bool) -> None:
+        """Start a worker, and wait until it is over."""
+        try:
+            async with self._may_start:
+                self._starting += 1
+                try:
+                    member = await self._begin(spare=spare)
+                finally:
+                    self._starting -= 1
+        except WorkerStartError as error:
+            self._start_failed(error)
+            return
+        finally:
+            if first is not None and not first.done():
+                first.set_result(None)
+        try:
+            self._dispatch()
+            reason = await member.over
+            self._log_end(member, reason)
+        finally:
+            self._remove(member)
+            # Its successor need not wait for its end.
+            self._keep_task(self._ending, self._end(member.worker, member.contact))
+
+    async def _begin(self, *, spare: bool) -> _Member[C]:
+        worker_id = f"{self.name}-{self._run.new_number()}"
+        contact = self._contact(worker_id)
+        worker: Worker | None = None
+        began = self._time()
+        try:
+            async with asyncio.timeout(self._command.ready_timeout_s):
+                placeholders = await contact.open()
+                worker = Worker(self._command, self._run, worker_id, placeholders)
+                await self._get_ready(worker, contact)
+        except BaseException as error:
+            self._keep_task(self._ending, self._end(worker, contact))
+            if isinstance(error, WorkerStartError | asyncio.CancelledError):
+                raise
+            tail = "" if worker is None else worker.tail
+            if isinstance(error, TimeoutError):
+                limit = f"within {self._command.ready_timeout_s:g} s (pools.{self.name}.ready_timeout_s)"
+                what = "said that it is ready, but did not answer" if worker and worker.address else "was not ready"
+                raise WorkerStartError(worker_id, f"it {what} {limit}", tail) from error
+            if isinstance(error, Exception):
+                raise WorkerStartError(worker_id, f"it does not answer as it should: {error}", tail) from error
+            raise
+        member = _Member(worker, contact, spare=spare, now=self._time())
+        worker.exited.add_done_callback(lambda _: self._exited(member))
+        self._members[worker_id] = self._idle[worker_id] = member
+        self._counts["started"] += 1
+        self._logger.info(
+            "a worker is ready",
+            worker=worker_id,
+            pid=worker.pid,
+            address=worker.address,
+            took_s=round(self._time() - began, 3),
+            spare=spare,
+        )
+        asyncio.get_running_loop().call_later(self.options.stable_s, self._stayed, member)
+        return member
+
+    async def _get_ready(self, worker: Worker, contact: C) -> None:
+        address = await worker.ready()
+        talking = asyncio.ensure_future(_talk(contact, address))
+        either: set[asyncio.Future[Any]] = {talking, worker.exited}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if worker.has_exited:
+                raise WorkerStartError(worker.id, worker.ending, worker.tail)
+            await talking
+        finally:
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
+
+    def _exited(self, member: _Member[C]) -> None:
+        if member.over.done():
+            return
+        self._counts["crashed"] += 1
+        if not member.has_succeeded:
+            self._failed(f"worker {member.worker.id} {member.worker.ending} at once{_shown(member.worker.tail)}")
+        else:
+            self._last_failure = f"worker {member.worker.id} {member.worker.ending}{_shown(member.worker.tail)}"
+        # At once: nobody may get it any more.
+        self._idle.pop(member.worker.id, None)
+        member.leave(None)
+        if member.lease is not None and member.lease.interrupt is not None:
+            member.lease.interrupt(member.lease.exited())
+
+    def _remove(self, member: _Member[C]) -> None:
+        member.leave("the pool is closed")
+        self._members.pop(member.worker.id, None)
+        self._idle.pop(member.worker.id, None)
+        for key in member.keys:
+            self._homes.pop(key, None)
+        member.keys.clear()
+        self._dispatch()
+
+    async def _end(self, worker: Worker | None, contact: C) -> None:
+        try:
+            if worker is not None:
+                await worker.stop()
+        finally:
+            try:
+                await contact.close()
+            except Exception as error:
+                self._logger.error("closing what belongs to a worker failed", exc_info=error)
+
+    def _start_failed(self, error: WorkerStartError) -> None:
+        self._counts["start_failures"] += 1
+        self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
+        self._failed(str(error))
+
+    def _failed(self, reason: str) -> None:
+        self._failures += 1
+        self._last_failure = reason
+        pause_s = self._circuit.failed(reason)
+        if pause_s is not None:
+            self._logger.error(
+                "workers fail at once; no other is started for a while",
+                failures=self._failures,
+                pause_s=pause_s,
+                reason=reason,
+            )
+            if not self._members and not self._starting:
+                self._fail_waiters(self._failing())
+
+    def _stayed(self, member: _Member[C]) -> None:
+        if not member.over.done():
+            self._succeeded(member)
+
+    def _succeeded(self, member: _Member[C]) -> None:
+        if not member.has_succeeded:
+            member.has_succeeded = True
+            self._failures = 0
+            if self._circuit.succeeded():
+                self._logger.info("workers start again")
+
+    def _log_end(self, member: _Member[C], reason: str | None) -> None:
+        fields = {"worker": member.worker.id, "pid": member.worker.pid, "requests": member.requests}
+        if reason is None:
+            self._logger.warning("a worker exited", how=member.worker.ending, output=member.worker.tail, **fields)
+        else:
+            self._logger.info("a worker is replaced", why=reason, **fields)
+
+    def _start_spare(self) -> None:
+        """Start a worker beyond the size, if all that are lent wait for nested calls, of which one waits here."""
+        waiter = next((each for each in self._waiters if each.parent is not None), None)
+        if waiter is None or self._starting or self._spares >= self.options.nesting or self._state == "closed":
+            return
+        leases = [member.lease for member in self._members.values()]
+        if leases and all(lease is not None and lease.waiting for lease in leases):
+            self._spares += 1
+            # Counted at once, so that the next waiter does not start another one.
+            self._keep_task(self._keepers, self._live_spare())
+
+    async def _live_spare(self) -> None:
+        try:
+            await self._live(None, spare=True)
+        finally:
+            self._spares -= 1
+            self._start_spare()
+
+    # --- Health
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(self.options.health_interval_s)
+            checks = [self._check(member) for member in list(self._idle.values())]
+            await asyncio.gather(*checks)
+
+    async def _check(self, member: _Member[C]) -> None:
+        if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
+            self._idle.pop(member.worker.id, None)
+            member.leave("nobody needs it any more")
+            return
+        self._recycle(member)
+        reason = ""
+        for _ in range(self.options.health_failures):
+            if member.over.done() or member.lease is not None:
+                # A busy one may be one that answers nothing meanwhile.
+                return
+            reason = await self._ping(member)
+            if not reason:
+                return
+        if member.worker.id in self._idle:
+            self._counts["replaced"] += 1
+            self._last_failure = f"worker {member.worker.id} did not answer health checks: {reason}"
+            self._idle.pop(member.worker.id, None)
+            member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
+
+    async def _ping(self, member: _Member[C]) -> str:
+        """Return why a worker does not answer; "" if it does."""
+        try:
+            async with asyncio.timeout(self.options.health_timeout_s):
+                await member.contact.ping()
+        except TimeoutError:
+            return f"no answer within {self.options.health_timeout_s:g} s; it {member.worker.ending}"
+        except Exception as error:  # noqa: BLE001 -- whatever it answers is not what it should
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    # --- Small things
+
+    def _is_quiet(self) -> bool:
+        return not self._waiters and len(self._idle) == len(self._members)
+
+    def _regular(self) -> list[_Member[C]]:
+        """Those that stay, without spares."""
+        return [member for member in self._members.values() if not member.spare and not member.over.done()]
+
+    def _described(self) -> str:
+        busy = sum(member.lease is not None for member in self._members.values())
+        words = [f"{busy} of {self.options.size} workers busy", f"{len(self._waiters)} calls waiting"]
+        if len(self._regular()) < self.options.size and self._last_failure:
+            words.append(f"the last failure: {self._last_failure}")
+        return ", ".join(words)
+
+    def _keep_task(self, tasks: "set[asyncio.Task[None]]", coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(self._log_failed)
+
+    def _log_failed(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._logger.error("a task of the pool failed", exc_info=error)
+
+    @staticmethod
+    def _time() -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _Lending(Generic[C]):
+    """What `WorkerPool.lend` returns."""
+
+    def __init__(
+        self, pool: WorkerPool[C], key: str | None, timeout_s: float | None, parent: Lease[Any] | None
+    ) -> None:
+        self._pool = pool
+        self._key = key
+        self._timeout_s = timeout_s
+        self._parent = parent
+        self._error: PoolError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Lease[C]:
+        loop = asyncio.get_running_loop()
+        deadline = None if self._timeout_s is None else loop.time() + self._timeout_s
+        self._lease = lease = await self._pool.acquire(self._key, self._parent, deadline, self._timeout_s)
+        task = asyncio.current_task()
+        assert task is not None, "coroutines run in tasks"
+        self._task, self._cancelling = task, task.cancelling()
+        lease.interrupt = self._interrupt
+        if lease.deadline is not None:
+            self._timer = loop.call_at(lease.deadline, self._time_out)
+        if lease.member.worker.has_exited:
+            # It exited after it was chosen, before there was anything to interrupt.
+            loop.call_soon(self._interrupt, lease.exited())
+        return lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        lease = self._lease
+        lease.interrupt = None
+        if self._timer is not None:
+            self._timer.cancel()
+        raised = self._raised(error)
+        if raised is None and isinstance(error, Exception) and (reason := lease.contact.lost(error)):
+            raised = await lease.lost(reason)
+        self._pool.give_back(lease, raised or error or self._error)
+        if raised is not None:
+            raise raised from error
+
+    def _raised(self, error: BaseException | None) -> PoolError | None:
+        """The error that the block ends with instead of its own."""
+        if self._error is not None:
+            is_cancelled = self._task.uncancel() > self._cancelling
+            # A block that ended well in spite of the interruption has its result.
+            if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and not is_cancelled):
+                return self._error
+            return None
+        if isinstance(error, Exception) and not isinstance(error, PoolError) and self._lease.member.worker.has_exited:
+            return self._lease.exited()
+        return None
+
+    def _time_out(self) -> None:
+        lease = self._lease
+        limit_s = self._timeout_s if self._timeout_s is not None else self._pool.options.call_timeout_s
+        self._interrupt(WorkerTimeoutError(self._pool.name, lease.worker, limit_s or 0.0, lease.member.worker.ending))
+
+    def _interrupt(self, error: PoolError) -> None:
+        if self._error is None and self._lease.interrupt is not None:
+            self._error = error
+            self._task.cancel()
+
+
+async def _talk(contact: Contact, address: str) -> None:
+    await contact.connect(address)
+    await contact.ping()
+
+
+def _count_waiting(lease: Lease[Any] | None, change: int) -> None:
+    """Count a nested call that waits, at all leases that wait for it."""
+    pools = set[WorkerPool[Any]]()
+    while lease is not None:
+        lease.waiting += change
+        pools.add(lease.pool)
+        lease = lease.parent
+    if change > 0:
+        for pool in pools:
+            pool._start_spare()
+
+
+def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:
+    lease, worker = member.lease, member.worker
+    state = "idle" if lease is None else "busy" if lease.interrupt is not None else "settling"
+    return WorkerStatistics(
+        id=worker.id,
+        pid=worker.pid,
+        address=worker.address,
+        state=state,
+        spare=member.spare,
+        requests=member.requests,
+        age_s=now - member.ready_at,
+        rss_bytes=worker.rss_bytes,
+        busy_s=0.0 if lease is None else now - lease.began_at,
+    )
+
+
+def _shown(output: str) -> str:
+    return f"; its output ends with:\n{output}" if output else ""

@@ -1,0 +1,336 @@
+"""A pool of workers that are real processes: lending, failures, and what the pool does about them."""
+
+import asyncio
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_persist.infra.pool import PoolOptions
+from dspex_persist.infra.pool_errors import (
+    NestedTooDeepError,
+    PoolSaturatedError,
+    PoolStartError,
+    PoolUnavailableError,
+    QueueTimeoutError,
+    WorkerBusyError,
+    WorkerExitedError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
+from tests.deadline import within
+from tests.infra.test_helpers import is_gone
+from tests.infra.workers import Pool, background, hold, on_loop, running, until
+from tests.logs import capture_logs
+
+ONE = PoolOptions(size=1, backoff_s=0.01)
+
+
+async def ask(pool: Pool, *words: object, fails: type[Exception] | None = None, **how: Any) -> str:
+    with pytest.raises(fails) if fails else nullcontext():
+        async with pool.lend(**how) as lease:
+            return await lease.contact.ask(*words)
+    return ""
+
+
+# --- Lending
+
+
+@on_loop
+async def test_each_worker_is_lent_to_one_call_at_a_time() -> None:
+    async with running(PoolOptions(size=2, queue_timeout_s=within(10))) as pool:
+        at_once = most = 0
+
+        async def call() -> str:
+            nonlocal at_once, most
+            async with pool.lend() as lease:
+                at_once += 1
+                most = max(most, at_once)
+                answer = await lease.contact.ask("ping")
+                assert answer == str(lease.pid)
+                at_once -= 1
+                return answer
+
+        answers = await asyncio.gather(*(call() for _ in range(20)))
+        assert most == 2
+        assert len(set(answers)) == 2
+        counted = pool.statistics()
+        assert (counted.requests, counted.errors, counted.idle, counted.busy) == (20, 0, 2, 0)
+        assert sum(each.requests for each in counted.workers) == 20
+
+
+@on_loop
+async def test_a_full_queue_and_one_that_takes_too_long_say_what_to_change() -> None:
+    async with running(PoolOptions(size=1, queue_size=1, queue_timeout_s=0.2)) as pool:
+        release = asyncio.Event()
+        holding = await background(hold(pool, release), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        with pytest.raises(PoolSaturatedError, match=r"pool ping .* pools\.ping\.size or pools\.ping\.queue_size"):
+            await ask(pool, "ping")
+        with pytest.raises(QueueTimeoutError, match=r"1 of 1 workers busy, .*raise .* pools\.ping\.queue_timeout_s"):
+            await waiting
+        release.set()
+        await holding
+        assert await ask(pool, "ping")
+        counted = pool.statistics()
+        assert (counted.saturated, counted.queue_timeouts, counted.queued, counted.idle) == (1, 1, 0, 1)
+
+
+@on_loop
+async def test_a_call_that_is_cancelled_while_it_waits_takes_no_worker() -> None:
+    async with running(ONE) as pool:
+        release = asyncio.Event()
+        holding = await background(hold(pool, release), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        # In the same moment it gets the worker.
+        release.set()
+        await holding
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        await until(lambda: pool.statistics().idle == 1)
+        assert await ask(pool, "ping")
+
+
+@on_loop
+async def test_a_session_comes_back_to_its_worker_if_that_is_free() -> None:
+    async with running(PoolOptions(size=2)) as pool:
+        workers = {key: await ask(pool, "ping", key=key) for key in ("a", "b")}
+        assert workers["a"] != workers["b"]
+        for key in ("a", "b", "b", "a"):
+            assert await ask(pool, "ping", key=key) == workers[key]
+        release = asyncio.Event()
+        holding = await background(hold(pool, release, key="a"), lambda: pool.statistics().busy == 1)
+        assert await ask(pool, "ping", key="a") == workers["b"]
+        release.set()
+        await holding
+
+
+@on_loop
+async def test_a_session_waits_for_its_worker_if_it_has_to() -> None:
+    async with running(PoolOptions(size=2, affinity="strict_queue", queue_timeout_s=within(10))) as pool:
+        mine = await ask(pool, "ping", key="a")
+        release = asyncio.Event()
+        holding = await background(hold(pool, release, key="a"), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping", key="a"), lambda: pool.statistics().queued == 1)
+        assert await ask(pool, "ping", key="b") != mine
+        release.set()
+        await holding
+        assert await waiting == mine
+
+
+@on_loop
+async def test_a_session_is_refused_while_its_worker_is_busy_if_it_has_to() -> None:
+    async with running(PoolOptions(size=2, affinity="strict_fail_fast")) as pool:
+        release = asyncio.Event()
+        holding = await background(hold(pool, release, key="a"), lambda: pool.statistics().busy == 1)
+        with pytest.raises(WorkerBusyError, match=r"ping-\d+ of pool ping.* set pools\.ping\.affinity"):
+            await ask(pool, "ping", key="a")
+        release.set()
+        await holding
+        # Without its worker, it may have another one.
+        async with pool.lend("a") as lease:
+            lease.discard("a test")
+        assert await ask(pool, "ping", key="a") != str(lease.pid)
+
+
+# --- Nested calls
+
+
+@on_loop
+async def test_nested_calls_never_deadlock_a_full_pool() -> None:
+    async with running(PoolOptions(size=2, queue_timeout_s=within(10), spare_keep_s=0, health_interval_s=0.1)) as pool:
+
+        async def nest(depth: int, parent: Any = None) -> int:
+            async with pool.lend(parent=parent) as lease:
+                await lease.contact.ask("ping")
+                return 1 + (await nest(depth - 1, lease) if depth else 0)
+
+        # Both of the workers, and more calls than there are workers, each three deep.
+        assert await asyncio.gather(*(nest(2) for _ in range(4))) == [3] * 4
+        assert pool.statistics().started > 2
+        # Spares leave when nobody needs them.
+        await until(lambda: pool.statistics().spares == 0)
+        assert pool.statistics().idle == 2
+
+
+@on_loop
+async def test_two_pools_that_call_each_other_do_not_deadlock() -> None:
+    options = PoolOptions(size=1, queue_timeout_s=within(10))
+    async with running(options, name="a") as a, running(options, name="b") as b:
+
+        async def there_and_back(here: Pool, there: Pool) -> None:
+            async with here.lend() as outer:
+                await until(lambda: here.statistics().busy + there.statistics().busy >= 2)
+                async with there.lend(parent=outer) as inner, here.lend(parent=inner) as innermost:
+                    await innermost.contact.ping()
+
+        await asyncio.gather(there_and_back(a, b), there_and_back(b, a))
+
+
+@on_loop
+async def test_calls_that_are_nested_too_deep_are_refused() -> None:
+    options = PoolOptions(size=1, nesting=1)
+    async with running(options) as pool, pool.lend() as outer, pool.lend(parent=outer) as inner:
+        assert inner.depth == 1
+        with pytest.raises(NestedTooDeepError, match=r"more than 1 deep.*pools\.ping\.nesting"):
+            await ask(pool, "ping", parent=inner)
+
+
+# --- Workers that fail during a call
+
+
+@on_loop
+async def test_a_killed_worker_ends_its_call_and_is_replaced() -> None:
+    async with running(ONE) as pool:
+        pid = int(await ask(pool, "ping"))
+
+        async def killing() -> None:
+            async with pool.lend():
+                os.kill(pid, signal.SIGKILL)
+                await asyncio.get_running_loop().create_future()
+
+        with pytest.raises(WorkerExitedError, match=r"worker ping-\d+ of pool ping was killed by SIGKILL"):
+            await killing()
+        assert await ask(pool, "ping") != str(pid)
+        counted = pool.statistics()
+        assert (counted.exits, counted.crashed, counted.errors) == (1, 1, 0)
+
+
+@on_loop
+async def test_a_worker_that_exits_says_why() -> None:
+    async with running(ONE) as pool:
+        with pytest.raises(WorkerExitedError) as caught:
+            await ask(pool, "exit", 3)
+        assert caught.value.ending == "ended with exit code 3"
+        assert caught.value.output == "last words"
+        assert await ask(pool, "ping")
+
+
+@on_loop
+async def test_a_worker_that_hangs_is_replaced_and_the_caller_hears_in_time() -> None:
+    async with running(PoolOptions(size=1, call_timeout_s=0.2, queue_timeout_s=within(10))) as pool:
+        with pytest.raises(WorkerTimeoutError, match=r"not finish within 0\.2 s \(it still runs\) and is replaced"):
+            await ask(pool, "hang")
+        pid = int(await ask(pool, "ping", timeout_s=within(10)))
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerTimeoutError, match=r"within 0\.1 s \(it is stopped"):
+            await ask(pool, "ping", timeout_s=0.1)
+        assert await ask(pool, "ping", timeout_s=within(10)) != str(pid)
+        assert pool.statistics().call_timeouts == 2
+        await until(lambda: is_gone(pid))
+
+
+@on_loop
+async def test_a_cancelled_call_has_its_worker_replaced_unless_that_ends_it() -> None:
+    async with running(PoolOptions(size=1, queue_timeout_s=within(10))) as pool:
+        first = await ask(pool, "ping")
+        release = asyncio.Event()
+
+        async def given_up() -> None:
+            async with pool.lend() as lease:
+                lease.release_when(release.wait(), within(10))
+                await asyncio.get_running_loop().create_future()
+
+        task = await background(given_up(), lambda: pool.statistics().busy == 1)
+        task.cancel()
+        await asyncio.wait({task})
+        assert [each.state for each in pool.statistics().workers] == ["settling"]
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        release.set()
+        assert await waiting == first
+        task = await background(hold(pool, asyncio.Event()), lambda: pool.statistics().busy == 1)
+        task.cancel()
+        assert await ask(pool, "ping") != first
+
+
+@on_loop
+async def test_a_lost_connection_says_whether_the_worker_has_exited() -> None:
+    async with running(ONE) as pool:
+        async with pool.lend() as lease:
+            error = await lease.lost("no route")
+        assert isinstance(error, WorkerLostError)
+        assert str(error).endswith("is replaced: no route")
+        await ask(pool, "exit", 1, fails=WorkerExitedError)
+        assert await ask(pool, "ping")
+
+
+@on_loop
+async def test_errors_of_the_block_itself_keep_the_worker() -> None:
+    async with running(ONE) as pool:
+        first = await ask(pool, "ping")
+        with pytest.raises(LookupError):
+            async with pool.lend():
+                raise LookupError
+        assert await ask(pool, "ping") == first
+        assert pool.statistics().errors == 1
+
+
+# --- Workers that do not start
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--exit", "2"], r"ended with exit code 2; its output ends with:\nno adapter"),
+        (["--never-ready"], r"was not ready within 0\.5 s \(pools\.ping\.ready_timeout_s\); it wrote nothing"),
+        (["--nonsense"], r"does not answer as it should: it answered \?"),
+    ],
+)
+@on_loop
+async def test_a_pool_whose_workers_do_not_start_says_why(flags: list[str], reason: str) -> None:
+    limit_s = 0.5 if "--never-ready" in flags else within(10)
+    with pytest.raises(PoolStartError, match=r"(?s)pool ping has no workers: worker ping-\d+ .*" + reason):
+        async with running(ONE, *flags, ready_timeout_s=limit_s):
+            pass
+
+
+@on_loop
+async def test_a_worker_that_does_not_start_at_first_is_tried_again(tmp_path: Path) -> None:
+    options = PoolOptions(size=2, batch=1, backoff_s=0.01)
+    async with running(options, "--exit-until", str(tmp_path / "starts")) as pool:
+        await until(lambda: pool.statistics().idle == 2)
+        counted = pool.statistics()
+        assert (counted.start_failures, counted.started, counted.state) == (1, 2, "running")
+
+
+@on_loop
+async def test_workers_that_fail_at_once_are_not_started_again_and_again(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    options = PoolOptions(size=1, backoff_s=0.01, crash_limit=3, crash_pause_s=0.5, queue_timeout_s=within(10))
+    with capture_logs() as events:
+        async with running(options, "--exit-from", str(starts), "--exit-times", "2") as pool:
+            with pytest.raises(WorkerExitedError):
+                await ask(pool, "exit", 1)
+            # Who waits for a worker hears it, too.
+            with pytest.raises(
+                PoolUnavailableError, match=r"3 workers in a row failed at once.*\n*.*not now"
+            ) as caught:
+                await ask(pool, "ping")
+            assert caught.value.retryable
+            assert pool.statistics().state == "failing"
+            with pytest.raises(PoolUnavailableError):
+                await ask(pool, "ping")
+            # After the pause one is tried, which works.
+            await until(lambda: pool.statistics().idle == 1)
+            assert await ask(pool, "ping")
+    assert [each["failures"] for each in events if "failures" in each] == [3]
+
+
+@on_loop
+async def test_garbage_is_logged_within_limits_and_hides_nothing() -> None:
+    with capture_logs() as events:
+        async with running(ONE, "--garbage", "3000000") as pool:
+            await ask(pool, "print", "hello")
+            await ask(pool, "flood", 5_000)
+            await ask(pool, "exit", 0, fails=WorkerExitedError)
+    written = [each for each in events if each["event"] == "a worker wrote"]
+    assert all(each["worker"].startswith("ping-") for each in written)
+    hello = next(each for each in written if each["text"] == "hello")
+    assert hello["stream"] == "stdout"
+    assert max(len(each["text"]) for each in written) <= 2_000
+    left_out = sum(each.get("lines", 0) for each in events)
+    assert left_out > 4_000
+    assert sum(each["text"] == "y" for each in written) + left_out >= 5_000
