@@ -326,6 +326,37 @@ def test_variables_of_two_sessions(receiver: Receiver, ctx: Context) -> None:
     assert receiver.temperatures == [0.8, 0.3, 0.3]
 
 
+def test_contexts_that_come_and_go_are_not_mixed_up(receiver: Receiver, ctx: Context) -> None:
+    class Many(dspy.Module):
+        def forward(self) -> None:
+            for number in range(1, 10):
+                with Context() as other:
+                    other["temperature"] = number / 10
+                    ours.bind(predict(), other, temperature="temperature")(question="x")
+
+    ours.bind(Many(), ctx, max_tokens="tokens")()
+    assert receiver.temperatures == [number / 10 for number in range(1, 10)]
+
+
+def test_data_of_a_program_is_not_looked_through(receiver: Receiver, ctx: Context) -> None:
+    class Searches(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.corpus = Corpus({str(number): "text" for number in range(2_000)})
+            self.answer = predict()
+
+        def forward(self, question: str) -> Any:
+            return self.answer(question=question)
+
+    ours.bind(Searches(), ctx, temperature="temperature")(question="x")
+    assert receiver.temperatures == [0.3]
+
+
+class Corpus(dict[str, str]):
+    def items(self) -> Any:
+        raise AssertionError("this may take long")
+
+
 # Threads and streams
 
 

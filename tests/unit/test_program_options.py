@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from dspex_persist import Context
@@ -345,6 +346,23 @@ def test_iterations_of_any_module_that_has_them(receiver: Receiver, ctx: Context
     assert program() == [0, 1, 2]
 
 
+def test_a_class_that_was_pickled_by_its_value_needs_nothing_of_ours(receiver: Receiver, ctx: Context) -> None:
+    class Repeats(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.max_iters = 5
+
+        def forward(self) -> int:
+            return int(self.max_iters)
+
+    ctx["iterations"] = 2
+    program = ours.bind(Repeats(), ctx, max_iters="iterations")
+    assert program() == 2
+    data = cloudpickle.dumps(program)
+    assert b"dspex_persist.cognitive" not in data
+    assert cloudpickle.loads(data)() == 5
+
+
 # Options of LM calls that need care
 
 
@@ -365,6 +383,7 @@ def test_rollouts_and_the_cache(ctx: Context) -> None:
     assert len(receiver.requests) == 3
 
 
+@pytest.mark.parametrize("precedence", ["variable", "default"])
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -373,24 +392,63 @@ def test_rollouts_and_the_cache(ctx: Context) -> None:
     ],
 )
 def test_what_a_reasoning_model_refuses(
-    option: str, value: float, message: str, receiver: Receiver, ctx: Context
+    option: str, value: float, message: str, precedence: str, receiver: Receiver, ctx: Context
 ) -> None:
     ctx["x"] = value
     with pytest.raises(BoundValueError, match=f"variable 'x' is {value}, which {message}"):
-        ours.bind(predict(), ctx, **{option: "x"})(question="x", lm=lm_on(receiver, "openai/gpt-5"))
+        ours.bind(predict(), ctx, **{option: "x"}, precedence=precedence)(
+            question="x", lm=lm_on(receiver, "openai/gpt-5")
+        )
     assert receiver.requests == []
 
 
-def test_an_error_of_the_lm_says_which_variables_were_set(ctx: Context) -> None:
-    class Refuses:
-        def complete(self, request: Any) -> Any:
-            raise lm15.LM15Error("temperature: at most 1")
+class Refuses:
+    """A model with an error."""
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def complete(self, request: Any) -> Any:
+        raise self.error
+
+
+def test_an_error_of_the_lm_says_which_variables_were_set(ctx: Context) -> None:
     ctx["warmth"] = 1.9
     program = ours.bind(predict(), ctx, temperature="warmth")
-    with pytest.raises(dspy.utils.exceptions.LMError, match="at most 1") as caught:
-        program(question="x", lm=dspy.LM("test/m", engine=Refuses(), cache=False, num_retries=0))
+    lm = dspy.LM("test/m", engine=Refuses(lm15.LM15Error("the sky falls")), cache=False, num_retries=0)
+    with pytest.raises(dspy.utils.exceptions.LMError, match="the sky falls") as caught:
+        program(question="x", lm=lm)
+    assert not isinstance(caught.value, BoundValueError)
     assert caught.value.__notes__ == ["Variables have set for test/m: temperature=1.9 (variable 'warmth')"]
+
+
+def test_a_refusal_of_the_lm_names_variable_value_and_model(ctx: Context) -> None:
+    ctx.define_many({"warmth": 1.9, "tokens": 10})
+    program = ours.bind(agent(), ctx, max_tokens="tokens", temperature="warmth")
+    refusal = lm15.InvalidRequestError("temperature: at most 1")
+    lm = dspy.LM("test/m", engine=Refuses(refusal), cache=False, num_retries=0)
+    message = r"variable 'warmth' is 1.9, which cannot be temperature for test/m: .*temperature: at most 1"
+    with dspy.context(lm=lm), pytest.raises(BoundValueError, match=message) as caught:
+        program(question="x")
+    assert isinstance(caught.value, dspy.utils.exceptions.LMInvalidRequestError)
+    assert isinstance(caught.value.__cause__, dspy.utils.exceptions.LMInvalidRequestError)
+    assert not isinstance(caught.value.__cause__, BoundValueError)
+
+
+@pytest.mark.parametrize(("option", "value"), [("temperature", 5), ("n", 0), ("temperature", -1)])
+def test_what_dspy_refuses_names_the_variable(option: str, value: float, receiver: Receiver, ctx: Context) -> None:
+    ctx["x"] = value
+    # An agent takes a ValueError for a mistake of the model.
+    with pytest.raises(BoundValueError, match=f"variable 'x' is {value}, which cannot be {option} for test/m"):
+        ours.bind(agent(), ctx, **{option: "x"})(question="x")
+    assert receiver.requests == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(value: float, ctx: Context) -> None:
+    ctx["x"] = value
+    with pytest.raises(BoundValueError, match="cannot be temperature: it must be a number"):
+        ours.bind(predict(), ctx, temperature="x")
 
 
 def test_a_value_that_no_longer_fits_is_refused_at_the_call(receiver: Receiver, ctx: Context) -> None:

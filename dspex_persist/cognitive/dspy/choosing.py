@@ -1,6 +1,7 @@
 """What variables set besides the options of LM calls: models, adapters, instructions, demos, tools, iterations."""
 
 import inspect
+import operator
 import re
 import threading
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from dspy import LM, ChatAdapter, JSONAdapter, ReAct, XMLAdapter, settings
-from dspy.predict.react_v2 import ReActV2
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.constants import IS_TYPE_UNDEFINED
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,8 @@ from dspex_persist.spelling import closest, did_you_mean, quote
 
 ATTRIBUTES: Final = ("max_iters", "tools")
 """The options that are attributes of modules."""
-_OWN_TOOLS: Final = frozenset(("finish", "submit"))
+_FINISH: Final = "finish"
+"""The tool of every ReAct with which it ends its loop."""
 _DEFAULT_INSTRUCTIONS: Final = re.compile(r"Given the fields (`\w+`(, )?)*, produce the fields (`\w+`(, )?)*\.")
 _OWN_ADAPTERS: Final = {"chat": ChatAdapter(), "json": JSONAdapter(), "xml": XMLAdapter()}
 _SCALARS: Final = (str, int, float, bool, type(None))
@@ -100,6 +101,10 @@ class _Overridable:
     def __init__(self, name: str, before: Any) -> None:
         self._name, self._before = name, before
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickle of a class, such as cloudpickle makes of those of a script, has what was there before.
+        return operator.getitem, ((*self._before, None), 0)
+
     def __get__(self, module: Any, kind: type) -> Any:
         if module is not None:
             scope = current()
@@ -132,7 +137,7 @@ def _make_overridable(kind: type[Any], name: str) -> None:
 
 def can_set(module: Any, option: str) -> bool:
     """Return whether a module has the attribute that an option sets."""
-    return option in vars(module) and (option != "tools" or isinstance(module, ReAct | ReActV2))
+    return option in vars(module) and (option != "tools" or isinstance(module, ReAct))
 
 
 def attributes_in(scope: Scope) -> dict[str, Any]:
@@ -159,11 +164,11 @@ def _is_unsaid(module: Any, option: str, own: Any) -> bool:
 
 def tools_named(variable: str, names: list[str], tools: Mapping[str, Any]) -> dict[str, Any]:
     """Return those tools of an agent that a variable names, and the one that ends its loop."""
-    public = {name: each for name, each in tools.items() if name not in _OWN_TOOLS}
+    public = {name: each for name, each in tools.items() if name != _FINISH}
     for name in names:
         if name not in tools:
             raise _unknown("tools", variable, names, name, public)
-    return {name: each for name, each in tools.items() if name in names or name in _OWN_TOOLS}
+    return {name: each for name, each in tools.items() if name in names or name == _FINISH}
 
 
 # Predictors
@@ -246,7 +251,7 @@ def _tools_of(scope: Scope, agent: Any) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _step_instructions(signature: Any, instructions: str, tools: _Tools) -> str:
     """Return the instructions with which a ReAct that has these instructions and tools asks for its next step."""
-    others = [tool for name, tool in zip(tools.names, tools.tools, strict=True) if name not in _OWN_TOOLS]
+    others = [tool for name, tool in zip(tools.names, tools.tools, strict=True) if name != _FINISH]
     agent = ReAct(ensure_signature(signature).with_instructions(instructions), others)
     return str(agent.react.signature.instructions)
 

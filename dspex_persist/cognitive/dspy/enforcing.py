@@ -10,10 +10,10 @@ from typing import Any, Final
 from dspy import Module, Predict, settings
 from dspy.lm15 import Request
 
-from dspex_persist.cognitive.dspy import choosing, request_options, snapshots
+from dspex_persist.cognitive.dspy import choosing, refusals, request_options, snapshots
 from dspex_persist.cognitive.dspy.entering import Entry
 from dspex_persist.cognitive.dspy.options import check_for, synonyms, wire_name
-from dspex_persist.cognitive.dspy.snapshots import Scope, binding_of
+from dspex_persist.cognitive.dspy.snapshots import LmOption, Scope, binding_of
 from dspex_persist.cognitive.errors import BoundValueError
 
 # Calls of LMs
@@ -98,7 +98,10 @@ class _Call:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         _calling.reset(self._token)
         if isinstance(error, Exception) and self._changes:
-            _explain(error, self._lm, self._scope, self._changes)
+            refusals.explain(error, self._lm, self._set_here())
+
+    def _set_here(self) -> list[LmOption]:
+        return [each for each in self._scope.lm_options if wire_name(each.option, self._lm) in self._changes]
 
 
 def _changes(scope: Scope, lm: Any, said: Mapping[str, Any], request: Any = None) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _changes(scope: Scope, lm: Any, said: Mapping[str, Any], request: Any = None
     for each in scope.lm_options:
         name = wire_name(each.option, lm)
         # An `lm15.Request` says all of its options itself.
-        if each.is_default and _is_said(name, said, lm if request is None else None):
+        if each.is_default and name not in scope.filled and _is_said(name, said, lm if request is None else None):
             continue
         check_for(lm, name, each.variable, each.value)
         if request is not None and not request_options.can_say(name):
@@ -116,16 +119,6 @@ def _changes(scope: Scope, lm: Any, said: Mapping[str, Any], request: Any = None
             )
         changes[name] = each.value
     return changes
-
-
-def _explain(error: Exception, lm: Any, scope: Scope, changes: Mapping[str, Any]) -> None:
-    """Add to an error of an LM, which may refuse a value, which variables have set what."""
-    set_here = [
-        f"{each.option}={each.value!r} (variable {each.variable!r})"
-        for each in scope.lm_options
-        if wire_name(each.option, lm) in changes
-    ]
-    error.add_note(f"Variables have set for {getattr(lm, 'model', lm)}: {', '.join(set_here)}")
 
 
 def _is_said(name: str, said: Mapping[str, Any], lm: Any) -> bool:
@@ -243,6 +236,7 @@ def _preparing(preprocess: Callable[..., Any]) -> Callable[..., Any]:
                 set_here[name] = each.value
         if set_here:
             kwargs = {**kwargs, "config": {**own, **set_here}}
+        scope.filled = set_here
         scope.lm, config, signature, demos, inputs = preprocess(predict, **kwargs)
         return scope.lm, {**config, **set_here}, signature, demos, inputs
 

@@ -73,14 +73,18 @@ class Entry:
     def read(self) -> None:
         """Read the variables, each context's as of one moment."""
         for ctx, names, readings in self._wanted:
-            where = joined(ctx, self._around)
+            where = self._where(ctx)
             _take(ctx, run(where, reading(where, names)), readings)
 
     async def read_aio(self) -> None:
         """Do the same without blocking the event loop."""
         for ctx, names, readings in self._wanted:
-            where = joined(ctx, self._around)
+            where = self._where(ctx)
             _take(ctx, await run_aio(where, reading(where, names)), readings)
+
+    def _where(self, ctx: Variables) -> Variables:
+        self._snapshot.contexts.append(ctx)
+        return joined(ctx, self._around)
 
     def _scope(self) -> Scope:
         outer, module, binding = self._outer, self.module, self._binding

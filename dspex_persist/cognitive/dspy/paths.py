@@ -11,6 +11,8 @@ SELF: Final = "self"
 _SKIPPED: Final = frozenset(
     ("history", "callbacks", "demos", "traces", "train", "config", "fields", "signature", "stage")
 )
+# What is longer is data, such as a corpus to search, which would take long to look through at each call.
+_MOST_ENTRIES: Final = 1_000
 
 
 def modules_in(program: Any) -> list[tuple[str, Any]]:
@@ -34,12 +36,11 @@ def _collect(path: str, attribute: Any, found: list[tuple[str, Any]], seen: set[
             for name, item in vars(attribute).items():
                 if name not in _SKIPPED:
                     _collect(f"{path}.{name}", item, found, seen)
-    elif isinstance(attribute, list | tuple):
-        for index, item in enumerate(attribute):
-            _collect(f"{path}[{index}]", item, found, seen)
-    elif isinstance(attribute, dict):
-        for key, item in attribute.items():
-            _collect(f"{path}['{key}']", item, found, seen)
+    elif isinstance(attribute, list | tuple | dict) and len(attribute) <= _MOST_ENTRIES:
+        named = attribute.items() if isinstance(attribute, dict) else enumerate(attribute)
+        for key, item in named:
+            if isinstance(item, Module | list | tuple | dict):
+                _collect(f"{path}['{key}']" if isinstance(attribute, dict) else f"{path}[{key}]", item, found, seen)
 
 
 def predictors_in(program: Any) -> Iterator[tuple[str, Any]]:

@@ -129,7 +129,7 @@ def reading(ctx: Variables, names: tuple[str, ...]) -> Steps[dict[str, Reading]]
 
 
 Readings: TypeAlias = dict[tuple[int, str], Reading]
-"""What was read, by the `id` of the context, which the binding keeps, and the name of the variable."""
+"""What was read, by the `id` of the context and the name of the variable."""
 
 
 class Snapshot:
@@ -140,13 +140,15 @@ class Snapshot:
             add theirs.
         ended: Whether the call has ended. Code that goes on afterwards keeps it, but the next call takes a new one.
         around: What the call is part of.
+        contexts: Those that were read. They are kept, because another one could get the `id` of one that is gone.
     """
 
-    __slots__ = ("around", "ended", "readings")
+    __slots__ = ("around", "contexts", "ended", "readings")
 
     def __init__(self, around: Surroundings) -> None:
         self.around = around
         self.readings: Readings = {}
+        self.contexts: list[Variables] = []
         self.ended = False
 
 
@@ -204,10 +206,22 @@ class Scope:
         live: What was read last of the variables of bindings with `live=True`.
         outer: The scope of the caller.
         lm: The LM of the predictor that is called, once that has chosen it.
+        filled: The options that variables have added to those of the predictor's call.
         attributes: The attributes of the module that variables set during this call.
     """
 
-    __slots__ = ("_lm_options", "attributes", "choices", "frames", "live", "lm", "module", "outer", "snapshot")
+    __slots__ = (
+        "_lm_options",
+        "attributes",
+        "choices",
+        "filled",
+        "frames",
+        "live",
+        "lm",
+        "module",
+        "outer",
+        "snapshot",
+    )
 
     def __init__(
         self,
@@ -221,6 +235,7 @@ class Scope:
         self.module, self.frames, self.choices = module, frames, choices
         self.snapshot, self.live, self.outer = snapshot, live, outer
         self.lm: Any = None
+        self.filled: Mapping[str, Any] = {}
         self.attributes: Mapping[str, Any] = {}
         self._lm_options: tuple[LmOption, ...] | None = None
 
