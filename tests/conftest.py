@@ -27,6 +27,12 @@ for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
     os.environ.pop(_name.upper(), None)
 
 
+def pytest_sessionfinish() -> None:
+    """End the process that prepares commands, if tests have used it."""
+    if "tests.prepared" in sys.modules:
+        sys.modules["tests.prepared"].close()
+
+
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with every kind of event and version, large contents and bytes. Only to be read, or copied."""

@@ -22,6 +22,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
+from tests.prepared import commands
 
 T = TypeVar("T")
 
@@ -250,15 +251,7 @@ def refused(call: Callable[[], object]) -> Any:
 
 def tools_list(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """What `dspex-persist tools list` says."""
-    return subprocess.run(
-        [sys.executable, "-m", "dspex_persist", "tools", "list", *arguments],
-        env=environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
+    return commands().run(["tools", "list", *arguments], cwd=cwd, env=environment(), timeout_s=within(60))
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
 from tests.end_to_end import story
 from tests.end_to_end.old_style import environment
+from tests.prepared import commands
 
 SESSION = story.SESSION
 FAILED, USAGE, UNUSABLE, NO_ADDRESS = 1, 2, 5, 75
@@ -43,9 +44,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run `dspex-persist audit ...` in another process."""
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=within(60), check=False
-    )
+    return commands().run(["audit", *map(str, arguments)], cwd=cwd, env=environment(), timeout_s=within(60))
 
 
 class Shell:

@@ -3,8 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -44,6 +42,7 @@ from dspex_persist.state.recording import read_recording
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of, wait_until
+from tests.prepared import commands
 
 SERVICE = "dspex.persist.v1.AuditService"
 SECRET = "0451"
@@ -458,12 +457,12 @@ def test_a_running_server_prunes_on_request(prunable: ServerProcess) -> None:
         assert state.prune(PrunePolicy(before=earlier), confirm=True).versions == 0
 
 
-def test_the_command_has_a_server_prune(prunable: ServerProcess) -> None:
+def test_the_command_has_a_server_prune(prunable: ServerProcess, tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
-        argv = [sys.executable, "-m", "dspex_persist", "db", "prune", "--keep-versions", "10", *arguments]
-        return subprocess.run(
-            argv, env=environment(), capture_output=True, text=True, timeout=within(60), check=True
-        ).stdout
+        words = ["db", "prune", "--keep-versions", "10", *arguments]
+        ended = commands().run(words, cwd=tmp_path, env=environment(), timeout_s=within(60))
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
     target = ("--target", target_of(prunable))
     assert f"{target[1]}: 4,990 versions and 0 events of 1 session deleted" in run(*target, "--confirm")

@@ -25,6 +25,7 @@ from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect
 from tests.databases import copy_database
 from tests.deadline import within
+from tests.prepared import commands
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("check", "current", "upgrade", "backup", "stats", "prune", "vacuum")
@@ -44,10 +45,16 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`dspex-persist db ...` to its end."""
+    words = ["db", *map(str, arguments)]
+    return commands().run(words, cwd=cwd, env=clean_environment(**environment), timeout_s=within(60))
+
+
+def run_process(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "dspex_persist", "db", *map(str, arguments)],
         cwd=cwd,
-        env=clean_environment(**environment),
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=within(60),
@@ -106,7 +113,7 @@ def test_help_of_each_command_has_its_options(command: str) -> None:
 
 def test_every_command_on_a_sound_database(path: Path, tmp_path: Path) -> None:
     for command in COMMANDS:
-        result = run(*arguments_of(command, tmp_path / "backup.db"), cwd=tmp_path)
+        result = run_process(*arguments_of(command, tmp_path / "backup.db"), cwd=tmp_path)
         assert result.returncode == FINE, result
         assert result.stderr == ""
         assert result.stdout.strip(), command

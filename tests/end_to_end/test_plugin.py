@@ -13,6 +13,7 @@ import pytest
 from dspex_persist import cli
 from tests.deadline import within
 from tests.end_to_end.programs import programs_of
+from tests.prepared import commands
 
 TOOLS = '''
 from dspex_persist import ToolContext, tool
@@ -323,6 +324,11 @@ def run_pytest(project: Path, *options: str, ci: bool = False) -> subprocess.Com
     )
 
 
+def run_command(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`dspex-persist ...` in the project."""
+    return commands().run(words, cwd=project, env=os.environ, timeout_s=within(60))
+
+
 def test_a_recording_is_made_once_then_replayed_and_renewed_on_request(project: Path) -> None:
     tape = project / "tapes" / "checkout.jsonl"
     # In CI nothing is recorded without a request.
@@ -419,14 +425,14 @@ def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
     (project / "test_checkout.py").unlink()
     (project / "run.py").write_text(RUN, encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
-    export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
-    command = [*export, "--as-test", "test_s1.py", "--tools", "shop_tools"]
-    output = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60)).stdout
-    assert "pytest test_s1.py" in output
+    command = ["session", "export", "s1", "--db", "shop.db", "--as-test", "test_s1.py", "--tools", "shop_tools"]
+    exported = run_command(project, *command)
+    assert exported.returncode == 0, exported.stderr
+    assert "pytest test_s1.py" in exported.stdout
     ran = run_pytest(project, ci=True)
     assert (ran.returncode, "1 passed" in ran.stdout) == (0, True), ran.stdout
     # Written once: it may have been changed since.
-    again = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=within(60))
+    again = run_command(project, *command)
     assert (again.returncode, "test_s1.py exists already" in again.stderr) == (2, True)
 
     tape = project / "test_s1.jsonl"
@@ -453,8 +459,8 @@ def test_a_recording_without_anything_to_replay_fails_its_test(project: Path) ->
     for session, options in (("s1", ()), ("s2", ()), ("s1", ("--reveal",))):
         test = f"test_{session}{'_revealed' if options else ''}.py"
         export = ["session", "export", session, "--db", "shop.db", "--as-test", test, "--tools", "shop_tools"]
-        command = [sys.executable, "-m", "dspex_persist", *export, *options]
-        ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60))
+        ran = run_command(project, *export, *options)
+        assert ran.returncode == 0, ran.stderr
         errors[test] = ran.stderr
     warning = errors.pop("test_s1.py")
     assert warning.startswith(
@@ -505,9 +511,9 @@ def test_names_from_clients_are_literals_in_a_test(project: Path) -> None:
     (project / "run.py").write_text(f"{begun}    for name in {NAMES!a}:\n{each}", encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
     for number, name in enumerate(NAMES):
-        export = [sys.executable, "-m", "dspex_persist", "session", "export", name, "--db", "shop.db"]
-        command = [*export, "--as-test", f"test_named_{number}.py", "--tools", "shop_tools"]
-        subprocess.run(command, cwd=project, check=True, timeout=within(60), capture_output=True)
+        export = ["session", "export", name, "--db", "shop.db", "--as-test", f"test_named_{number}.py"]
+        ran = run_command(project, *export, "--tools", "shop_tools")
+        assert ran.returncode == 0, ran.stderr
         source = (project / f"test_named_{number}.py").read_text(encoding="utf-8")
         assert source.isascii(), name
         # The code of the test is the same for every id; the id is one string in it.
@@ -521,9 +527,8 @@ def test_names_from_clients_are_literals_in_a_test(project: Path) -> None:
 def test_a_test_without_its_tools_is_not_made(project: Path) -> None:
     (project / "run.py").write_text(RUN, encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
-    export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
-    command = [*export, "--as-test", "test_none.py", "--tools", "nope"]
-    ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=within(60))
+    export = ["session", "export", "s1", "--db", "shop.db", "--as-test", "test_none.py"]
+    ran = run_command(project, *export, "--tools", "nope")
     assert (ran.returncode, "nope" in ran.stderr) == (2, True), ran.stderr
     assert not list(project.glob("test_none*"))
 

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dspex_persist.state.errors import NotADatabaseError
 from dspex_persist.state.store.anchor import Anchor, Head
 from tests.deadline import within
 from tests.end_to_end.test_db_commands import FINE, IN_USE, PROBLEMS, UNUSABLE, clean_environment
-from tests.prepared import Ended, Prepared
+from tests.prepared import commands
 
 OLDEST = Path(__file__).parents[1] / "assets" / "0001.db"
 DATABASE = "s.db"
@@ -91,14 +91,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Run = Callable[[Path, Sequence[str]], Ended]
+Run = Callable[[Path, Sequence[str]], tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Run a command in a folder."""
-    with Prepared(clean_environment()) as prepared:
-        yield lambda folder, words: prepared.run(words, cwd=folder, timeout_s=within(30))
+def run() -> Run:
+    """Run a command in a folder, and return its exit code and output."""
+    env = clean_environment()
+
+    def run(folder: Path, words: Sequence[str]) -> tuple[int, str]:
+        ended = commands().run(words, cwd=folder, env=env, timeout_s=within(30))
+        return ended.returncode, ended.stdout + ended.stderr
+
+    return run
 
 
 def contents(folder: Path, but: str = "nothing") -> dict[str, str]:
@@ -337,8 +342,8 @@ def test_a_file_in_use_is_left_alone(killed: Path, tmp_path: Path, run: Run, has
 def test_the_name_of_a_file_next_to_a_database_is_refused(killed: Path, tmp_path: Path, run: Run, suffix: str) -> None:
     folder = shutil.copytree(killed, tmp_path / "copy")
     before = contents(folder)
-    commands = (*READING, *WRITING, ("audit", "web", "--port", "0"), ("db", "restore", "b.db"))
-    for words in commands:
+    all_commands = (*READING, *WRITING, ("audit", "web", "--port", "0"), ("db", "restore", "b.db"))
+    for words in all_commands:
         code, output = run(folder, [*words, "--db", f"{DATABASE}{suffix}"])
         assert code == UNUSABLE, (words, output)
         assert "its name is that of a file next to a database; did you mean s.db?" in output, (words, output)

@@ -21,6 +21,7 @@ from tests.end_to_end.old_style import OldClient, environment, serve, target_of
 from tests.end_to_end.programs import programs_of, run
 from tests.end_to_end.test_remote_workers import start_worker
 from tests.end_to_end.worker_process import register_tools
+from tests.prepared import commands
 
 FINE, FAILED, USAGE, _, _, UNUSABLE, DIVERGED = range(7)
 
@@ -101,15 +102,7 @@ def changed(tmp_path: Path) -> Path:
 
 
 def dspex(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dspex_persist", *map(str, arguments)],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
+    return commands().run([*map(str, arguments)], cwd=cwd, env=environment(), timeout_s=within(60))
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect, serve
 from tests.deadline import within
+from tests.prepared import commands
 
 PROGRAM = (sys.executable, "-m", "dspex_persist")
 DEADLINE_S = within(30)
@@ -80,16 +81,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command that is to end by itself."""
-    environment = clean_environment(**environment)
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
+    return commands().run(arguments, cwd=cwd, env=clean_environment(**environment), timeout_s=within(60))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

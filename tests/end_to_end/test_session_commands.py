@@ -23,6 +23,7 @@ from tests.deadline import within
 from tests.end_to_end import programs
 from tests.end_to_end.old_style import environment, serve, target_of
 from tests.end_to_end.test_db_commands import FAILED, FINE, IN_USE, UNUSABLE, USAGE, assert_one_sentence, document_of
+from tests.prepared import commands
 
 TOOLS = ("--tools", "tests.end_to_end.served_tools")
 
@@ -33,17 +34,8 @@ def command(*arguments: str | Path) -> list[str]:
 
 def run_process(*arguments: str | Path, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     """`dspex-persist session ...` to its end, where `sessions.db` is the database unless it says another."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment(),
-        input=text,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=within(60),
-        check=False,
-    )
+    words = ["session", *map(str, arguments)]
+    return commands().run(words, cwd=cwd, env=environment(), timeout_s=within(60), text=text or "")
 
 
 Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]

@@ -5,10 +5,9 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import typer
 
 from dspex_persist import Context, cli, connect
 from dspex_persist.infra.process import ServerProcess
+from tests.prepared import commands
 
 PROGRAM = (sys.executable, "-m", "dspex_persist")
 DEADLINE_S = 60
@@ -48,6 +48,7 @@ COMMANDS: dict[str, list[str]] = {
     "session fork": ["é✓", "NEW", "--db", "DB"],
     "session migrate": ["nothing_here", "--db", "DB"],
     "tools list": ["--tools", "nothing_here"],
+    "audit compare": ["exec_1", "exec_2", "--db", "DB"],
     "audit history": ["é✓", "--db", "DB"],
     "audit executions": ["--db", "DB"],
     "audit commits": ["--db", "DB"],
@@ -56,9 +57,16 @@ COMMANDS: dict[str, list[str]] = {
     "audit state": ["é✓", "--db", "DB"],
     "audit diff": ["é✓", "--from", "1", "--db", "DB"],
     "audit blame": ["é✓", "--db", "DB"],
+    "audit usage": ["--db", "DB"],
     "audit verify": ["--db", "DB"],
     "audit report": ["é✓", "--db", "DB", "-o", "-"],
     "audit web": ["--db", "NEW"],
+    "program diff": ["é✓", "program", "1", "2", "--db", "DB"],
+    "program history": ["é✓", "program", "--db", "DB"],
+    "program list": ["é✓", "--db", "DB"],
+    "program rollback": ["é✓", "program", "1", "--db", "DB"],
+    "program show": ["é✓", "program", "--db", "DB"],
+    "program tag": ["é✓", "program", "best", "1", "--db", "DB"],
 }
 
 
@@ -141,59 +149,36 @@ def test_no_traceback_and_a_code_that_is_documented(command: str, shell: str, pl
 
 
 def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str, str]:
-    """Run the command line in a child of this process, as a new interpreter would: importing it takes a second."""
-    argv = [b"dspex-persist", *(word.encode() for word in words), *how.words]
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(DEADLINE_S)
-        try:
-            os._exit(_become(argv, how, folder))
-        finally:
-            os._exit(99)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Run the command line in a fork that has imported it, as a new interpreter would."""
+    env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
+    with ExitStack() as stack:
+        streams = [
+            _opened(number, name, folder, stack) for number, name in enumerate((how.stdin, how.stdout, how.stderr))
+        ]
+        code = commands().start(
+            [*(word.encode() for word in words), *how.words],
+            streams,
+            cwd=folder,
+            env=env,
+            timeout_s=DEADLINE_S,
+            encoding=how.encoding,
+        )
     files = [folder / name for name in ("out", "err")]
     out, err = (file.read_text(errors="replace") if file.exists() else "" for file in files)
     return code, out, err
 
 
-def _become(argv: Sequence[bytes], how: Shell, folder: Path) -> int:
-    for number, name in enumerate((how.stdin, how.stdout, how.stderr)):
-        _redirect(number, name, folder)
-    os.chdir(folder)
-    sys.argv = [os.fsdecode(word) for word in argv]
-    opened: Any = partial(open, encoding=how.encoding, closefd=False)
-    sys.stdin = None if how.stdin is None else opened(0)
-    sys.stdout = None if how.stdout is None else opened(1, "w")
-    sys.stderr = None if how.stderr is None else opened(2, "w", 1, errors="backslashreplace")
-    for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
-        del os.environ[name]
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    except BaseException:  # noqa: BLE001 -- as the interpreter does
-        traceback.print_exc()
-        return 1
-    # As at the end of the interpreter.
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            return 120
-    return code
-
-
-def _redirect(number: int, name: str | None, folder: Path) -> None:
+def _opened(number: int, name: str | None, folder: Path, stack: ExitStack) -> int | None:
+    """Open what the standard stream `number` is to be; `stack` closes it."""
     if name is None:
-        os.close(number)
-        return
+        return None
     if name == "pipe":
-        reading, target = os.pipe()
+        reading, opened = os.pipe()
         os.close(reading)
     else:
-        target = os.open(folder / name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(target, number)
-    os.close(target)
+        opened = os.open(folder / name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    stack.callback(os.close, opened)
+    return opened
 
 
 # As processes of their own

@@ -39,6 +39,7 @@ from tests.end_to_end.old_style import (
     tools_list,
     wait_until,
 )
+from tests.prepared import commands
 
 TOOLS = ("--tools", "tests.end_to_end.served_tools")
 STALL_S = str(within(1.5))
@@ -525,14 +526,7 @@ def test_executions_interrupted_by_the_end_of_the_server_leave_nothing_and_run_a
         statuses = [entry.status for entry in journal.of_session("s")]
         assert statuses == ["interrupted", "interrupted", "committed"]
         client.close()
-    check = subprocess.run(
-        [sys.executable, "-m", "dspex_persist", "db", "check", "--db", str(path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
+    check = commands().run(["db", "check", "--db", str(path)], cwd=path.parent, env=environment(), timeout_s=within(60))
     assert check.returncode == 0, check.stdout + check.stderr
 
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.store import maintenance
 from tests.deadline import within
 from tests.end_to_end.old_style import environment, packed, serve, target_of
+from tests.prepared import commands
 
 MODELS = """
 from pydantic import BaseModel
@@ -120,15 +120,8 @@ def test_an_old_client_keeps_the_rules(served: tuple[str, BridgedState], old: An
 
 def migrate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "shop_models.py").write_text(MODELS)
-    return subprocess.run(
-        [sys.executable, "-m", "dspex_persist", "session", "migrate", "shop_models", *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
+    words = ["session", "migrate", "shop_models", *arguments]
+    return commands().run(words, cwd=folder, env=environment(), timeout_s=within(60))
 
 
 def test_sessions_are_migrated_while_the_server_runs(served: tuple[str, BridgedState], tmp_path: Path) -> None:
@@ -165,15 +158,8 @@ def test_sessions_are_migrated_while_the_server_runs(served: tuple[str, BridgedS
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty_models.py").write_text("")
     for module, reason in (("no_models", "No module named"), ("empty_models", "it declares no models")):
-        result = subprocess.run(
-            [sys.executable, "-m", "dspex_persist", "session", "migrate", module],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=within(60),
-            check=False,
-        )
+        words = ["session", "migrate", module]
+        result = commands().run(words, cwd=tmp_path, env=environment(), timeout_s=within(60))
         assert result.returncode == 2
         assert f"cannot load models from '{module}': " in result.stderr
         assert reason in result.stderr

@@ -1,7 +1,6 @@
 """A server without tools, and a state that is closed while a thread watches it."""
 
-import subprocess
-import sys
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from dspex_persist import connect
 from dspex_persist.state.errors import EngineClosedError
 from dspex_persist.testing.server import ServedDatabase
+from tests.prepared import commands
 
 DEADLINE_S = 30
 
@@ -28,9 +28,9 @@ NOTHING = {"": "has no tools: ", "s": "'s' has no workers"}
 def test_tools_list_says_that_the_server_has_none(server: ServedDatabase, session: str) -> None:
     with connect(server.url) as state:
         state.initialize_session("s")
-    argv = [sys.executable, "-m", "dspex_persist", "tools", "list", "--target", server.target]
-    argv += ["--session", session] if session else []
-    listed = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    words = ["tools", "list", "--target", server.target, *(["--session", session] if session else [])]
+    listed = commands().run(words, cwd=server.path.parent, env=os.environ, timeout_s=DEADLINE_S)
+    assert listed.returncode == 0, listed.stderr
     assert f"the server at {server.target} has no tools" in listed.stdout
     assert NOTHING[session] in listed.stdout
     assert "--target" not in listed.stdout

@@ -84,11 +84,12 @@ class Recording(ABC):
     @contextmanager
     def _prepared(self) -> Iterator[Callable[..., float]]:
         """Yield a function like `_run` for several commands, without the start-up time of each."""
-        with Prepared(dict(self._env)) as prepared:
+        with Prepared(self._env) as prepared:
 
             def run(*arguments: str) -> float:
-                ended = prepared.run([*arguments, "--db", str(self._database)], cwd=self._folder, timeout_s=_WORK_S)
-                assert ended.code == 0, ended.output
+                words = [*arguments, "--db", str(self._database)]
+                ended = prepared.run(words, cwd=self._folder, env=self._env, timeout_s=_WORK_S)
+                assert ended.returncode == 0, ended.stdout + ended.stderr
                 return time.monotonic()
 
             yield run
