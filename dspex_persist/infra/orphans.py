@@ -3,6 +3,7 @@
 Each worker is started by a tiny launcher, which has the system kill the worker when its parent ends, however that ends.
 What workers start in turn may escape from that. So the environment of all of them names the run that they belong to,
 which is one life of the process that started them, and the worker. They are found by that, and nothing else is ended.
+This needs Linux. Elsewhere workers only end with the pool.
 """
 
 import contextlib
@@ -204,13 +205,22 @@ def _kill(pid: int, belongs: Callable[[dict[str, str]], bool]) -> bool:
     marks = _marks(pid)
     if not marks or not belongs(marks):
         return False
-    with contextlib.suppress(OSError):
+    try:
         # The descriptor stays with the process, whereas the number could be another one's by now.
         descriptor = os.pidfd_open(pid)
-        try:
-            if _marks(pid) == marks:
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                return True
-        finally:
+    except OSError:
+        # It is gone, or the system has no such descriptors.
+        descriptor = None
+    try:
+        if _marks(pid) != marks:
+            return False
+        if descriptor is None:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except OSError:
+        return False
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
-    return False
+    return True

@@ -37,6 +37,7 @@ _KEYS_MOST: Final = 10_000
 # A process that has closed its connections may take this long until it has ended.
 _EXIT_S: Final = 1.0
 _TRIAL_POLL_S: Final = 0.2
+_MEMORY_POLL_S: Final = 1.0
 
 _logger: Final = get_logger(__name__)
 
@@ -60,6 +61,7 @@ class PoolOptions:
         health_failures: After this many pings without an answer, a worker is replaced.
         max_requests: A worker is replaced after this many calls.
         max_rss_bytes: A worker is replaced when it has more memory than this in use after a call, or while it is idle.
+        kill_rss_bytes: A worker that gets more than this in use during a call is killed; looked at every second.
         max_age_s: An idle worker is replaced when it is older; never two at the same time.
         backoff_s: The pause after a worker that failed at once; it doubles with each further one.
         longest_backoff_s: The longest such pause.
@@ -81,6 +83,7 @@ class PoolOptions:
     health_failures: int = 2
     max_requests: int | None = None
     max_rss_bytes: int | None = None
+    kill_rss_bytes: int | None = None
     max_age_s: float | None = None
     backoff_s: float = 0.2
     longest_backoff_s: float = 30.0
@@ -127,6 +130,7 @@ class WorkerStatistics:
         age_s: How long it has been ready, in seconds.
         rss_bytes: The memory that it has in use; 0 if the system does not say.
         busy_s: How long it has had its call, in seconds; 0 if it has none.
+        key: The affinity key of that call; "" without one.
     """
 
     id: str
@@ -138,6 +142,7 @@ class WorkerStatistics:
     age_s: float
     rss_bytes: int
     busy_s: float
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +370,8 @@ class WorkerPool(Generic[C]):
         for first in firsts:
             self._keep_task(self._keepers, self._keep(first))
         self._keep_task(self._background, self._look_after())
+        if self.options.kill_rss_bytes is not None:
+            self._keep_task(self._background, self._limit_memory(self.options.kill_rss_bytes))
         try:
             await asyncio.gather(*firsts)
         except asyncio.CancelledError:
@@ -878,6 +885,19 @@ class WorkerPool(Generic[C]):
             checks = [self._check(member) for member in list(self._idle.values())]
             await asyncio.gather(*checks)
 
+    async def _limit_memory(self, most: int) -> None:
+        while True:
+            await asyncio.sleep(_MEMORY_POLL_S)
+            for member in list(self._members.values()):
+                rss = member.worker.rss_bytes if member.lease is not None else 0
+                if member.lease is not None and member.lease.interrupt is not None and rss > most:
+                    reason = f"it had {rss} bytes of memory in use, more than pools.{self.name}.kill_rss_bytes"
+                    self._counts["replaced"] += 1
+                    # Now: the memory is wanted by others.
+                    member.worker.kill()
+                    member.leave(reason)
+                    member.lease.interrupt(WorkerLostError(self.name, member.worker.id, reason))
+
     async def _check(self, member: _Member[C]) -> None:
         if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
             self._idle.pop(member.worker.id, None)
@@ -1035,6 +1055,7 @@ def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:
         age_s=now - member.ready_at,
         rss_bytes=worker.rss_bytes,
         busy_s=0.0 if lease is None else now - lease.began_at,
+        key="" if lease is None or lease.key is None else lease.key,
     )
 
 

@@ -205,16 +205,14 @@ class Worker:
         """The memory that the process has in use; 0 where the system does not say."""
         return int(self._of_status(b"VmRSS:").partition(" ")[0] or 0) * 1024
 
-    async def stop(self, *, kill: bool = False) -> None:
-        """End the process, with SIGTERM first, and all that it has started; returns when it is gone.
+    def kill(self) -> None:
+        """Kill the process and its group; `stop` then waits until they are gone."""
+        self._signal_group(signal.SIGKILL)
 
-        Args:
-            kill: Do not wait after SIGTERM.
-        """
+    async def stop(self) -> None:
+        """End the process, with SIGTERM first, and all that it has started; returns when they are gone."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
-        if kill:
-            self._signal_group(signal.SIGKILL)
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
@@ -227,7 +225,7 @@ class Worker:
             self._logger.warning(
                 "a worker did not end after SIGTERM and is killed", waited_s=self._command.stop_timeout_s
             )
-            self._signal_group(signal.SIGKILL)
+            self.kill()
             await asyncio.wait({self.exited}, timeout=_KILLED_S)
         if not self.has_exited:
             self._logger.error("a killed worker does not end", pid=self.pid)

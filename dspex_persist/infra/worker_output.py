@@ -146,11 +146,9 @@ class Output:
         is_cut = self._is_cut or len(last) > room
         self._line.clear()
         self._is_cut = False
-        if not is_cut:
-            self._look(line)
-        self._keep_tail(line + b"\n")
-        if not line.strip():
+        if (not is_cut and self._looks_ready(line)) or not line.strip():
             return
+        self._keep_tail(line + b"\n")
         if not self._may_log():
             self._dropped += 1
             return
@@ -162,10 +160,12 @@ class Output:
         else:
             self._logger.info("a worker wrote", text=text)
 
-    def _look(self, line: bytes) -> None:
-        if self._ready is not None and _MARK in line and (match := self._ready.search(line)):
-            self._ready = None
-            self._on_ready(int(match[1]))
+    def _looks_ready(self, line: bytes) -> bool:
+        if self._ready is None or _MARK not in line or not (match := self._ready.search(line)):
+            return False
+        self._ready = None
+        self._on_ready(int(match[1]))
+        return True
 
     def _keep_tail(self, text: bytes) -> None:
         self._tail += text

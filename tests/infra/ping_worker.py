@@ -84,6 +84,7 @@ def _serve(connection: socket.socket, arguments: argparse.Namespace) -> None:
     with connection, connection.makefile("rw") as lines:
         for line in lines:
             answer = "?" if arguments.nonsense else _answer(*line.split())
+            arguments.nonsense = arguments.nonsense or line == "nonsense\n"
             lines.write(f"{answer}\n")
             lines.flush()
 
@@ -107,11 +108,11 @@ def _answer(what: str, argument: str = "") -> object:
         case "flood":
             sys.stdout.write("y\n" * int(argument))
             sys.stdout.flush()
-        case "child":
-            # One that leaves the group, and would outlive it.
+        case "child" | "daemon":
+            # It ignores SIGTERM, and a daemon leaves the group.
             code = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code], start_new_session=True, stdout=subprocess.PIPE
+                [sys.executable, "-I", "-S", "-c", code], start_new_session=what == "daemon", stdout=subprocess.PIPE
             )
             _kept.append(child)
             assert child.stdout is not None

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from dspex_persist.infra.pool_errors import (
     WorkerTimeoutError,
 )
 from tests.deadline import within
-from tests.infra.test_helpers import is_gone
-from tests.infra.workers import Pool, background, hold, on_loop, running, until
+from tests.infra.test_forks import in_child
+from tests.infra.test_helpers import await_gone, is_gone
+from tests.infra.workers import Pool, background, hold, on_loop, run_limited, running, until
 from tests.logs import capture_logs
 
 ONE = PoolOptions(size=1, backoff_s=0.01)
@@ -334,3 +337,227 @@ async def test_garbage_is_logged_within_limits_and_hides_nothing() -> None:
     left_out = sum(each.get("lines", 0) for each in events)
     assert left_out > 4_000
     assert sum(each["text"] == "y" for each in written) + left_out >= 5_000
+
+
+# --- Keeping workers
+
+
+@on_loop
+async def test_a_worker_that_dies_while_it_is_idle_is_replaced_before_anybody_gets_it() -> None:
+    async with running(ONE) as pool:
+        pid = int(await ask(pool, "ping"))
+        os.kill(pid, signal.SIGKILL)
+        # Without a turn of the event loop in between.
+        await_gone(pid)
+        assert await ask(pool, "ping") != str(pid)
+        assert pool.statistics().crashed == 1
+
+
+@on_loop
+async def test_an_idle_worker_that_does_not_answer_is_replaced() -> None:
+    options = PoolOptions(size=1, health_interval_s=0.05, health_timeout_s=0.1, queue_timeout_s=within(10))
+    async with running(options) as pool:
+        pid = int(await ask(pool, "ping"))
+        os.kill(pid, signal.SIGSTOP)
+        await until(lambda: pool.statistics().replaced == 1)
+        assert "did not answer health checks: no answer within 0.1 s; it is stopped" in pool.statistics().last_failure
+        assert await ask(pool, "ping") != str(pid)
+        await until(lambda: is_gone(pid))
+
+
+@on_loop
+async def test_a_worker_that_answers_nonsense_is_replaced() -> None:
+    options = PoolOptions(size=1, health_interval_s=0.05, queue_timeout_s=within(10))
+    async with running(options) as pool:
+        assert await ask(pool, "nonsense") == "ok"
+        await until(lambda: pool.statistics().replaced == 1)
+        assert "ValueError: it answered ?" in pool.statistics().last_failure
+        assert (await ask(pool, "ping")).isdecimal()
+
+
+@on_loop
+async def test_busy_workers_are_not_asked_how_they_are() -> None:
+    options = PoolOptions(size=1, health_interval_s=0.02, health_timeout_s=0.02, health_failures=1)
+    async with running(options) as pool:
+        async with pool.lend() as lease:
+            os.kill(lease.pid, signal.SIGSTOP)
+            # Time for several rounds, if there were any.
+            await asyncio.sleep(0.2)
+            os.kill(lease.pid, signal.SIGCONT)
+            assert await lease.contact.ask("ping") == str(lease.pid)
+        assert pool.statistics().replaced == 0
+
+
+@on_loop
+async def test_a_worker_is_replaced_after_its_calls() -> None:
+    async with running(PoolOptions(size=1, max_requests=2, queue_timeout_s=within(10))) as pool:
+        pids = [await ask(pool, "ping") for _ in range(6)]
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 2]
+        assert pool.statistics().recycled == 3
+
+
+@on_loop
+async def test_a_worker_that_has_grown_is_replaced_after_its_call() -> None:
+    async with running(PoolOptions(size=1, max_rss_bytes=100_000_000, queue_timeout_s=within(10))) as pool:
+        first = await ask(pool, "ping")
+        await ask(pool, "leak", 10_000_000)
+        assert await ask(pool, "ping") == first
+        await ask(pool, "leak", 100_000_000)
+        assert await ask(pool, "ping") != first
+
+
+@on_loop
+async def test_a_worker_that_grows_too_much_during_a_call_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspex_persist.infra.pool._MEMORY_POLL_S", 0.05)
+    async with running(PoolOptions(size=1, kill_rss_bytes=100_000_000, queue_timeout_s=within(10))) as pool:
+
+        async def grow() -> None:
+            async with pool.lend() as lease:
+                await lease.contact.ask("leak", 100_000_000)
+                await lease.contact.ask("hang")
+
+        with pytest.raises(
+            WorkerLostError, match=r"it had \d{9} bytes of memory in use, more than pools\.ping\.kill_rss"
+        ):
+            await grow()
+        assert await ask(pool, "ping")
+
+
+@on_loop
+async def test_old_workers_are_replaced_one_after_the_other() -> None:
+    async with running(PoolOptions(size=2, max_age_s=0, health_interval_s=0.05, queue_timeout_s=within(10))) as pool:
+        first = {each.pid for each in pool.statistics().workers}
+        fewest = 2
+
+        def all_new() -> bool:
+            nonlocal fewest
+            fewest = min(fewest, len(pool.statistics().workers))
+            return not first & {each.pid for each in pool.statistics().workers}
+
+        await until(all_new)
+        assert fewest == 1
+
+
+# --- The end
+
+
+@on_loop
+async def test_a_drain_lets_calls_end_with_what_they_call() -> None:
+    async with running(PoolOptions(size=1, queue_timeout_s=within(10))) as pool:
+        release = asyncio.Event()
+
+        async def call() -> str:
+            async with pool.lend() as lease:
+                await release.wait()
+                return await ask(pool, "ping", parent=lease)
+
+        calling = await background(call(), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        draining = await background(pool.drain(within(10)), lambda: pool.statistics().state == "draining")
+        with pytest.raises(PoolUnavailableError, match="pool ping takes no calls: it is draining"):
+            await ask(pool, "ping")
+        release.set()
+        assert await calling
+        assert await waiting
+        assert await draining
+        with pytest.raises(PoolUnavailableError, match="it is closed"):
+            await ask(pool, "ping")
+        assert pool.statistics().workers == ()
+
+
+@on_loop
+async def test_a_drain_interrupts_what_takes_too_long() -> None:
+    async with running(ONE) as pool:
+        calling = await background(ask(pool, "hang"), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        pids = [each.pid for each in pool.statistics().workers]
+        assert not await pool.drain(0.05)
+        for task in (calling, waiting):
+            with pytest.raises(PoolUnavailableError, match="it is closed"):
+                await task
+        assert all(map(is_gone, pids))
+
+
+@on_loop
+async def test_a_pool_closes_while_its_workers_start() -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3), running(ONE, "--never-ready"):
+            pass
+
+
+@on_loop
+async def test_a_forked_child_cannot_use_the_pool() -> None:
+    async with running(ONE) as pool:
+        first = await ask(pool, "ping")
+
+        def in_vain() -> str:
+            try:
+                asyncio.run(ask(pool, "ping"))
+            except PoolUnavailableError as error:
+                return str(error)
+            return "lent"
+
+        assert in_child(in_vain) == "pool ping takes no calls: it is closed"
+        assert await ask(pool, "ping") == first
+
+
+async def _chaos(calls: int) -> None:
+    """Workers are killed, stopped and made to exit under load: every call ends, and the pool is whole again."""
+    random = Random(calls)
+    options = PoolOptions(
+        size=3,
+        queue_timeout_s=within(20),
+        call_timeout_s=within(0.2),
+        health_interval_s=0.1,
+        health_timeout_s=within(0.2),
+        max_requests=20,
+        backoff_s=0.01,
+        crash_limit=1_000,
+    )
+    ended = Counter[str]()
+    seen = set[int]()
+    async with running(options) as pool:
+
+        async def call(number: int) -> None:
+            try:
+                async with pool.lend(f"s{number % 5}") as lease:
+                    seen.add(lease.pid)
+                    if random.random() < 0.1:
+                        os.kill(lease.pid, random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP]))
+                    elif random.random() < 0.05:
+                        await lease.contact.ask("exit", 1)
+                    elif random.random() < 0.2:
+                        async with pool.lend(parent=lease) as nested:
+                            await nested.contact.ask("ping")
+                    assert await lease.contact.ask("ping") == str(lease.pid)
+                    ended["ok"] += 1
+            except (WorkerExitedError, WorkerTimeoutError, WorkerLostError) as error:
+                ended[type(error).__name__] += 1
+
+        callers = iter(range(calls))
+
+        async def caller() -> None:
+            for number in callers:
+                await call(number)
+
+        await asyncio.gather(*(caller() for _ in range(8)))
+        assert ended.total() == calls
+        assert ended["ok"] > calls / 2
+        await until(lambda: pool.statistics().idle - pool.statistics().spares == 3)
+        assert await ask(pool, "ping")
+    assert all(map(is_gone, seen))
+
+
+def test_a_pool_heals_under_load() -> None:
+    run_limited(_chaos(150), within(30))
+
+
+def test_a_pool_works_on_uvloop() -> None:
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(_chaos(30), within(30)))
+
+
+@pytest.mark.thorough
+def test_a_pool_heals_under_load_for_long() -> None:
+    run_limited(_chaos(5_000), within(300))

@@ -87,13 +87,19 @@ def on_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
 
     @wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        async def limited() -> None:
-            async with asyncio.timeout(within(20)):
-                await test(*args, **kwargs)
-
-        asyncio.run(limited())
+        run_limited(test(*args, **kwargs), within(20))
 
     return run
+
+
+def run_limited(work: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    """Run a coroutine on an event loop of its own."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(timeout_s):
+            await work
+
+    asyncio.run(limited())
 
 
 async def until(condition: Callable[[], bool], what: str = "") -> None:
