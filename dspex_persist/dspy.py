@@ -15,6 +15,15 @@ from dspex_persist.cognitive.dspy import (
 from dspex_persist.cognitive.dspy.binding import BoundOption
 from dspex_persist.cognitive.dspy.program_loading import LoadReport
 from dspex_persist.cognitive.dspy.programs import Programs
+from dspex_persist.cognitive.dspy.variable_aware import (
+    VariableAware,
+    VariableAwareChainOfThought,
+    VariableAwarePredict,
+    VariableAwareProgramOfThought,
+    VariableAwareReAct,
+    create_variable_aware_program,
+    sync_dspy_parameters,
+)
 from dspex_persist.cognitive.program_tools import program_tool
 from dspex_persist.cognitive.programs.catalog import ProgramHistory, ProgramInfo, ProgramVersion
 from dspex_persist.cognitive.programs.diff import PredictorDiff, ProgramDiff
@@ -46,9 +55,16 @@ __all__ = [
     "Recording",
     "UnexpectedLmCallError",
     "UnseenLmCallError",
+    "VariableAware",
+    "VariableAwareChainOfThought",
+    "VariableAwarePredict",
+    "VariableAwareProgramOfThought",
+    "VariableAwareReAct",
     "bind",
     "bindings",
+    "create_variable_aware_program",
     "playing",
     "program_tool",
+    "sync_dspy_parameters",
     "unbind",
 ]

@@ -22,6 +22,7 @@ PAGES = (
     "docs/backends.md",
     "docs/typed-state.md",
     "docs/watching.md",
+    "docs/from-dspex.md",
 )
 PROGRAMS = [program for page in PAGES for program in programs_of(page)]
 WORKERS = [program for program in PROGRAMS if "BridgeServiceServicer" in program.text]

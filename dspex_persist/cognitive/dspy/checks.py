@@ -12,7 +12,7 @@ from dspex_persist.cognitive.dspy.snapshots import Binding, Reading
 from dspex_persist.cognitive.errors import BindingError
 from dspex_persist.spelling import quote
 
-_OF_PREDICTORS: Final = ("demos", "instructions")
+OF_PREDICTORS: Final = ("demos", "instructions")
 
 
 def _places(program: Any, binding: Binding) -> Iterator[tuple[str, Any, str, str]]:
@@ -28,7 +28,7 @@ def check_places(program: Any, binding: Binding) -> None:
     used = set()
     for path, module, option, _ in _places(program, binding):
         used.add(option)
-        if option in _OF_PREDICTORS:
+        if option in OF_PREDICTORS:
             _check_predictor(path, module, option)
         elif option in choosing.ATTRIBUTES and not any(_agents(module, option)):
             kind = "a ReAct" if option == "tools" else "a module with max_iters, such as a ReAct"

@@ -110,8 +110,8 @@ def is_dspys(kind: type) -> bool:
 
 
 def source_of(part: object) -> str | None:
-    """Return the SHA-256 of the source of a part's class; None for DSPy's own classes, and without a source."""
-    if is_dspys(type(part)):
+    """Return the SHA-256 of the source of a part's class; None for classes of DSPy and ours, and without a source."""
+    if is_dspys(type(part)) or type(part).__module__.startswith("dspex_persist."):
         return None
     try:
         source = inspect.getsource(type(part))
