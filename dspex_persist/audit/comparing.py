@@ -234,7 +234,7 @@ def _parts(before: LmCall | None, after: LmCall | None) -> Iterator[PartComparis
     for pair in _by_place(*answers):
         yield PartComparison("answer", compare_lines(*pair))
     errors = [
-        None if call is None or not call.error_type else f"{call.error_type}: {call.error}" for call in (before, after)
+        None if call is None or not call.failed else f"{call.error_type}: {call.error}" for call in (before, after)
     ]
     if any(errors):
         yield PartComparison("error", compare_lines(*errors))

@@ -112,6 +112,12 @@ class RecordedExecution:
         return any(version.masked for version in (*self.written, *(version for version, _ in self.published)))
 
     @property
+    def has_masked_calls(self) -> bool:
+        """Whether LM calls that it made quote values that are masked in the recording."""
+        calls = self.end.lm_calls if self.end is not None else ()
+        return any(isinstance(call, Mapping) and call.get("masked") is True for call in calls)
+
+    @property
     def failure(self) -> Failure | None:
         """The exception that its code raised; None if it raised none."""
         return self.end.failure if self.end is not None else None

@@ -219,6 +219,10 @@ class _Rerun:
             reason = "it reads a variable whose values were kept out of the recording"
             yield from (_replayed(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
+        if any(each.has_masked_calls for each in root.tree()):
+            reason = "its LM calls quote values of variables that were kept out of the recording"
+            yield from (_replayed(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
+            return
         outcome = self._play(root, run)
         if run.root is None:
             yield _refused(root, outcome)

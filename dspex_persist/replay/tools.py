@@ -99,12 +99,13 @@ class RunAgain:
 def refused_lm_calls() -> AbstractContextManager[Refusal]:
     """Return a context in which LM calls that belong to no known execution are refused."""
 
-    def install() -> None:
-        from dspex_persist.cognitive import dspy
+    def install_hooks() -> None:
+        # Not from the package, whose import may be what imports DSPy.
+        from dspex_persist.cognitive.dspy.hook import install
 
-        dspy.install()
+        install()
 
-    return refusing(install)
+    return refusing(install_hooks)
 
 
 def _may_call_a_model(call: ReplayedCall) -> bool:

@@ -5,14 +5,16 @@ recorded less, and an import accepts any. So everything here has a default.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from math import inf
+from typing import Any, Final, NamedTuple
 
 from dspex_persist.spelling import quote
-from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, suggestion
+from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, is_glob, suggestion
+from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
 
 _MOST: Final = 2**53
@@ -50,7 +52,8 @@ class LmCall:
         variables: The variables that the call used, with their versions.
         messages: What the model was asked.
         answers: Its answers; more than one with the option `n`.
-        error_type: The type of the error that the LM raised; "" if it answered.
+        failed: Whether the LM raised an error.
+        error_type: The type of that error.
         error: The message of that error.
         concurrent: Whether it came from another thread or task than the tool's own.
         hash: SHA-256 of model and request, by which replays find it.
@@ -73,6 +76,7 @@ class LmCall:
     variables: Mapping[str, int] = field(default_factory=dict)
     messages: tuple[LmMessage, ...] = ()
     answers: tuple[str, ...] = ()
+    failed: bool = False
     error_type: str = ""
     error: str = ""
     concurrent: bool = False
@@ -193,11 +197,81 @@ def lm_call_of(entry: Mapping[str, Any], number: int = 0, execution_id: str = ""
         {name: version for name, version in _object(entry.get("variables")).items() if isinstance(version, int)},
         tuple(map(_message, _items(request.get("messages")))),
         tuple(map(_said, _answers(response))),
+        isinstance(entry.get("error"), Mapping),
         _text(error.get("type")),
         _text(error.get("message")),
         entry.get("concurrent") is True,
         _text(entry.get("hash")),
     )
+
+
+# Sums
+
+
+class Ended(NamedTuple):
+    """An execution that has ended, with what it recorded."""
+
+    session_id: str
+    execution_id: str
+    tool: str
+    at: datetime
+    recorded: Mapping[str, Any]
+
+
+def usage_of(query: LmUsageQuery, executions: Iterable[Ended]) -> list[LmUsage]:
+    """Sum the LM calls of these executions, with all conditions of the query that are about calls, in its order."""
+    is_wanted = compile_glob(query.model) if is_glob(query.model) else (lambda model: query.model in ("", model))
+    groups: dict[tuple[str | None, ...], list[LmCall]] = {}
+    for execution in executions:
+        for number, entry in enumerate(_items(execution.recorded.get("lm"))):
+            if not isinstance(entry, Mapping):
+                continue
+            call = lm_call_of(entry, number, execution.execution_id, execution.tool)
+            if is_wanted(call.model):
+                group = (execution.session_id, execution.tool, call.model, _day(entry, execution.at))
+                key = tuple(each if by in query.by else None for by, each in zip(UsageBy, group, strict=True))
+                groups.setdefault(key, []).append(call)
+    sums = [_sum(key, calls) for key, calls in groups.items()]
+    sums.sort(key=lambda usage: tuple(getattr(usage, _FIELDS[UsageBy(by)]) or "" for by in query.by))
+    sums.sort(
+        key=lambda usage: (-inf if usage.cost is None else usage.cost, usage.total_tokens, usage.calls), reverse=True
+    )
+    if UsageBy.DAY in query.by:
+        sums.sort(key=lambda usage: usage.day or "", reverse=query.newest_first)
+    return sums
+
+
+_FIELDS: Final = {UsageBy.SESSION: "session_id", UsageBy.TOOL: "tool", UsageBy.MODEL: "model", UsageBy.DAY: "day"}
+
+
+def _day(entry: Mapping[str, Any], ended_at: datetime) -> str | None:
+    begin = _count(entry.get("at"))
+    moment = ended_at.astimezone(UTC) if begin is None else _moment(begin)
+    return None if moment is None else f"{moment:%Y-%m-%d}"
+
+
+def _sum(group: Sequence[str | None], calls: Sequence[LmCall]) -> LmUsage:
+    costs = [call.cost for call in calls if call.cost is not None]
+    session_id, tool, model, day = group
+    return LmUsage(
+        session_id,
+        tool,
+        model,
+        day,
+        executions=len({call.execution_id for call in calls}),
+        calls=len(calls),
+        failed=sum(call.failed for call in calls),
+        cached=sum(call.cached is True for call in calls),
+        input_tokens=sum(call.input_tokens for call in calls),
+        output_tokens=sum(call.output_tokens for call in calls),
+        total_tokens=sum(call.total_tokens for call in calls),
+        cost=sum(costs) if costs else None,
+        priced=len(costs),
+        latency_us=sum(call.latency_us or 0 for call in calls),
+    )
+
+
+# Documents
 
 
 def _object(document: Any) -> Mapping[str, Any]:

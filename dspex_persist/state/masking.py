@@ -45,13 +45,18 @@ class Secrets:
         return _replaced(document, re.compile("|".join(sorted(patterns, key=len, reverse=True))))
 
     def masked_call(self, call: Any) -> Any:
-        """Return an entry of `recorded["lm"]` with these values masked, and the hash of its request as it is then."""
+        """Return an entry of `recorded["lm"]` with these values masked.
+
+        If it quotes one, it says `masked`, and its hash is that of the request as it is then.
+        """
         if not isinstance(call, Mapping):
             return self.masked(call)
         masked = {name: self._part(name, part) for name, part in call.items()}
+        if masked == call:
+            return call
         if masked.get("request") != call.get("request") and "hash" in call:
             masked["hash"] = hash_of(str(masked.get("model", "")), masked["request"])
-        return masked
+        return {**masked, "masked": True}
 
     def _part(self, name: str, part: Any) -> Any:
         if name not in _MASKED_PARTS:

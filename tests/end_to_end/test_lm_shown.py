@@ -25,7 +25,7 @@ def ask(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     """`dspex-persist audit ...` in this process; returns what it prints."""
 
     def run(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setenv("NO_COLOR", "1")
         monkeypatch.setattr(sys, "argv", ["dspex-persist", "audit", *arguments, "--db", str(path)])
         with pytest.raises(SystemExit) as ended:

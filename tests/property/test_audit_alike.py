@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspex_persist import clock
-from dspex_persist.audit import AuditSource, CommitQuery, ExecutionQuery, HistoryQuery, Query, SessionQuery
+from dspex_persist.audit import (
+    AuditSource,
+    CommitQuery,
+    ExecutionQuery,
+    HistoryQuery,
+    LmUsageQuery,
+    Query,
+    SessionQuery,
+    UsageBy,
+)
 from dspex_persist.state import unit_of_work
 from dspex_persist.state.commands import (
     AddDependency,
@@ -80,6 +89,25 @@ COMMANDS: st.SearchStrategy[Command[Any]] = st.one_of(
     st.builds(StartOptimization, SESSIONS, NAMES, st.just("optimizer")),
     st.builds(StopOptimization, SESSIONS, NAMES, st.booleans()),
 )
+CALLS = st.builds(
+    lambda model, question, day, cost, usage, place, outcome: {
+        "model": model,
+        "request": {"messages": [{"content": question}]},
+        "at": day,
+        "latency_us": 3,
+        "cost": cost,
+        "cached": cost == 0,
+        place: outcome | {"usage": {"m": usage}} if place == "response" else outcome,
+        "usage": {"m": usage},
+    },
+    st.sampled_from(["m/1", "m/2", None]),
+    st.sampled_from(["is it 2.5?", "on"]),
+    st.sampled_from([None, 1_772_366_400_000_000, 1_772_452_800_000_000, 2**62]),
+    st.sampled_from([None, 0, 0.25, 0.5]),
+    st.sampled_from([{}, {"prompt_tokens": 3, "total_tokens": 5}, {"output_tokens": 2}, {"input_tokens": "x"}]),
+    st.sampled_from(["response", "error", "other"]),
+    st.sampled_from([{}, {"outputs": ["2"]}, {"type": "E", "message": "no"}]),
+)
 WRITES = st.lists(st.tuples(NAMES, st.integers(0, 9), REASONS), max_size=3)
 TOOLS = st.builds(
     SimpleNamespace,
@@ -91,6 +119,7 @@ TOOLS = st.builds(
     end=st.sampled_from(["committed", "committed", "failed", "conflict", "cancelled", None]),
     key=st.sampled_from([None, "key"]),
     metadata=METADATA,
+    calls=st.lists(CALLS, max_size=2),
 )
 MOVES = st.tuples(
     st.sampled_from(["fork", "import", "restore"]), SESSIONS, st.sampled_from(["u", "s"]), st.integers(0, 9)
@@ -174,7 +203,7 @@ class Twins:
             {"a": Seen("var", "a", 0), "c": None},
             ("a*",),
             (LogEntry(self.now, "noted", {"n": 1}),),
-            {"now": (1, 2), "lm": ({"request": {"messages": [{"content": "with a of 7"}]}, "hash": "12"},)},
+            {"now": (1, 2), "lm": (*tool.calls, {"request": {"messages": [{"content": "with a of 7"}]}, "hash": "12"})},
             tuple(published),
             duration_us=7,
         )
@@ -196,7 +225,7 @@ class Twins:
         elif what == "restore":
             self.run(restore(past, str(sequence), sequence))
         else:
-            header, commits = record(past, tuple(past.commits), {}, started=None, reveal=True)
+            header, commits = record(past, tuple(past.commits), {}, started=None, reveal=True, after=0)
             kept = list(commits)
             self._both(lambda groups: _imported(groups, header, kept, new))
 
@@ -271,6 +300,12 @@ QUERIES: Final[list[Query[Any]]] = [
     SessionQuery(session="s", live=False),
     SessionQuery(session="*", metadata={"k": "v"}),
     SessionQuery(session="tt"),
+    LmUsageQuery(),
+    LmUsageQuery(by=()),
+    LmUsageQuery(by=tuple(UsageBy)),
+    LmUsageQuery(by="tool", session="s", since="4"),
+    LmUsageQuery(by=("day", "session"), tool="tu*", until="9"),
+    LmUsageQuery(model="m/?", limit=1),
 ]
 POINTS = ("", "now", "3", "3^", "999", "soon", "exec_2", "exec_2_none", "2026-03-01T12:00:59Z", "2026-03-01T12:01:01Z^")
 
@@ -286,6 +321,7 @@ def questions(memory: AuditSource, head: int) -> Iterator[Ask]:
         ExecutionQuery(),
         CommitQuery(),
         SessionQuery(),
+        LmUsageQuery(by=tuple(UsageBy)),
     ):
         yield paged(query, 2)
         yield paged(replace(query, newest_first=False), 3)

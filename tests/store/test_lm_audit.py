@@ -3,6 +3,8 @@
 import io
 import json
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +20,9 @@ from dspex_persist.state.masking import MASK
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance
 from tests import asked
+from tests.deadline import within
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,31 @@ def test_sensitive_values_are_masked_in_recordings(place: str, tmp_path: Path) -
     assert str(asked.PIN) in texts[1]
 
 
+_REPLAY = """
+import json, sys
+from dspex_persist.replay import load, replay
+from dspex_persist.wiring import open_recording
+from tests import asked
+
+assert "dspy" not in sys.modules
+for reveal in (False, True):
+    with open_recording(sys.argv[1], asked.SESSION, reveal=reveal) as recording:
+        report = replay(load(recording), asked.toolbox())
+    reasons = [each.reason for each in report.executions if each.reason]
+    print(json.dumps([reasons, sorted({each.what for each in report.divergences})]))
+"""
+
+
+def test_executions_whose_calls_are_masked_are_not_replayed(path: Path) -> None:
+    """In a process in which the replay is the first to import DSPy, while calls of models are refused."""
+    argv = [sys.executable, "-c", _REPLAY, str(path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=False)
+    assert done.returncode == 0, done.stderr
+    masked, revealed = map(json.loads, done.stdout.splitlines())
+    assert masked == [["its LM calls quote values of variables that were kept out of the recording"], ["lm"]]
+    assert revealed == [[], ["lm"]], "the tools record what they were given, and ask no model"
+
+
 # The table of calls, the views, and sums
 
 
@@ -114,6 +144,7 @@ def test_the_view_says_what_the_calls_say_whatever_an_import_brought(tmp_path: P
         shared = ("execution_id", "tool", "ordinal", "model", "latency_us", "input_tokens", "output_tokens")
         for name in (*shared, "total_tokens", "cost", "cached"):
             assert row[name] == getattr(call, name), (name, call)
+        assert row["error_type"] is not None or not call.error_type
         if call.at is not None:
             assert row["began_at"] == f"{call.at:%Y-%m-%dT%H:%M:%S.%f}Z"
 
@@ -148,7 +179,7 @@ def test_usage_is_the_sum_of_the_calls(audit: AuditSource, by: tuple[str, ...]) 
             *group,
             executions=len({call.execution_id for call in calls}),
             calls=len(calls),
-            failed=sum(bool(call.error_type) for call in calls),
+            failed=sum(call.failed for call in calls),
             cached=sum(bool(call.cached) for call in calls),
             input_tokens=sum(call.input_tokens for call in calls),
             output_tokens=sum(call.output_tokens for call in calls),

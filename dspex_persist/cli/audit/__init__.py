@@ -260,7 +260,6 @@ def usage(
     oldest_first: options.OldestFirst = False,
     as_json: options.Json = False,
     as_csv: options.Csv = False,
-    utc: options.Utc = False,
     db: Db = None,
     target: options.Target = None,
 ) -> None:
@@ -268,7 +267,7 @@ def usage(
     from dspex_persist.cli.audit import calls, lists
     from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 
-    request = AuditOptions(db, target, as_json, as_csv, utc)
+    request = AuditOptions(db, target, as_json, as_csv)
     with asking(request) as audit:
         query = LmUsageQuery(
             session="" if session == "*" else session,

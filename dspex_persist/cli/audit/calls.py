@@ -1,11 +1,11 @@
 """The LM calls of an execution, for people: what a model was asked, what it answered, what that cost."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from dspex_persist.audit import ExecutionDetail, LmCall, LmUsage, LmUsageQuery, UsageBy, cost_text, lm_calls_of
-from dspex_persist.cli.audit.rendering import STYLES, Column, Renderer, duration_text, shortened
+from dspex_persist.cli.audit.rendering import STYLES, WHOLE, Column, Renderer, duration_text, shortened
 from dspex_persist.cli.output import counted, plain, plain_lines
 
 _SHOWN: Final = 1_500
@@ -39,7 +39,7 @@ def totals_text(calls: Sequence[LmCall]) -> str:
     """Return a line with the sums of several calls."""
     costs = [call.cost for call in calls if call.cost is not None]
     taken = [call.latency_us for call in calls if call.latency_us is not None]
-    failed, cached = sum(bool(call.error_type) for call in calls), sum(call.cached is True for call in calls)
+    failed, cached = sum(call.failed for call in calls), sum(call.cached is True for call in calls)
     facts = [
         counted(len(calls), "LM call"),
         *([f"{failed} failed"] if failed else []),
@@ -66,7 +66,7 @@ def show_call(call: LmCall, look: Renderer, *, full: bool) -> None:
         _say_text(look, message.role or "message", message.text, full)
     for answer in call.answers:
         _say_text(look, "answer", answer, full, "green")
-    if call.error_type:
+    if call.failed:
         _say_text(look, "error", f"{call.error_type}: {call.error}", full, "red")
 
 
@@ -111,24 +111,30 @@ def _say_below(look: Renderer, line: Any, depth: int) -> None:
     look.print(Padding(line, (0, 0, 0, depth * _INDENT), expand=False))
 
 
-def usage_columns(_look: Renderer, query: LmUsageQuery) -> list[Column[LmUsage]]:
+def usage_columns(look: Renderer, query: LmUsageQuery) -> list[Column[LmUsage]]:
     """Sums of LM calls."""
     columns: list[Column[LmUsage]] = [
         Column("day", lambda row: row.day or "", least=10),
         Column("session", lambda row: plain(row.session_id or ""), least=8, is_id=True),
         Column("tool", lambda row: plain(row.tool or ""), least=8),
-        Column("model", lambda row: plain(row.model or ""), least=12, most=60),
-        Column("executions", lambda row: f"{row.executions:,}", least=10, right=True),
-        Column("calls", lambda row: f"{row.calls:,}", least=8, right=True),
-        Column("failed", lambda row: f"{row.failed:,}" if row.failed else "", least=6, right=True, is_rare=True),
-        Column("cached", lambda row: f"{row.cached:,}" if row.cached else "", least=6, right=True, is_rare=True),
-        Column("tokens in", lambda row: f"{row.input_tokens:,}", least=9, right=True),
-        Column("tokens out", lambda row: f"{row.output_tokens:,}", least=10, right=True),
-        Column("cost", lambda row: cost_text(row.cost), least=9, right=True),
-        Column("unpriced", _unpriced, least=8, right=True, is_rare=True),
-        Column("took", lambda row: duration_text(row.latency_us), least=8, right=True),
+        Column("model", lambda row: plain(row.model or ""), least=8, most=60, is_id=True),
+        _numbers("executions", lambda row: f"{row.executions:,}"),
+        _numbers("calls", lambda row: f"{row.calls:,}"),
+        _numbers("failed", lambda row: f"{row.failed:,}" if row.failed else "", is_rare=True),
+        _numbers("cached", lambda row: f"{row.cached:,}" if row.cached else "", is_rare=True),
+        _numbers("tokens in", lambda row: f"{row.input_tokens:,}"),
+        _numbers("tokens out", lambda row: f"{row.output_tokens:,}"),
+        _numbers("cost", lambda row: cost_text(row.cost)),
+        _numbers("unpriced", _unpriced, is_rare=True),
+        _numbers("took", lambda row: duration_text(row.latency_us)),
     ]
-    return [column for column in columns if column.title not in set(UsageBy) - set(query.by)]
+    left_out = set[str](UsageBy) - set(query.by)
+    left_out |= {"executions", "took"} if look.is_narrow else set()
+    return [column for column in columns if column.title not in left_out]
+
+
+def _numbers(title: str, text: Callable[[LmUsage], str], *, is_rare: bool = False) -> Column[LmUsage]:
+    return Column(title, text, least=WHOLE, right=True, is_rare=is_rare)
 
 
 def _unpriced(row: LmUsage) -> str:

@@ -17,6 +17,8 @@ MASK: Final = "•••"
 ABSENT: Final = "—"
 _SHOWN: Final = 2_000
 """How many characters of a text are shown; --json has all of it."""
+WHOLE: Final = 24
+"""The least width of a column of numbers, wide enough for any: a number that is cut would read as another one."""
 _GAP: Final = 2
 _BLOCK: Final = 150
 _NARROW: Final = 120

@@ -1,9 +1,17 @@
 """The columns of the answers on a terminal. A column that would be the same in each row is left out."""
 
 from collections.abc import Mapping
-from typing import Final
 
-from dspex_persist.cli.audit.rendering import STYLES, Column, Renderer, duration_text, json_text, short_id, value_text
+from dspex_persist.cli.audit.rendering import (
+    STYLES,
+    WHOLE,
+    Column,
+    Renderer,
+    duration_text,
+    json_text,
+    short_id,
+    value_text,
+)
 from dspex_persist.cli.output import plain
 from dspex_persist.state.audit import (
     CommitEntry,
@@ -17,9 +25,6 @@ from dspex_persist.state.audit import (
     is_glob,
 )
 
-_WHOLE: Final = 24
-"""The least width of a column of numbers, wide enough for any: a number that is cut would read as another one."""
-
 
 def _is_one(name: str) -> bool:
     return bool(name) and not is_glob(name)
@@ -28,11 +33,11 @@ def _is_one(name: str) -> bool:
 def history_columns(look: Renderer, query: HistoryQuery) -> list[Column[HistoryEntry]]:
     """Versions."""
     columns: list[Column[HistoryEntry]] = [
-        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
+        Column("commit", lambda row: str(row.sequence), least=WHOLE, right=True),
         Column("time", lambda row: look.time(row.created_at), least=look.time_width),
         Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("variable", lambda row: plain(row.name), least=8),
-        Column("v", lambda row: str(row.version), least=_WHOLE, right=True),
+        Column("v", lambda row: str(row.version), least=WHOLE, right=True),
         Column("value", lambda row: value_text(row.value, row.masked), most=200),
         Column("kind", lambda row: row.kind.value, least=3, style=lambda row: STYLES.get(row.kind, "")),
         Column("by", author, least=13 if look.is_narrow else 20, most=80),
@@ -72,7 +77,7 @@ def entries_text(entries: Mapping[str, str]) -> str:
 def execution_columns(look: Renderer, query: ExecutionQuery) -> list[Column[ExecutionSummary]]:
     """Executions."""
     columns: list[Column[ExecutionSummary]] = [
-        Column("execution", lambda row: short_id(row.execution_id), least=_WHOLE),
+        Column("execution", lambda row: short_id(row.execution_id), least=WHOLE),
         Column("began", lambda row: look.time(row.began_at), least=look.time_width),
         Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("tool", lambda row: ("└ " if row.parent_id else "") + plain(row.tool), least=8),
@@ -92,7 +97,7 @@ def execution_columns(look: Renderer, query: ExecutionQuery) -> list[Column[Exec
 def commit_columns(look: Renderer, query: CommitQuery) -> list[Column[CommitEntry]]:
     """Commits."""
     columns: list[Column[CommitEntry]] = [
-        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
+        Column("commit", lambda row: str(row.sequence), least=WHOLE, right=True),
         Column("time", lambda row: look.time(row.created_at), least=look.time_width),
         Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("actor", lambda row: plain(row.actor), least=8),
@@ -144,8 +149,8 @@ def state_columns(look: Renderer, is_many: bool = False) -> list[Column[Variable
         Column("variable", lambda row: plain(row.name), least=10),
         Column("type", lambda row: row.type, least=5),
         Column("value", lambda row: value_text(row.value, row.masked), least=12, most=200),
-        Column("v", lambda row: str(row.version), least=_WHOLE, right=True),
-        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
+        Column("v", lambda row: str(row.version), least=WHOLE, right=True),
+        Column("commit", lambda row: str(row.sequence), least=WHOLE, right=True),
         Column("since", lambda row: look.time(row.updated_at), least=look.time_width),
         Column("by", author, least=10),
         Column("why", lambda row: plain(row.reason or ""), least=6, most=80, is_rare=True),

@@ -33,6 +33,7 @@ from dspex_persist.state.conditions import holds
 from dspex_persist.state.errors import NotInHistoryError, UnsupportedError, VersionNotFoundError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded
 from dspex_persist.state.journal import attempts_of, check_name, error_text, find_execution
+from dspex_persist.state.lm_calls import Ended, LmUsage, LmUsageQuery, usage_of
 from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import REASON, Change, ChangeKind, ExecutionStatus, without_reason
 from dspex_persist.state.past.sessions import PastCommit, PastExecution, PastSession
@@ -126,11 +127,13 @@ class PastAudit(AuditSource):
         session = "" if is_glob(query.session) else query.session
         first = self.resolve(query.since, "since", session) if query.since else 0
         last = self.resolve(query.until, "until", session) if query.until else self.head()
+        any_query: Any = query
+        if isinstance(any_query, LmUsageQuery):
+            return cast(Page[T], self._usage_page(any_query, first, last, after, most))
         if after is not None and query.newest_first:
             last = min(last, after[0])
         elif after is not None:
             first = max(first, after[0] - 1)
-        any_query: Any = query
         match any_query:
             case HistoryQuery():
                 page: Page[Any] = self._history_page(any_query, first, last, after, most)
@@ -143,6 +146,21 @@ class PastAudit(AuditSource):
             case _:
                 raise UnsupportedError(f"queries of type {type(query).__name__}")
         return cast(Page[T], page)
+
+    def _usage_page(self, query: LmUsageQuery, first: int, last: int, after: Cursor | None, most: int) -> Page[LmUsage]:
+        """Return a page of sums, whose cursor is its place."""
+        is_wanted = _matcher(query.tool)
+        executions = (
+            Ended(past.session.id, each.execution_id, each.began.tool, each.ending.at, each.ended.recorded)
+            for past in self._matching(query.session)
+            for each in list(past.executions)
+            if each.ended is not None and each.ending is not None and first < each.ending.sequence <= last
+            if is_wanted(each.began.tool)
+        )
+        sums = usage_of(query, executions)
+        begin = 0 if after is None else after[0]
+        end = begin + most
+        return Page(sums[begin:end], (end,) if end < len(sums) else None)
 
     def _commit_page(
         self, query: CommitQuery, first: int, last: int, after: Cursor | None, most: int
