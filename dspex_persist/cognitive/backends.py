@@ -110,7 +110,9 @@ class Gate:
     def leave_tool(self) -> None:
         """End the passage that `enter_tool` began."""
         with self._changed:
-            self.tools.pop()
+            # In a forked child there is nothing to leave.
+            if self.tools:
+                self.tools.pop()
             self._changed.notify_all()
 
     @property

@@ -123,7 +123,7 @@ class Context(Transacting, Watchable, Ruled):
         **options: Any,
     ) -> None:
         self._prepare(session_id, actor, strict, record_lm)
-        self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
+        self._places = _checked_places(durable_at, remote_at)
         begin = self._begin(metadata, ttl_s, create)
         self._use(self._open(backend, create, tools, options))
         try:
@@ -183,7 +183,7 @@ class Context(Transacting, Watchable, Ruled):
     ) -> Self:
         self = cls.__new__(cls)
         self._prepare(session_id, actor, strict, record_lm)
-        self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
+        self._places = _checked_places(durable_at, remote_at)
         begin = self._begin(metadata, ttl_s, create)
         self._use(await asyncio.to_thread(self._open, backend, create, tools, options))
         try:
@@ -199,7 +199,7 @@ class Context(Transacting, Watchable, Ruled):
                 "session_id", "it must be a str, not a provider: the session comes first, Context(session_id, provider)"
             )
         self.session_id = f"ses_{secrets.token_hex(8)}" if session_id is None else session_id
-        self.strict = strict
+        self.strict = arguments.flag("strict", strict)
         self._record_lm = _records_lm(record_lm)
         self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
         self._closed = False
@@ -210,6 +210,7 @@ class Context(Transacting, Watchable, Ruled):
 
     def _open(self, place: Place, create: bool, tools: object, options: Mapping[str, Any]) -> Backend:
         check_place(place)
+        arguments.flag("create", create)
         # Opening a file would create it.
         if not create and not is_place_there(place):
             raise SessionNotFoundError(self.session_id)
@@ -562,6 +563,7 @@ class Context(Transacting, Watchable, Ruled):
             DependencyCycleError: The variable would depend on itself.
             UnsupportedError: The session is not in this process.
         """
+        self._check_open()
         Derives.of(self._backend.provider)
         inputs = arguments.texts("from_", from_)
         arguments.function("fn", fn)
@@ -648,6 +650,16 @@ class Context(Transacting, Watchable, Ruled):
         except DspexError as error:
             return f"{about} on {self._backend.place}: {type(error).__name__}>"
         return f"{about} on {self._backend.place}{': ' if infos else ''}{in_line(infos)}>"
+
+
+def _checked_places(
+    durable_at: str | os.PathLike[str] | None, remote_at: str | None
+) -> dict[str, str | os.PathLike[str] | None]:
+    if durable_at is not None and not isinstance(durable_at, str | os.PathLike):
+        raise InvalidArgumentError("durable_at", f"it must be a path, not {type(durable_at).__name__}")
+    if remote_at is not None:
+        arguments.text("remote_at", remote_at)
+    return {EMBEDDED: durable_at, BRIDGED: remote_at}
 
 
 def _checked_ttl(ttl_s: float) -> float:

@@ -10,10 +10,13 @@ from dspex_persist.cognitive.describing import History
 from dspex_persist.cognitive.records import VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
 from dspex_persist.cognitive.watching import Changes, Watchers
-from dspex_persist.state.errors import InvalidValueError
+from dspex_persist.state import arguments
+from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError
 
 T = TypeVar("T")
 
+_NO_TYPES: Final = (bool, bytes, complex, dict, float, int, list, set, str, tuple)
+"""Classes whose instances are often given instead of a type."""
 _PLAIN: Final = frozenset[type]({bool, int, float, str, list, dict})
 
 
@@ -51,6 +54,8 @@ class Variable(Runs, Generic[T]):
     """
 
     def __init__(self, owner: Owner, name: str, kind: type[T]) -> None:
+        if isinstance(kind, _NO_TYPES):
+            raise _no_kind(kind)
         self._owner = owner
         self.name = name
         self.kind = kind
@@ -163,14 +168,14 @@ class Variable(Runs, Generic[T]):
             Choice((self.name,)),
             filter,
             Pace(debounce_s, throttle_s),
-            include_initial=include_initial,
+            include_initial=arguments.flag("include_initial", include_initial),
             after=after,
             read=lambda record: self._read(read_value(self._owner.session_id, record)),
         )
 
     def _read(self, value: Any) -> T:
         kind: Any = self.kind
-        if kind in _PLAIN:
+        if _is_plain(kind):
             if type(value) is kind:
                 return value  # type: ignore[no-any-return]
             if kind is float and type(value) is int:
@@ -191,7 +196,7 @@ class Variable(Runs, Generic[T]):
     def _written(self, value: Any) -> Any:
         kind: Any = self.kind
         # A model is dumped by the verb that writes it.
-        return value if kind in _PLAIN or typed.is_model(kind) else _adapter(kind).dump_python(value, mode="json")
+        return value if _is_plain(kind) or typed.is_model(kind) else _adapter(kind).dump_python(value, mode="json")
 
     def __copy__(self) -> Self:
         return self
@@ -210,9 +215,27 @@ class Variable(Runs, Generic[T]):
         return f"<Variable {self.name!r} of {getattr(self.kind, '__name__', self.kind)}>"
 
 
-@lru_cache(256)
+def _is_plain(kind: object) -> bool:
+    return isinstance(kind, type) and kind in _PLAIN
+
+
+def _no_kind(kind: object) -> InvalidArgumentError:
+    reason = f"{_shown(kind)} is no type of values: give bool, int, float, str, list, dict, list[float], or a model"
+    return InvalidArgumentError("kind", reason)
+
+
 def _adapter(kind: Any) -> Any:
     # Imported here, because it takes time, and most handles are of plain types.
+    from pydantic.errors import PydanticUserError
+
+    try:
+        return _cached_adapter(kind)
+    except (PydanticUserError, TypeError, NameError):
+        raise _no_kind(kind) from None
+
+
+@lru_cache(256)
+def _cached_adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

@@ -1,8 +1,9 @@
 """The variables of a session as a mapping that behaves like a dict."""
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self, cast
 
+from dspex_persist.errors import DspexError
 from dspex_persist.state.errors import InvalidArgumentError, VariableNotFoundError
 
 
@@ -55,10 +56,17 @@ class Attributes:
         raise TypeError("the attributes of ctx.v cannot be copied or pickled: ctx.variables.copy() returns a dict")
 
     def __dir__(self) -> list[str]:
-        return [name for name in self._owner if name.isidentifier()]
+        try:
+            return [name for name in self._owner if name.isidentifier()]
+        except DspexError:
+            # Completion asks at any time.
+            return []
 
     def __repr__(self) -> str:
-        return f"<variables {', '.join(self._owner)}>"
+        try:
+            return f"<variables {', '.join(self._owner)}>"
+        except DspexError:
+            return f"<variables of {self._owner!r}>"
 
 
 class VariableMapping(MutableMapping[str, Any]):
@@ -103,6 +111,12 @@ class VariableMapping(MutableMapping[str, Any]):
         except VariableNotFoundError:
             return default
 
+    def pop(self, name: object, *default: Any) -> Any:
+        """Delete a variable and return its value; the default if there is no such variable, or else raise."""
+        if default and not isinstance(name, str):
+            return default[0]
+        return super().pop(cast(str, name), *default)
+
     def popitem(self) -> tuple[str, Any]:
         """Delete the variable that was defined last, and return its name and value."""
         everything = self.copy()
@@ -137,7 +151,7 @@ class VariableMapping(MutableMapping[str, Any]):
         try:
             merged = dict(changes, **more)
         except (TypeError, ValueError):
-            kind = type(changes).__name__
+            kind = "None" if changes is None else type(changes).__name__
             raise InvalidArgumentError("changes", f"it must be a mapping, such as a dict, not {kind}") from None
         self._owner._write_many(merged)
 
@@ -162,4 +176,8 @@ class VariableMapping(MutableMapping[str, Any]):
         return dict, (self.copy(),)
 
     def __repr__(self) -> str:
-        return repr(self.copy())
+        try:
+            return repr(self.copy())
+        except DspexError:
+            # A debugger shows it at any time, also when the context is closed.
+            return f"<variables of {self._owner!r}>"

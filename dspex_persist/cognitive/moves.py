@@ -123,7 +123,9 @@ def nowhere(needed: str, name: str) -> UnsupportedError:
 def _address_of(kind: str, place: str | os.PathLike[str]) -> str:
     """Return the address as a text, if it is one of a backend of that kind."""
     if not isinstance(place, str | os.PathLike):
-        raise InvalidArgumentError("place", f"it must be a str or a path, not {type(place).__name__}")
+        raise InvalidArgumentError(
+            "url" if kind == BRIDGED else "path", f"it must be a str or a path, not {type(place).__name__}"
+        )
     address = os.fspath(place)
     if kind == BRIDGED and not is_server(address):
         raise InvalidArgumentError(

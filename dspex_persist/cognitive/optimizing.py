@@ -10,8 +10,14 @@ from typing import Any, Final, NoReturn, Self
 
 from dspex_persist.cognitive.records import HistoryEntry, decode
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, pause, run, run_aio, verb
+from dspex_persist.errors import DspexError
 from dspex_persist.state import arguments, commands, model, values
-from dspex_persist.state.errors import NotOptimizingError, VariableLockedError
+from dspex_persist.state.errors import (
+    NotOptimizingError,
+    SessionNotFoundError,
+    VariableLockedError,
+    VariableNotFoundError,
+)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _PAGE: Final = 100
@@ -121,9 +127,11 @@ class Optimization(Runs):
         self._owner = owner
         self._session_id = session_id
         self.name = arguments.text("name", name)
-        self.optimizer_id = f"optimizer-{secrets.token_hex(4)}" if optimizer_id is None else optimizer_id
+        made_up = f"optimizer-{secrets.token_hex(4)}"
+        self.optimizer_id = made_up if optimizer_id is None else arguments.text("optimizer_id", optimizer_id)
         self.id = ""
-        self._config = {key: _text(entry) for key, entry in (config or {}).items()}
+        given = {} if config is None else arguments.mapping("config", config)
+        self._config = {key: _text(entry) for key, entry in given.items()}
         self._wait_s = arguments.seconds("wait_s", wait_s)
         self._force = arguments.flag("force", force)
         self._terms = Terms(optimizer_id=self.optimizer_id)
@@ -166,12 +174,18 @@ class Optimization(Runs):
             # It has ended in the meantime.
             return
 
-    def _end(self) -> Steps[None]:
+    def _end(self, error: BaseException | None) -> Steps[None]:
+        """Release the lock at the end of the block, whose own error was `error`."""
         try:
             yield from ask(commands.StopOptimization(self._session_id, self.name), self._terms)
-        except (NotOptimizingError, VariableLockedError):
-            # Its lease is over, or others have broken the lock; a report would have said so.
+        except (NotOptimizingError, VariableLockedError, VariableNotFoundError, SessionNotFoundError):
+            # Its lease is over, others have broken the lock, or there is nothing to lock any more; a report would have
+            # said so.
             return
+        except DspexError:
+            # The block's own error says what went wrong first; the lock ends with its lease.
+            if error is None:
+                raise
 
     @verb
     def report(self, iteration: int | None, value: object, metrics: Mapping[str, object] | None = None) -> Steps[int]:
@@ -246,7 +260,7 @@ class Optimization(Runs):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        run(self, self._end())
+        run(self, self._end(error))
 
     async def __aenter__(self) -> Self:
         return await run_aio(self, self._begin())
@@ -254,7 +268,7 @@ class Optimization(Runs):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await run_aio(self, self._end())
+        await run_aio(self, self._end(error))
 
     def __repr__(self) -> str:
         return f"<optimization of {self.name!r} by {self.optimizer_id!r}>"

@@ -15,11 +15,12 @@ import asyncio
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from functools import update_wrapper
 from typing import Any, Concatenate, Final, Generic, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import InvalidArgumentError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,6 +93,26 @@ class Runs(Protocol):
         """Carry out a step without blocking the event loop, and return its result."""
 
 
+_ARGUMENTS: Final[Mapping[str, str]] = {
+    "after_sequence": "after",
+    "from_variable": "name",
+    "identifier": "name",
+    "identifiers": "names",
+    "new_session_id": "session_id",
+    "target_version": "version",
+    "to_variable": "other",
+    "updates": "changes",
+}
+"""What verbs call the fields of commands that have another name."""
+
+
+def as_argument(error: BaseException) -> BaseException:
+    """Have an error about a field of a command name the argument of the verb; return it."""
+    if isinstance(error, InvalidArgumentError):
+        error.field = _ARGUMENTS.get(error.field, error.field)
+    return error
+
+
 def run_work(work: Work) -> Any:
     """Carry out work on this thread."""
     result = work.function(*work.arguments)
@@ -119,7 +140,7 @@ def run(owner: Runs, steps: Steps[R]) -> R:
             try:
                 result = run_step(step)
             except BaseException as error:  # noqa: BLE001 - the steps decide about it
-                step = steps.throw(error)
+                step = steps.throw(as_argument(error))
             else:
                 step = steps.send(result)
     except StopIteration as end:
@@ -136,7 +157,7 @@ async def run_aio(owner: Runs, steps: Steps[R]) -> R:
             try:
                 result = await run_step(step)
             except BaseException as error:  # noqa: BLE001 - the steps decide about it
-                step = steps.throw(error)
+                step = steps.throw(as_argument(error))
             else:
                 step = steps.send(result)
     except StopIteration as end:

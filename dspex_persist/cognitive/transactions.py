@@ -389,10 +389,8 @@ class Transacting(WithPrograms):
             reason: Why it writes.
             actor: Who writes.
         """
-        terms, most = self._terms_of(actor, reason), arguments.short_number("retries", retries)
-        if most < 0:
-            # The block would never run, and nobody would notice.
-            raise InvalidArgumentError("retries", f"{most} is below 0: 0 means one attempt")
+        # Below 0, the block would never run, and nobody would notice.
+        terms, most = self._terms_of(actor, reason), arguments.repetitions("retries", retries)
         for attempt in range(1, most + 2):
             transaction = Transaction(
                 self, terms, isolation, timeout_s, metadata, attempt=attempt, is_last=attempt > most

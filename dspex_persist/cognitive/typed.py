@@ -336,7 +336,7 @@ def define(
         value = typed.default(name) if value is UNSTATED else typed.instance(name, value)
         facts = {
             **arguments.mapping("metadata", metadata or {}),
-            **({} if description is None else {DESCRIPTION: description}),
+            **({} if description is None else {DESCRIPTION: arguments.text("description", description)}),
         }
         values.constraints_json(name, constraints)
         values.check_keywords(name, typed.type_name, constraints)

@@ -11,7 +11,7 @@ from dspex_persist.cognitive.handles import Variable
 from dspex_persist.cognitive.mapping import Attributes, VariableMapping
 from dspex_persist.cognitive.optimizing import Optimization, Status
 from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
-from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, run, verb, work
+from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, as_argument, ask, run, verb, work
 from dspex_persist.cognitive.watching import Watchers
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.errors import (
@@ -66,7 +66,8 @@ class Definition:
             text = typed.use(session_id, name, type(self.value), holder).constraints(self.constraints)
         facts = {} if self.metadata is None else self.metadata
         if self.description is not None:
-            facts = {**arguments.mapping("metadata", facts), DESCRIPTION: self.description}
+            described = arguments.text("description", self.description)
+            facts = {**arguments.mapping("metadata", facts), DESCRIPTION: described}
         return commands.RegisterVariable(session_id, name, type_name, encoded, text, facts)
 
 
@@ -195,7 +196,11 @@ class Variables(Runs):
         """Return the variable's value, or `default` if there is no variable of this name."""
         if not isinstance(name, str):
             return default
-        found = yield from ask(commands.GetVariables(self.session_id, (name,)))
+        try:
+            found = yield from ask(commands.GetVariables(self.session_id, (name,)))
+        except InvalidArgumentError as error:
+            error.field = "name"
+            raise
         record = found.variables.get(name)
         if record is not None and record.name in typed.names:
             return (yield from typed.read(self, record))
@@ -270,6 +275,7 @@ class Variables(Runs):
             StateError: The value is invalid, or the variable is locked.
         """
         terms = terms_of(actor, reason, idempotency_key)
+        arguments.flag("create", create)
         try:
             encoded = yield from self._encode(name, value)
             command = commands.SetVariable(
@@ -340,7 +346,7 @@ class Variables(Runs):
             VersionConflictError: Others wrote the variable during each of the attempts.
         """
         arguments.function("function", function, also_async=True)
-        terms, left = terms_of(actor, reason), arguments.short_number("retries", retries)
+        terms, left = terms_of(actor, reason), arguments.repetitions("retries", retries)
         while True:
             record = yield from ask(commands.GetVariable(self.session_id, name))
             value, version = decode(record), record.version
@@ -476,7 +482,7 @@ class Variables(Runs):
             VariableNotFoundError: There is no such variable.
             DependencyCycleError: It would depend on itself.
         """
-        for other in others:
+        for other in arguments.texts("others", others):
             yield from ask(commands.AddDependency(self.session_id, name, other, kind), terms_of(actor, reason))
 
     @verb
@@ -587,7 +593,10 @@ class Variables(Runs):
             raise AttributeError("the variables cannot be replaced: update them, or use |=")
 
     def __getitem__(self, name: str) -> Any:
-        record = self._run_step(commands.GetVariable(self.session_id, name))
+        try:
+            record = self._run_step(commands.GetVariable(self.session_id, name))
+        except InvalidArgumentError as error:
+            raise as_argument(error) from None
         return run(self, typed.read(self, record)) if record.name in typed.names else decode(record)
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -599,7 +608,11 @@ class Variables(Runs):
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        return bool(self._run_step(commands.GetVariables(self.session_id, (name,))).variables)
+        try:
+            return bool(self._run_step(commands.GetVariables(self.session_id, (name,))).variables)
+        except InvalidArgumentError as error:
+            error.field = "name"
+            raise
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -590,6 +590,9 @@ class Watchable:
             SessionNotFoundError: The session has ended.
             ContextClosedError: The context was closed.
         """
+        arguments.flag("include_initial", include_initial)
+        if after is not None:
+            arguments.sequence("after", after)
         if include_initial and after is not None:
             raise InvalidArgumentError("include_initial", "a watch that resumes with `after` has no initial values")
         choice, pace = Choice(names), Pace(debounce_s, throttle_s)

@@ -77,6 +77,14 @@ def short_number(field: str, argument: object) -> int:
     return integer
 
 
+def repetitions(field: str, argument: object) -> int:
+    """Return how often to repeat something at most: a number of 32 bits that is at least 0."""
+    integer = short_number(field, argument)
+    if integer < 0:
+        raise InvalidArgumentError(field, f"{integer} is below 0: 0 means one attempt")
+    return integer
+
+
 def version(field: str, argument: object) -> int:
     """Return a number of 32 bits that is at least 0."""
     integer = short_number(field, argument)

@@ -300,10 +300,10 @@ class TestMapping:
             (lambda v: v.define("x", object()), "no JSON form"),
             (lambda v: v.set("there", 1, metadata={"n": 1}), 'write "1"'),
             (lambda v: v.set("there", 1, expected_version="1"), "expected_version"),
-            (lambda v: v.rollback("there", "0"), "target_version"),
+            (lambda v: v.rollback("there", "0"), "invalid version"),
             (lambda v: v.history("there", "0"), "limit"),
             (lambda v: v.list(5), "pattern"),
-            (lambda v: v.get_many(5), "identifiers"),
+            (lambda v: v.get_many(5), "invalid names"),
         ],
     )
     def test_wrong_arguments_are_named(

@@ -14,6 +14,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     ExecutionEndedError,
     ExecutionNotFoundError,
+    ForkedProcessError,
     StateError,
     ToolFailedError,
     TransactionEndedError,
@@ -187,6 +188,8 @@ class LocalTransaction(Transaction):
             self._session.execution.check_running()
         except ExecutionEndedError:
             raise self._ended() from None
+        except ForkedProcessError:
+            raise ForkedProcessError("the transaction") from None
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `Transaction.submit`."""
@@ -208,6 +211,8 @@ class LocalTransaction(Transaction):
             return self._session.execution.run(command, origin)
         except ExecutionEndedError:
             raise self._ended() from None
+        except ForkedProcessError:
+            raise ForkedProcessError("the transaction") from None
 
     def _execute(self, command: commands.ExecuteTool, origin: Origin) -> Future[Any]:
         try:

@@ -1,7 +1,10 @@
 """Conversions between Python objects and JSON documents that several types share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from math import inf, isfinite
+from numbers import Number
+from pathlib import PurePath
 from typing import Any, Protocol, TypeGuard
 
 from dspex_persist.state.values.json_text import RefusedError, shorten, shown
@@ -15,6 +18,9 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ),
     ((set, frozenset), "make it a list, sorted if its order should be stable"),
     (complex, "make it a list of its real and imaginary parts"),
+    (Enum, "use its value"),
+    (PurePath, "convert it with str(...)"),
+    (Number, "convert it with float(...), or with str(...) to keep all digits"),
 )
 
 
@@ -130,4 +136,8 @@ def no_form(obj: object) -> str:
             return f"{kind} has no JSON form: {advice}"
     if hasattr(obj, "isoformat"):
         return f"{kind} has no JSON form: use its isoformat()"
+    if hasattr(obj, "total_seconds"):
+        return f"{kind} has no JSON form: use its total_seconds()"
+    if is_dataclass(obj) and not isinstance(obj, type):
+        return f"{kind} has no JSON form: use dataclasses.asdict(...), or a pydantic model"
     return f"{kind} has no JSON form: convert it to str, int, float, bool, list or dict"

@@ -227,6 +227,8 @@ def canonical(document: object) -> str:
     except RecursionError:
         raise RefusedError("nested too deep, or contains itself") from None
     except (TypeError, ValueError) as error:
+        if "integer string conversion" in str(error):
+            raise RefusedError(f"an integer of more than {INTEGER_DIGITS} digits has no JSON form") from None
         raise RefusedError(f"has no JSON form: {shorten(str(error))}") from None
 
 
