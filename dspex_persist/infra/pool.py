@@ -1,7 +1,7 @@
 """A pool of workers: each is lent to one call at a time, and is replaced when it fails. It knows no services.
 
 A call that runs in a worker may need another worker of the pool. Such nested calls go first. If every worker that is
-lent waits for nested calls, nobody would ever return one; the pool then starts a spare worker beyond its size.
+lent waits for nested calls, nobody would ever return one; the deepest call then gets a spare worker beyond the size.
 """
 
 import asyncio
@@ -38,6 +38,8 @@ _KEYS_MOST: Final = 10_000
 _EXIT_S: Final = 1.0
 _TRIAL_POLL_S: Final = 0.2
 _MEMORY_POLL_S: Final = 1.0
+# How long closing what belongs to a worker may take.
+_CLOSE_S: Final = 10.0
 
 _logger: Final = get_logger(__name__)
 
@@ -49,8 +51,8 @@ class PoolOptions:
     Attributes:
         size: How many workers the pool keeps.
         batch: How many are started at the same time.
-        queue_size: How many calls may wait for a worker.
-        queue_timeout_s: How long each of them may wait.
+        queue_size: How many calls may wait for a worker, and as many nested ones.
+        queue_timeout_s: How long each of them may wait. A nested one may also wait until a worker has started.
         call_timeout_s: How long a call may keep a worker, unless it has a limit of its own; None: without a limit.
         affinity: What happens when a call's key was last with a worker that is busy. hint: another one takes the call;
             strict_queue: the call waits for that one; strict_fail_fast: it is refused.
@@ -295,9 +297,9 @@ class _Waiter(Generic[C]):
     def __init__(self, number: int, key: str | None, parent: Lease[Any] | None) -> None:
         self.key = key
         self.parent = parent
-        depth = 0 if parent is None else parent.depth + 1
-        # The deepest nested call goes first: it ends before those that wait for it, so few spares are enough.
-        self.rank = (-depth, number)
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        # The deepest nested call goes first: it ends before those that wait for it.
+        self.rank = (-self.depth, number)
         self.turn: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
 
 
@@ -343,7 +345,8 @@ class WorkerPool(Generic[C]):
         self._keepers: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
-        self._starting = self._spares = 0
+        # Of the spares, `_coming` have not got ready yet.
+        self._starting = self._spares = self._coming = 0
         self._may_start = asyncio.Semaphore(self.options.batch)
         self._failures = 0
         self._last_failure = ""
@@ -521,19 +524,22 @@ class WorkerPool(Generic[C]):
         lease = member.lease = Lease(self, member, key, parent, deadline)
         self._idle.pop(member.worker.id, None)
         self._counts["requests"] += 1
-        if key is not None:
+        if key is not None and parent is None:
             self._bind(key, member)
         return lease
 
     async def _wait(self, waiter: _Waiter[C], deadline: float | None, timeout_s: float | None) -> _Member[C]:
         self._check_wait(waiter)
         queue_s = self.options.queue_timeout_s
+        if waiter.parent is not None:
+            # It may need a spare, whose start takes longer than a worker that is to become free.
+            queue_s += self._command.ready_timeout_s
         until = self._time() + queue_s
         if deadline is not None and deadline < until:
             until, queue_s = deadline, timeout_s or 0.0
         insort(self._waiters, waiter, key=lambda each: each.rank)
         _count_waiting(waiter.parent, 1)
-        self._start_spare()
+        self._use_spare()
         try:
             async with asyncio.timeout_at(until):
                 return await waiter.turn
@@ -550,6 +556,7 @@ class WorkerPool(Generic[C]):
             _count_waiting(waiter.parent, -1)
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+                self._use_spare()
             self._changed.set()
 
     def _is_gone(self, member: _Member[C]) -> bool:
@@ -567,9 +574,11 @@ class WorkerPool(Generic[C]):
     def _check_wait(self, waiter: _Waiter[C]) -> None:
         if not self._members and not self._starting and self._circuit.state == "open":
             raise self._failing()
-        if len(self._waiters) >= self.options.queue_size:
+        # Separately: calls that wait must not keep those from ending that have workers.
+        alike = sum((each.parent is None) is (waiter.parent is None) for each in self._waiters)
+        if alike >= self.options.queue_size:
             self._counts["saturated"] += 1
-            raise PoolSaturatedError(self.name, self.options.size, len(self._waiters))
+            raise PoolSaturatedError(self.name, self.options.size, alike)
         home = self._homes.get(waiter.key or "")
         if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
             self._counts["saturated"] += 1
@@ -580,15 +589,14 @@ class WorkerPool(Generic[C]):
         return PoolUnavailableError(self.name, f"{reason}. The last: {self._last_failure}")
 
     def _pick(self, waiter: _Waiter[C]) -> _Member[C] | None:
-        """The idle worker for a call, if there is one."""
-        is_nested = waiter.parent is not None
+        """The idle worker for a call, if there is one; no spare."""
         home = self._homes.get(waiter.key) if waiter.key is not None else None
         if home is not None:
-            if home.worker.id in self._idle and (is_nested or not home.spare):
+            if home.worker.id in self._idle:
                 return home
-            if self.options.affinity != "hint" and not is_nested and not home.over.done():
+            if self.options.affinity != "hint" and waiter.parent is None and not home.over.done():
                 return None
-        free = [member for member in self._idle.values() if is_nested or not member.spare]
+        free = [member for member in self._idle.values() if not member.spare]
         if not free:
             return None
         if waiter.key is None:
@@ -599,20 +607,25 @@ class WorkerPool(Generic[C]):
     def _dispatch(self) -> None:
         """Give free workers to the calls that wait."""
         for waiter in self._waiters[:] if self._idle else ():
-            member = self._pick(waiter)
+            # One that was cancelled may not know it yet.
+            member = None if waiter.turn.done() else self._pick(waiter)
             if member is not None:
-                del self._idle[member.worker.id]
-                self._waiters.remove(waiter)
-                waiter.turn.set_result(member)
+                self._give(member, waiter)
                 if not self._idle:
                     break
-        self._start_spare()
+        self._use_spare()
         self._changed.set()
+
+    def _give(self, member: _Member[C], waiter: _Waiter[C]) -> None:
+        del self._idle[member.worker.id]
+        self._waiters.remove(waiter)
+        waiter.turn.set_result(member)
 
     def _fail_waiters(self, error: PoolError) -> None:
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            waiter.turn.set_exception(error)
+            if not waiter.turn.done():
+                waiter.turn.set_exception(error)
 
     def _bind(self, key: str, member: _Member[C]) -> None:
         before = self._homes.pop(key, None)
@@ -715,7 +728,7 @@ class WorkerPool(Generic[C]):
         while len(self._ending) > self.options.size:
             await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _live(self, first: "asyncio.Future[None] | None", *, spare: bool) -> None:
+    async def _live(self, first: "asyncio.Future[None]", *, spare: bool) -> None:
         """Start a worker, and wait until it is over."""
         try:
             async with self._may_start:
@@ -726,9 +739,11 @@ class WorkerPool(Generic[C]):
                     self._starting -= 1
         except WorkerStartError as error:
             self._start_failed(error)
+            # Nested calls may have waited for it.
+            self._use_spare()
             return
         finally:
-            if first is not None and not first.done():
+            if not first.done():
                 first.set_result(None)
         try:
             self._dispatch()
@@ -753,6 +768,8 @@ class WorkerPool(Generic[C]):
             self._keep_task(self._ending, self._end(worker, contact))
             if isinstance(error, WorkerStartError | asyncio.CancelledError):
                 raise
+            if worker is None and isinstance(error, Exception):
+                raise WorkerStartError(worker_id, f"what it needs cannot be opened: {error}") from error
             tail = "" if worker is None else worker.tail
             if isinstance(error, TimeoutError):
                 limit = f"within {self._command.ready_timeout_s:g} s (pools.{self.name}.ready_timeout_s)"
@@ -818,7 +835,8 @@ class WorkerPool(Generic[C]):
                 await worker.stop()
         finally:
             try:
-                await contact.close()
+                async with asyncio.timeout(_CLOSE_S):
+                    await contact.close()
             except Exception as error:
                 self._logger.error("closing what belongs to a worker failed", exc_info=error)
 
@@ -859,23 +877,44 @@ class WorkerPool(Generic[C]):
         else:
             self._logger.info("a worker is replaced", why=reason, **fields)
 
-    def _start_spare(self) -> None:
-        """Start a worker beyond the size, if all that are lent wait for nested calls, of which one waits here."""
-        waiter = next((each for each in self._waiters if each.parent is not None), None)
-        if waiter is None or self._starting or self._spares >= self.options.nesting or self._state == "closed":
-            return
-        leases = [member.lease for member in self._members.values()]
-        if leases and all(lease is not None and lease.waiting for lease in leases):
-            self._spares += 1
-            # Counted at once, so that the next waiter does not start another one.
-            self._keep_task(self._keepers, self._live_spare())
+    def _use_spare(self) -> None:
+        """If all workers that are lent wait for nested calls, give the deepest of these that waits here a spare.
 
-    async def _live_spare(self) -> None:
+        It is deeper than what other spares do: otherwise it is not what the deepest lent worker waits for, and that one
+        gets a worker from another pool. So no two spares do calls of the same depth, and `nesting` spares are enough.
+        """
+        waiter = next((each for each in self._waiters if each.parent is not None and not each.turn.done()), None)
+        if waiter is None or self._state == "closed":
+            return
+        busy = [member for member in self._members.values() if member.worker.id not in self._idle]
+        if not all(member.lease is not None and member.lease.waiting for member in busy):
+            return
+        if any(member.spare and member.lease is not None and member.lease.depth >= waiter.depth for member in busy):
+            return
+        spare = next((member for member in self._idle.values() if member.spare), None)
+        if spare is not None:
+            self._give(spare, waiter)
+        elif busy and not self._starting and not self._coming and self._spares < self.options.nesting:
+            # Counted at once, so that the next waiter does not start another one.
+            self._spares += 1
+            self._coming += 1
+            came = asyncio.get_running_loop().create_future()
+            came.add_done_callback(self._came)
+            self._keep_task(self._keepers, self._live_spare(came))
+
+    async def _live_spare(self, came: "asyncio.Future[None]") -> None:
         try:
-            await self._live(None, spare=True)
+            await self._pause()
+            await self._live(came, spare=True)
         finally:
             self._spares -= 1
-            self._start_spare()
+            if not came.done():
+                came.set_result(None)
+
+    def _came(self, _: "asyncio.Future[None]") -> None:
+        """A spare is ready, or has failed. Another one may be needed."""
+        self._coming -= 1
+        self._use_spare()
 
     # --- Health
 
@@ -1039,7 +1078,7 @@ def _count_waiting(lease: Lease[Any] | None, change: int) -> None:
         lease = lease.parent
     if change > 0:
         for pool in pools:
-            pool._start_spare()
+            pool._use_spare()
 
 
 def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:

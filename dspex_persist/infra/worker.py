@@ -111,16 +111,17 @@ class Worker:
         self._port: asyncio.Future[int] = self._loop.create_future()
         self._ready_text = ""
         self._stopping: asyncio.Task[None] | None = None
-        self._outputs = [
-            Output("stdout", READY_LINE, self._ready, self._logger),
-            Output("stderr", READY_IN_LINE, self._ready, self._logger),
-        ]
+        self._outputs: list[Output] = []
         try:
+            for stream, ready in (("stdout", READY_LINE), ("stderr", READY_IN_LINE)):
+                self._outputs.append(Output(stream, ready, self._ready, self._logger))
             self._popen = self._start()
-        except BaseException:
+        except BaseException as error:
             for output in self._outputs:
                 output.started()
                 output.close()
+            if isinstance(error, OSError | ValueError):
+                raise WorkerStartError(self.id, f"the system starts no process: {error}") from error
             raise
         for output in self._outputs:
             output.started()
@@ -140,19 +141,16 @@ class Worker:
                 env[name] = self._filled(text, known)
         env.update(self._run.environment(self.id))
         stdout, stderr = (output.writer for output in self._outputs)
-        try:
-            return subprocess.Popen(
-                launched(argv),
-                env=env,
-                cwd=self._command.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                # Ctrl-C reaches only this process, which ends its workers, and all that they start.
-                process_group=0,
-            )
-        except (OSError, ValueError) as error:
-            raise WorkerStartError(self.id, f"the system starts no process: {error}") from error
+        return subprocess.Popen(
+            launched(argv),
+            env=env,
+            cwd=self._command.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            # Ctrl-C reaches only this process, which ends its workers, and all that they start.
+            process_group=0,
+        )
 
     def forked(self, *, quiet: bool) -> None:
         """See `forks.ForkListener`. The process is the parent's."""

@@ -25,7 +25,7 @@ from dspex_persist.infra.pool_errors import (
 )
 from tests.deadline import within
 from tests.infra.test_forks import in_child
-from tests.infra.test_helpers import await_gone, is_gone
+from tests.infra.test_helpers import is_gone
 from tests.infra.workers import Pool, background, hold, on_loop, run_limited, running, until
 from tests.logs import capture_logs
 
@@ -85,12 +85,10 @@ async def test_a_full_queue_and_one_that_takes_too_long_say_what_to_change() -> 
 @on_loop
 async def test_a_call_that_is_cancelled_while_it_waits_takes_no_worker() -> None:
     async with running(ONE) as pool:
-        release = asyncio.Event()
-        holding = await background(hold(pool, release), lambda: pool.statistics().busy == 1)
-        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
-        # In the same moment it gets the worker.
-        release.set()
-        await holding
+        async with pool.lend():
+            waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        # It has got the worker, but does not know yet.
+        assert pool.statistics().queued == 0
         waiting.cancel()
         await asyncio.wait({waiting})
         await until(lambda: pool.statistics().idle == 1)
@@ -160,6 +158,37 @@ async def test_nested_calls_never_deadlock_a_full_pool() -> None:
 
 
 @on_loop
+async def test_few_spares_are_enough_because_the_deepest_call_goes_first() -> None:
+    async with running(PoolOptions(size=2, queue_timeout_s=within(10))) as pool:
+
+        async def nest(depth: int, parent: Any = None) -> None:
+            async with pool.lend(parent=parent) as lease:
+                await asyncio.gather(*(nest(depth - 1, lease) for _ in range(2 if depth else 0)))
+
+        await asyncio.gather(*(nest(3) for _ in range(4)))
+        counted = pool.statistics()
+        assert (counted.spares, counted.started) == (3, 2 + 3)
+
+
+@on_loop
+async def test_nested_calls_have_a_queue_of_their_own() -> None:
+    async with running(PoolOptions(size=1, queue_size=1, queue_timeout_s=within(10))) as pool, pool.lend() as lease:
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        spare = await ask(pool, "ping", parent=lease)
+        assert spare != str(lease.pid)
+        assert not waiting.done()
+        waiting.cancel()
+
+
+@on_loop
+async def test_spares_that_do_not_start_are_tried_again_after_a_pause(tmp_path: Path) -> None:
+    flags = ("--exit-from", str(tmp_path / "starts"), "--exit-times", "3")
+    async with running(PoolOptions(size=1, backoff_s=0.05), *flags) as pool, pool.lend() as lease:
+        assert await ask(pool, "ping", parent=lease)
+        assert pool.statistics().start_failures == 3
+
+
+@on_loop
 async def test_two_pools_that_call_each_other_do_not_deadlock() -> None:
     options = PoolOptions(size=1, queue_timeout_s=within(10))
     async with running(options, name="a") as a, running(options, name="b") as b:
@@ -169,8 +198,45 @@ async def test_two_pools_that_call_each_other_do_not_deadlock() -> None:
                 await until(lambda: here.statistics().busy + there.statistics().busy >= 2)
                 async with there.lend(parent=outer) as inner, here.lend(parent=inner) as innermost:
                     await innermost.contact.ping()
+                    async with there.lend(parent=innermost) as last:
+                        await last.contact.ping()
 
-        await asyncio.gather(there_and_back(a, b), there_and_back(b, a))
+        both = [there_and_back(a, b), there_and_back(b, a)]
+        await asyncio.gather(*both, *(there_and_back(*pools) for pools in ((a, b), (b, a))))
+        assert max(a.statistics().spares, b.statistics().spares) <= 3
+
+
+@on_loop
+async def test_no_calls_of_three_pools_deadlock() -> None:
+    """Random trees of calls, some of which are given up."""
+    options = PoolOptions(size=1, nesting=4, queue_timeout_s=within(15))
+    async with running(options, name="a") as a, running(options, name="b") as b, running(options, name="c") as c:
+        random, pools, ended = Random(1), [a, b, c], Counter[str]()
+
+        async def nest(depth: int, parent: Any = None) -> None:
+            async with random.choice(pools).lend(parent=parent) as lease:
+                # The worker is well, although its call is given up.
+                lease.release_when(asyncio.sleep(0), within(1))
+                for _ in range(random.randrange(3)):
+                    await asyncio.sleep(0)
+                if depth:
+                    below = [asyncio.create_task(nest(depth - 1, lease)) for _ in range(random.randrange(4))]
+                    if below and random.random() < 0.2:
+                        await asyncio.sleep(random.random() / 100)
+                        below[0].cancel()
+                    for call in below:
+                        await asyncio.wait({call})
+                        ended["given up" if call.cancelled() else "ok"] += 1
+                        assert call.cancelled() or call.exception() is None
+
+        for _ in range(8):
+            await asyncio.gather(*(nest(4) for _ in range(4)))
+        assert ended["given up"] > 5
+        assert ended["ok"] > 50
+        for pool in pools:
+            assert pool.statistics().queue_timeouts == 0
+            assert pool.statistics().spares <= 4
+            assert pool.statistics().started == 1 + pool.statistics().spares
 
 
 @on_loop
@@ -348,7 +414,7 @@ async def test_a_worker_that_dies_while_it_is_idle_is_replaced_before_anybody_ge
         pid = int(await ask(pool, "ping"))
         os.kill(pid, signal.SIGKILL)
         # Without a turn of the event loop in between.
-        await_gone(pid)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
         assert await ask(pool, "ping") != str(pid)
         assert pool.statistics().crashed == 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -40,6 +41,12 @@ async def started(run: Run, how: WorkerCommand, **placeholders: str) -> AsyncIte
 
 def script(code: str, **options: Any) -> WorkerCommand:
     return WorkerCommand([sys.executable, "-I", "-S", "-c", code], **options)
+
+
+def next_descriptor() -> int:
+    descriptor = os.dup(0)
+    os.close(descriptor)
+    return descriptor
 
 
 def oom_score_of(pid: int) -> int:
@@ -137,6 +144,20 @@ async def test_a_working_directory_that_does_not_exist(run: Run) -> None:
 
 
 @on_loop
+async def test_a_process_without_descriptors_starts_no_worker_and_loses_none(run: Run) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for room in range(6):
+        lowest = next_descriptor()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + room, hard))
+        try:
+            with pytest.raises(WorkerStartError, match=r"the system starts no process: .*Too many open files"):
+                Worker(command(), run, "w-1", {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert next_descriptor() == lowest
+
+
+@on_loop
 async def test_a_worker_that_ignores_sigterm_is_killed(run: Run) -> None:
     with capture_logs() as events:
         async with started(run, command("--ignore-term", stop_timeout_s=0.1)) as worker:
@@ -159,11 +180,13 @@ async def test_a_stopped_worker_ends_by_sigterm(run: Run) -> None:
 async def test_what_a_worker_has_started_ends_with_it(run: Run) -> None:
     async with started(run, command()) as worker:
         await worker.ready()
-        children = [int(await ask(worker, kind)) for kind in ("child", "daemon")]
-        assert not any(map(is_gone, children))
+        child, daemon = [int(await ask(worker, kind)) for kind in ("child", "daemon")]
+        assert not is_gone(child)
         os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: is_gone(child))
+        assert not is_gone(daemon)
         await worker.stop()
-        await until(lambda: all(map(is_gone, children)))
+        await until(lambda: is_gone(daemon))
 
 
 @on_loop
