@@ -13,8 +13,11 @@ from dspex_persist.cognitive.dspy import (
     unbind,
 )
 from dspex_persist.cognitive.dspy.binding import BoundOption
+from dspex_persist.cognitive.dspy.carrying import TypeChange
+from dspex_persist.cognitive.dspy.module_types import VariableModule
 from dspex_persist.cognitive.dspy.program_loading import LoadReport
 from dspex_persist.cognitive.dspy.programs import Programs
+from dspex_persist.cognitive.dspy.resolver import ModuleVariableResolver
 from dspex_persist.cognitive.dspy.variable_aware import (
     VariableAware,
     VariableAwareChainOfThought,
@@ -40,6 +43,7 @@ __all__ = [
     "DamagedProgramError",
     "LmDivergence",
     "LoadReport",
+    "ModuleVariableResolver",
     "Playback",
     "PredictorDiff",
     "ProgramDiff",
@@ -53,6 +57,7 @@ __all__ = [
     "Programs",
     "RecordedLmError",
     "Recording",
+    "TypeChange",
     "UnexpectedLmCallError",
     "UnseenLmCallError",
     "VariableAware",
@@ -60,6 +65,7 @@ __all__ = [
     "VariableAwarePredict",
     "VariableAwareProgramOfThought",
     "VariableAwareReAct",
+    "VariableModule",
     "bind",
     "bindings",
     "create_variable_aware_program",

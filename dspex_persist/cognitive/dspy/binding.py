@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 from dspy import Adapter, BaseLM, Module
 
 from dspex_persist.cognitive.dspy import checks, enforcing, hook
+from dspex_persist.cognitive.dspy.module_types import OPTION
 from dspex_persist.cognitive.dspy.options import OPTIONS
 from dspex_persist.cognitive.dspy.paths import SELF, modules_in, predictors_in
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, Binding, binding_of, reading
@@ -37,7 +38,8 @@ def bind(
 
     The module stays what it is, with its names, its state and its identity; its copies have the same binding. It takes
     effect where the LM is called, after DSPy has merged all options. One outermost call of a bound module, or one
-    `batch`, uses the values of one moment. If the module was bound, this binding replaces the old one.
+    `batch`, uses the values of one moment. If the module was bound, this binding replaces the old one; only a variable
+    that says its `module_type` stays.
 
     Args:
         module: A DSPy module, such as a predictor or a whole program.
@@ -67,6 +69,9 @@ def bind(
         raise BindingError(f"ctx must be a context, not {type(ctx).__name__}")
     if precedence not in _PRECEDENCES:
         raise BindingError(f"precedence must be one of {', '.join(_PRECEDENCES)}, not {precedence!r}")
+    before = binding_of(program)
+    if before is not None and OPTION in before.options:
+        options.setdefault(OPTION, before.options[OPTION])
     there = _checked_per(program, {} if per is None else per)
     binding = Binding(
         ctx,

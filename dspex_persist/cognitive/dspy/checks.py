@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from dspy import ReAct
 
-from dspex_persist.cognitive.dspy import choosing
+from dspex_persist.cognitive.dspy import choosing, module_types
 from dspex_persist.cognitive.dspy.options import check
 from dspex_persist.cognitive.dspy.paths import SELF, modules_in, predictors_in
 from dspex_persist.cognitive.dspy.snapshots import Binding, Reading
@@ -32,6 +32,9 @@ def check_places(program: Any, binding: Binding) -> None:
             _check_predictor(path, module, option)
         elif option in choosing.ATTRIBUTES and not any(_agents(module, option)):
             kind = "a ReAct" if option == "tools" else "a module with max_iters, such as a ReAct"
+            raise BindingError(f"{option} is an option of {kind}, which {_at(path)} has not")
+        elif option == module_types.OPTION and not any(module_types.variable_modules(module)):
+            kind = "a module made by ModuleVariableResolver.create_module"
             raise BindingError(f"{option} is an option of {kind}, which {_at(path)} has not")
     if "model" in used and not binding.lms:
         raise BindingError("model chooses among LMs by name: say which, lms={name: lm}")
@@ -69,6 +72,9 @@ def check_values(program: Any, binding: Binding, readings: Mapping[str, Reading]
             choosing.named(option, variable, value, binding.lms)
         elif option == "adapter":
             choosing.named(option, variable, value, choosing.adapters_of(binding))
+        elif option == module_types.OPTION:
+            for _, each in module_types.variable_modules(module):
+                module_types.check_type(each, variable, value)
         elif option == "tools":
             for agent in _agents(module, option):
                 choosing.tools_named(variable, value, vars(agent)["tools"])

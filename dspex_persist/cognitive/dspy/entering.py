@@ -98,7 +98,7 @@ class Entry:
             if id(module) in frame.targets:
                 choices = _chosen(choices, frame.targets[id(module)], frame.binding, depth)
         if binding is not None and not (frames and frames[-1].module is module):
-            targets = _targets_of(binding, module) if binding.per else {}
+            targets = targets_of(binding, modules_in(module)) if binding.per else {}
             named = {option: Named(variable, module) for option, variable in binding.options.items()}
             choices = _chosen(choices, {**named, **targets.get(id(module), {})}, binding, len(frames))
             frames = (*frames, Frame(binding, module, targets))
@@ -142,12 +142,11 @@ def _chosen(
     return chosen
 
 
-def _targets_of(binding: Binding, program: Any) -> dict[int, dict[str, Named]]:
+def targets_of(binding: Binding, modules: list[tuple[str, Any]]) -> dict[int, dict[str, Named]]:
     """Return what `per` says about each module of a program; the longest path that leads to it counts most."""
     targets: dict[int, dict[str, Named]] = {}
-    paths = sorted(binding.per, key=len)
-    modules = modules_in(program)
     by_path = dict(modules)
+    paths = sorted((path for path in binding.per if path in by_path), key=len)
     for path, module in modules:
         options = {
             option: Named(variable, by_path[other])

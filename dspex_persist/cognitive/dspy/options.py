@@ -72,6 +72,7 @@ PROGRAM_OPTIONS: Final[Mapping[str, Kind]] = {
     "instructions": _TEXT,
     "max_iters": Kind("a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
     "model": _TEXT,
+    "module_type": _TEXT,
     "tools": Kind("a list of names", _are_texts),
 }
 """The options of predictors and other modules."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature as signature_of
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -12,6 +13,7 @@ from dspy.adapters.decision_state import DecisionState
 from dspy.signatures.signature import make_signature
 
 from dspex_persist.cognitive.dspy.binding import bind
+from dspex_persist.cognitive.dspy.module_types import INNER, OPTION, VariableModule, retyped, variable_modules
 from dspex_persist.cognitive.dspy.program_parts import FORWARD, ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
 from dspex_persist.cognitive.dspy.program_types import Classes
@@ -95,11 +97,13 @@ class Loading:
         self, saved: SavedProgram, version: int, program: dspy.Module, choices: "Choices", ctx: Variables | None
     ) -> None:
         self._saved = saved
-        self._parts = Parts(program)
         self._lms, self._adapters = choices
         self.report = LoadReport(version)
         # Attributes to set, which cannot fail any more.
         self._changes: list[tuple[Any, str, Any]] = []
+        self._retyped: dict[int, Mapping[str, Any]] = {}
+        self._retype(program)
+        self._parts = Parts(program, self._retyped)
         self._check_releases()
         self._check_modules()
         self._match_predictors()
@@ -129,6 +133,17 @@ class Loading:
         self.report.notes.append(text)
 
     # The whole
+
+    def _retype(self, program: dspy.Module) -> None:
+        """Have modules whose type a variable says be of the type that they had, whatever the variable has now."""
+        for path, module in variable_modules(program):
+            inner = INNER if path == ROOT else f"{path}.{INNER}"
+            saved = self._saved.modules.get(inner) or self._saved.predictors.get(inner)
+            if saved is not None:
+                name = saved.kind.rpartition(".")[2]
+                attributes = retyped(module, partial(_is_called, name))
+                self._retyped[id(module)] = attributes
+                self._changes.extend((module, each, value) for each, value in attributes.items())
 
     def _check_releases(self) -> None:
         saved, here = self._saved.dspy, dspy.__version__
@@ -395,7 +410,10 @@ class Loading:
             module = self._parts.modules.get(saved.path)
             if module is None:
                 continue  # Reported with the predictors.
-            if binding_of(module) is not None:
+            before = binding_of(module)
+            if before is not None and not (
+                isinstance(module, VariableModule) and before.names == (before.options.get(OPTION),)
+            ):
                 self._note(f"{_called(saved.path)} is bound to variables already, and stays so")
                 continue
             try:
@@ -419,6 +437,7 @@ class Loading:
                 arguments[argument] = {name: given[name] for name in chosen}
         # `bind` checks all, and binds a copy, as the module has to stay as it is.
         trial = copy(module)
+        vars(trial).update(self._retyped.get(id(module), {}))
         precedence = "default" if saved.is_default else "variable"
         bind(trial, ctx, per=saved.per or None, precedence=precedence, live=saved.live, **arguments)
         return binding_of(trial)
@@ -459,6 +478,10 @@ def _signature(signature: Any, saved: SavedSignature) -> Any:
         own.json_schema_extra = {**own.json_schema_extra, **extras.get(name, {})}
         fields[name] = (own.annotation, own)
     return make_signature(fields, saved.instructions, signature.__name__)
+
+
+def _is_called(name: str, module: dspy.Module) -> bool:
+    return kind_of(module).rpartition(".")[2] == name
 
 
 def _called(path: str) -> str:

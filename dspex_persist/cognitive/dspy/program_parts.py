@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import dspy
@@ -36,6 +36,10 @@ class Parts:
     Paths are those of `named_parameters()`. It leaves out what is inside of frozen modules (`_compiled`); that has the
     paths that it would have otherwise.
 
+    Args:
+        program: The program.
+        instead: By the `id` of a module, attributes that it is to be taken to have.
+
     Attributes:
         parameters: Predictors and other parameters, by path, in DSPy's order; those in frozen modules come last.
         frozen: The paths of those in frozen modules.
@@ -43,11 +47,11 @@ class Parts:
         modules: All modules by path; the program itself is "self".
     """
 
-    def __init__(self, program: dspy.Module) -> None:
+    def __init__(self, program: dspy.Module, instead: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         paths: dict[int, list[str]] = {}
         objects: dict[int, Any] = {}
         self.modules: dict[str, dspy.Module] = {}
-        for path, part in _walk("", program, ()):
+        for path, part in _walk("", program, (), instead or {}):
             if isinstance(part, Parameter):
                 objects[id(part)] = part
                 paths.setdefault(id(part), []).append(path or ROOT)
@@ -71,16 +75,18 @@ class Parts:
         return {path: part for path, part in self.parameters.items() if isinstance(part, dspy.Predict)}
 
 
-def _walk(path: str, part: Any, inside: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+def _walk(
+    path: str, part: Any, inside: tuple[int, ...], instead: Mapping[int, Mapping[str, Any]]
+) -> Iterator[tuple[str, Any]]:
     """Yield the parts that DSPy finds, which looks into lists and dicts but not into those in them, and frozen ones."""
     if id(part) in inside:
         return
     inside = (*inside, id(part))
     yield path, part
-    for name, each in vars(part).items():
+    for name, each in {**vars(part), **instead.get(id(part), {})}.items():
         if not (isinstance(part, Parameter) and name in _SKIPPED):
             for where, item in _items(f"{path}.{name}" if path else name, each):
-                yield from _walk(where, item, inside)
+                yield from _walk(where, item, inside, instead)
 
 
 def _items(path: str, attribute: Any) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ The scope of a call is in DSPy's settings, which is what DSPy's own threads inhe
 says. A scope never changes, so calls with different snapshots do not see each other.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextvars import Token
 from functools import lru_cache
@@ -132,6 +133,9 @@ Readings: TypeAlias = dict[tuple[int, str], Reading]
 """What was read, by the `id` of the context and the name of the variable."""
 
 
+_numbers: Final = itertools.count(1)
+
+
 class Snapshot:
     """What one outermost call has read.
 
@@ -140,16 +144,18 @@ class Snapshot:
             add theirs.
         ended: Whether the call has ended. Code that goes on afterwards keeps it, but the next call takes a new one.
         around: What the call is part of.
+        number: Its number in this process: those of later calls are greater.
         contexts: Those that were read. They are kept, because another one could get the `id` of one that is gone.
     """
 
-    __slots__ = ("around", "contexts", "ended", "readings")
+    __slots__ = ("around", "contexts", "ended", "number", "readings")
 
     def __init__(self, around: Surroundings) -> None:
         self.around = around
         self.readings: Readings = {}
         self.contexts: list[Variables] = []
         self.ended = False
+        self.number = next(_numbers)
 
 
 class Named(NamedTuple):

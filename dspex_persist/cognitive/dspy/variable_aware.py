@@ -19,7 +19,7 @@ from dspex_persist.state import commands
 
 _PREFIX: Final = "VariableAware"
 _COMMON: Final = ("temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
-_CHOSEN_BY_NAME: Final = ("model", "adapter")
+_CHOSEN_BY_NAME: Final = ("model", "adapter", "module_type")
 _OTHER_WORDS: Final = {"max_iterations": "max_iters"}
 """What options were called in DSPex, where no spelling leads from one to the other."""
 
@@ -307,7 +307,8 @@ def sync_dspy_parameters(module: Any, prefix: str = "", context: Variables | Non
 
     The variable `prefix` + option sets an option of the whole program, and `prefix` + path + "." + option that of the
     predictor at a path: with the prefix "qa_", `qa_temperature`, and `qa_extract.predict.temperature`. Options that
-    variables set already stay bound. It does not bind `model` and `adapter`, for which `bind` takes the choice.
+    variables set already stay bound. It does not bind `model`, `adapter` and `module_type`, which choose among what
+    this process has.
 
     Args:
         module: The program.
