@@ -162,6 +162,47 @@ def test_the_example_whose_temperature_another_process_turns(tmp_path: Path) -> 
     assert lines == ["asked at 0.2, asked at 0.2\n", "asked at 0.9, asked at 0.9\n"]
 
 
+def test_the_example_whose_module_type_another_process_changes(tmp_path: Path) -> None:
+    def turn(name: str, value: str) -> None:
+        with Context("retyped", f"grpc://{target_of(server)}") as ctx:
+            ctx[name] = json.loads(value)
+
+    with serve(tmp_path / "sessions.db") as server:
+        command = [sys.executable, "-W", "ignore", str(EXAMPLES / "retyped_program.py"), target_of(server)]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as program:
+            assert program.stdout is not None
+            assert program.stderr is not None
+            lines = [program.stdout.readline()]
+            for name, count in (("ChainOfThought", 4), ("ReAct", 3), ("Predict", 2)):
+                turn("strategy", json.dumps(name))
+                lines += [program.stdout.readline() for _ in range(count)]
+            turn("done", "true")
+            assert program.wait(within(30)) == 0
+            assert "this was not carried over: 1 demo of 'predict'" in program.stderr.read()
+    assert "".join(lines) == CHANGES
+
+
+CHANGES = """\
+Predict: asked for answer
+the module type has changed from 'Predict' to 'ChainOfThought' (strategy)
+- 1 demo of 'self', which is 'predict' now
+- note: demos of 'predict' have no 'reasoning'
+ChainOfThought: asked for reasoning, answer
+the module type has changed from 'ChainOfThought' to 'ReAct' (strategy)
+- not carried over: 1 demo of 'predict': there is no such predictor, only 'react', 'extract.predict'
+ReAct: asked for reasoning, answer
+the module type has changed from 'ReAct' to 'Predict' (strategy)
+Predict: asked for answer
+"""
+
+
+def test_the_part_on_module_types_prints_what_its_page_says(tmp_path: Path) -> None:
+    (program,) = [each for each in programs_of("docs/dspy.md") if "ModuleVariableResolver" in each.text]
+    assert run(program.text, tmp_path) == program.output
+
+
 def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None:
     here = tools_list("--tools", "examples.shop", cwd=ROOT)
     assert here.returncode == 0, here.stderr
