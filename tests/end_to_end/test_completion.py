@@ -349,6 +349,11 @@ def test_names_with_special_characters_are_what_the_command_gets(
     assert not (folder / "oops").exists()
 
 
+@pytest.mark.parametrize(
+    "shell",
+    ["bash", *(pytest.param(name, marks=pytest.mark.thorough) for name in SHELLS if name != "bash")],
+    indirect=True,
+)
 def test_names_of_a_server_in_a_terminal(
     shell: str, folder: Path, open_terminal: Callable[[], Terminal], tmp_path: Path
 ) -> None:
