@@ -170,6 +170,49 @@ async def test_few_spares_are_enough_because_the_deepest_call_goes_first() -> No
         assert (counted.spares, counted.started) == (3, 2 + 3)
 
 
+async def turns() -> None:
+    """Let everything on the event loop run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@on_loop
+async def test_no_spare_is_started_while_another_call_can_end() -> None:
+    async with running(PoolOptions(size=2, queue_timeout_s=within(10))) as pool:
+        release = asyncio.Event()
+        holding = await background(hold(pool, release), lambda: pool.statistics().busy == 1)
+        async with pool.lend() as lease:
+            nested = await background(ask(pool, "ping", parent=lease), lambda: pool.statistics().queued == 1)
+            await turns()
+            assert (pool.statistics().starting, pool.statistics().queued) == (0, 1)
+            release.set()
+            await holding
+            assert await nested != str(lease.pid)
+        assert pool.statistics().started == 2
+
+
+@on_loop
+async def test_no_second_spare_is_started_for_a_call_that_is_not_deeper() -> None:
+    options = PoolOptions(size=1, queue_timeout_s=within(10))
+    async with running(options, name="a") as a, running(options, name="b") as b:
+        release = asyncio.Event()
+        holding = await background(hold(b, release), lambda: b.statistics().busy == 1)
+
+        async def there(parent: Any) -> None:
+            async with a.lend(parent=parent) as lease:
+                await ask(b, "ping", parent=lease)
+
+        async with a.lend() as outer:
+            # The first has a spare, and waits for the other pool, which will go on.
+            first = await background(there(outer), lambda: b.statistics().queued == 1)
+            second = await background(there(outer), lambda: a.statistics().queued == 1 or b.statistics().queued == 2)
+            await turns()
+            assert (a.statistics().starting, a.statistics().spares) == (0, 1)
+            release.set()
+            await asyncio.gather(holding, first, second)
+        assert (a.statistics().spares, b.statistics().spares) == (1, 0)
+
+
 @on_loop
 async def test_nested_calls_have_a_queue_of_their_own() -> None:
     async with running(PoolOptions(size=1, queue_size=1, queue_timeout_s=within(10))) as pool, pool.lend() as lease:
@@ -186,6 +229,12 @@ async def test_spares_that_do_not_start_are_tried_again_after_a_pause(tmp_path: 
     async with running(PoolOptions(size=1, backoff_s=0.05), *flags) as pool, pool.lend() as lease:
         assert await ask(pool, "ping", parent=lease)
         assert pool.statistics().start_failures == 3
+    flags = ("--exit-from", str(tmp_path / "others"))
+    async with running(PoolOptions(size=1, backoff_s=within(60)), *flags) as pool, pool.lend() as lease:
+        nested = await background(ask(pool, "ping", parent=lease), lambda: pool.statistics().start_failures == 1)
+        await turns()
+        assert pool.statistics().starting == 0
+        nested.cancel()
 
 
 @on_loop
