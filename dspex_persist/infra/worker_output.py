@@ -18,6 +18,7 @@ _SLICE_S: Final = 0.05
 # Lines that the log takes at once, and how many more each second.
 _BURST: Final = 500
 _LINES_PER_S: Final = 50.0
+_REPORT_S: Final = 1.0
 
 _MARK: Final = b"GRPC_READY:"
 _PORT: Final = rb"GRPC_READY:([0-9]{1,5})"
@@ -59,7 +60,7 @@ class Output:
         self._is_cut = False
         self._tail = bytearray()
         self._allowed, self._refilled = float(_BURST), self._loop.time()
-        self._dropped = 0
+        self._dropped, self._reported = 0, self._loop.time()
         self._loop.add_reader(self._reader, self._read)
 
     def started(self) -> None:
@@ -152,7 +153,8 @@ class Output:
         if not self._may_log():
             self._dropped += 1
             return
-        self._report_dropped()
+        if self._refilled - self._reported >= _REPORT_S:
+            self._report_dropped()
         self._allowed -= 1
         text = line.decode(errors="replace").rstrip()
         if is_cut:
@@ -180,4 +182,4 @@ class Output:
     def _report_dropped(self) -> None:
         if self._dropped:
             self._logger.warning("a worker writes more than is logged; lines were left out", lines=self._dropped)
-            self._dropped = 0
+            self._dropped, self._reported = 0, self._refilled
