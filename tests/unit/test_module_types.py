@@ -14,7 +14,12 @@ import cloudpickle
 import pytest
 
 from dspex_persist import Context
-from dspex_persist.errors import BindingError, BoundValueError, InvalidArgumentError, VariableNotFoundError
+from dspex_persist.errors import (
+    BindingError,
+    BoundValueError,
+    InvalidArgumentError,
+    VariableNotFoundError,
+)
 from dspex_persist.state.abilities import Recordable
 from tests.deadline import within
 from tests.late import Late
@@ -504,6 +509,18 @@ def test_keeping_one_and_loading_it_when_the_variable_has_another_type(
     )
 
 
+def test_loading_where_the_type_is_not_registered(program: Any, ctx: Context, receiver: Receiver) -> None:
+    ctx["strategy"] = "ReAct"
+    program(question="x")
+    ctx.programs.save("qa", program)
+    ctx["strategy"] = "Predict"
+    resolver = ours.ModuleVariableResolver(ctx)
+    with pytest.raises(
+        ours.ProgramMismatchError, match=r"the program was a dspy\.ReAct, and no module type that is regist"
+    ):
+        ctx.programs.load("qa", lambda: resolver.create_module("strategy", SIGNATURE))
+
+
 def test_one_inside_a_program_that_is_kept(resolver: Any, ctx: Context, receiver: Receiver) -> None:
     class Whole(dspy.Module):
         def __init__(self) -> None:
@@ -568,6 +585,12 @@ def test_what_is_refused(program: Any, resolver: Any, ctx: Context, receiver: Re
     ctx["strategy"] = "Wrong"
     with pytest.raises(InvalidArgumentError, match=r"'Wrong' made a int, not a dspy\.Module"):
         program(question="x")
+    same = dspy.Predict(SIGNATURE)
+    resolver.register_module("Same", lambda _: same)
+    ctx["strategy"] = "Same"
+    program(question="x")
+    with pytest.raises(InvalidArgumentError, match="'Same' has made the same module before"):
+        resolver.create_module("strategy", SIGNATURE)
     with pytest.raises(BindingError, match=r"module_type is an option of a module made by .*create_module, which the"):
         ours.bind(dspy.Predict(SIGNATURE), ctx, module_type="strategy")
     with pytest.raises(BindingError, match="context must be a context, not str"):

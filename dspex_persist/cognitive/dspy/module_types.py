@@ -83,6 +83,8 @@ class ModuleTypes:
         if not isinstance(module, dspy.Module):
             reason = f"{name!r} made a {type(module).__name__}, not a dspy.Module"
             raise InvalidArgumentError("factory", reason)
+        if _TYPE in vars(module):
+            raise InvalidArgumentError("factory", f"{name!r} has made the same module before; it must make a new one")
         setattr(module, _TYPE, name)
         return module
 
@@ -218,22 +220,28 @@ class VariableModule(dspy.Module):  # type: ignore[misc]
         return target
 
 
-def retyped(module: VariableModule, is_wanted: Callable[[Any], bool]) -> Mapping[str, Any]:
-    """Return the attributes that make a module one of another type, of which `is_wanted` is true.
+def retyped(module: VariableModule, is_wanted: Callable[[type], bool]) -> Mapping[str, Any] | None:
+    """Return the attributes that make a module one of another type, of whose class `is_wanted` is true.
 
-    They are {} if it is of such a type, or if there is none.
+    They are {} if it is of such a type. None: there is no such type.
     """
     others = module._dspex_persist_others
-    if others is None or is_wanted(module.module):
+    if is_wanted(type(module.module)):
         return {}
+    if others is None:
+        return None
     for name in others.types.names:
+        factory = others.types.factory(name)
+        kind = factory.func if isinstance(factory, partial) else factory
+        if isinstance(kind, type) and not is_wanted(kind):
+            continue
         found = others.modules.get(name)
         inner = others.types.make(name, module.signature) if found is None else found.deepcopy()
-        if is_wanted(inner):
+        if is_wanted(type(inner)):
             state, before = state_of(inner), module.module_type
             modules, steps = {**others.modules, before: module.module}, {**others.steps, before: (name, state)}
             return {INNER: inner, "_dspex_persist_others": _Others(others.types, modules, steps, state)}
-    return {}
+    return None
 
 
 def _type_of(module: Any) -> str:
@@ -274,7 +282,9 @@ def _modules_with(program: Any, module: Any, inner: Any) -> tuple[str, list[tupl
 
 def _aimed(frame: Frame, module: Any, inner: Any) -> Frame:
     """Return a frame whose `per` leads to the modules in `inner`."""
-    _, modules = _modules_with(frame.module, module, inner)
+    inside, modules = _modules_with(frame.module, module, inner)
+    if not inside:
+        return frame
     return frame._replace(targets=targets_of(frame.binding, modules))
 
 

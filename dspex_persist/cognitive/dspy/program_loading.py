@@ -16,7 +16,7 @@ from dspex_persist.cognitive.dspy.binding import bind
 from dspex_persist.cognitive.dspy.module_types import INNER, OPTION, VariableModule, retyped, variable_modules
 from dspex_persist.cognitive.dspy.program_parts import FORWARD, ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
-from dspex_persist.cognitive.dspy.program_types import Classes
+from dspex_persist.cognitive.dspy.program_types import Classes, class_name
 from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, binding_of
 from dspex_persist.cognitive.programs.documents import (
@@ -142,6 +142,12 @@ class Loading:
             if saved is not None:
                 name = saved.kind.rpartition(".")[2]
                 attributes = retyped(module, partial(_is_called, name))
+                if attributes is None:
+                    self._differs(
+                        f"{_called(path)} was a {_brief(saved.kind)}, and no module type that is registered makes one: "
+                        "register_module"
+                    )
+                    continue
                 self._retyped[id(module)] = attributes
                 self._changes.extend((module, each, value) for each, value in attributes.items())
 
@@ -480,8 +486,8 @@ def _signature(signature: Any, saved: SavedSignature) -> Any:
     return make_signature(fields, saved.instructions, signature.__name__)
 
 
-def _is_called(name: str, module: dspy.Module) -> bool:
-    return kind_of(module).rpartition(".")[2] == name
+def _is_called(name: str, kind: type) -> bool:
+    return class_name(kind).rpartition(".")[2] == name
 
 
 def _called(path: str) -> str:
