@@ -33,7 +33,7 @@ TESTS_fast := tests/unit tests/architecture
 TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_local.py tests/contract/test_documented.py \
 	tests/contract/test_audit.py tests/contract/test_value_types.py tests/property/test_audit_model.py \
 	tests/property/test_audit_alike.py tests/property/test_restore.py tests/property/test_rules.py
-TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/contract/test_abilities.py tests/contract/test_alike.py \
+TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/contract/test_pooled.py tests/contract/test_abilities.py tests/contract/test_alike.py \
 	tests/contract/test_binding.py tests/contract/test_watching.py tests/property/test_watching.py \
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
@@ -56,7 +56,7 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 	tests/end_to_end/test_forks.py tests/end_to_end/test_large_values.py tests/end_to_end/test_lm_calls.py tests/end_to_end/test_programs.py tests/end_to_end/test_moves.py \
 	tests/end_to_end/test_moves_away.py \
 	tests/end_to_end/test_readme.py tests/end_to_end/test_refused_calls.py tests/end_to_end/test_remote_workers.py \
-	tests/end_to_end/test_pages.py tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_watchers.py \
+	tests/end_to_end/test_pages.py tests/end_to_end/test_pooled_tools.py tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_watchers.py \
 	tests/end_to_end/test_without_tools.py
 
 .PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs docs-serve

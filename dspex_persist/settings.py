@@ -183,6 +183,11 @@ class Settings(LimitSettings):
     tool_threads: Annotated[Count, Field(le=10_000)] = Field(
         64, description="Threads for tools; further calls wait. Asynchronous tools need none."
     )
+    workers: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=1_000)] = Field(
+        0,
+        description="Processes in which the tools run, so that they use several cores and cannot end the server "
+        "(docs/workers.md); 0: they run in the server.",
+    )
     remote_timeout_s: Seconds = Field(
         300.0, description="Timeout of a tool in another process, unless the tool or its caller sets one."
     )

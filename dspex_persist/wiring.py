@@ -25,7 +25,7 @@ from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.opening import Opening
-from dspex_persist.settings import Settings, SettingsError
+from dspex_persist.settings import CONFIG_VARIABLE, LimitSettings, Settings, SettingsError, variable_of
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
 from dspex_persist.state.limits import Limits
@@ -33,10 +33,13 @@ from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
+    from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
+    from dspex_persist.state.bridge.callbacks import Callbacks, Running
+    from dspex_persist.state.bridge.lending import Lending
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
     from dspex_persist.state.local import LocalState
@@ -52,6 +55,10 @@ SWITCH_INTERVAL_S: Final = 0.005
 _COLLECT_AFTER: Final = 20_000
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
 _ANSWER_FAILED_S: Final = 1.0
+# How long a worker lets code go on when the server ends it.
+_WORKER_GRACE_S: Final = 1.0
+_POOL: Final = "tools"
+_WORKERS_SETTINGS: Final = (*LimitSettings.model_fields, "max_message_bytes")
 # Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
 
@@ -387,9 +394,17 @@ def serve(settings: Settings) -> None:
         ListenError: The address is in use, or cannot be bound.
         StorageFailedError: The storage failed while the server was running.
     """
+    _check_listen(settings)
+    _quiet(settings)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings))
+
+
+def _quiet(settings: Settings) -> None:
+    """Configure the logs, and keep libraries from writing what nobody needs."""
     from dspex_persist.infra.log_output import configure_logs
 
-    _check_listen(settings)
     quiet_grpc()
     # With it, gRPC would restart its threads in processes that tools fork, on the server's sockets, and crash there.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -404,9 +419,63 @@ def serve(settings: Settings) -> None:
     logging.getLogger("grpc._cython.cygrpc").addFilter(
         lambda record: not str(record.msg).startswith("Invalid encoding")
     )
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
+def serve_worker(settings: Settings, callback: str) -> None:
+    """Run the tools in `settings` for the server that has started this process, until SIGTERM.
+
+    Prints `GRPC_READY:<port>` on stdout when it is ready; logs go to stderr.
+
+    Args:
+        settings: The tools, their threads, the limits, and where to listen.
+        callback: The address at which the server answers this process.
+
+    Raises:
+        SettingsError: The address can be reached from other machines.
+        ToolLoadError: There are no tools.
+        ListenError: The address is in use, or cannot be bound.
+    """
+    _check_listen(settings)
+    _quiet(settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings))
+        runner.run(_serve_worker(settings, callback))
+
+
+async def _serve_worker(settings: Settings, callback: str) -> None:
+    from dspex_persist.infra import server
+    from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+    from dspex_persist.state.bridge.status import status_of
+    from dspex_persist.state.bridge.worker_service import WorkerServicer
+    from dspex_persist.state.bridge.worker_session import Callback
+
+    end = _End(asyncio.get_running_loop(), "")
+    tools = _load_tools(settings)
+
+    def on_ready(port: int) -> None:
+        _spare_the_collector(had_tools=True)
+        streams.print_line(f"GRPC_READY:{port}")
+
+    with Callback(callback) as state:
+        servicer = WorkerServicer(state, tools, threads=settings.tool_threads, limits=limits_of(settings))
+        end.on_signals()
+        try:
+            await server.serve(
+                server.ServerOptions(
+                    settings.listen,
+                    max_message_bytes=int(settings.max_message_bytes),
+                    grace_s=_WORKER_GRACE_S,
+                    reflection=False,
+                ),
+                [server.Service(BRIDGE_SERVICE, servicer)],
+                status_of=status_of,
+                on_ready=on_ready,
+                stop=end.stop,
+                # The server decides what still runs.
+                belongs=lambda _: True,
+            )
+        finally:
+            interrupts.take_from_loop()
+            servicer.close()
 
 
 def _check_listen(settings: Settings) -> None:
@@ -434,12 +503,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 async def _serve(settings: Settings) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
+    here = Path.cwd()
     # Before the file is opened: importing them takes time, and may fail.
     tools = _load_tools(settings)
     # Opening locks the file. A second server on it fails here, before it binds its address.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, listen, engine, tools, end)
+        await _serve_bridge(settings, listen, engine, tools, end, here)
     finally:
         _close(engine, settings.db)
     if end.failure is not None:
@@ -504,11 +574,13 @@ def _close(provider: StateProvider, path: Path) -> None:
 
 
 async def _serve_bridge(
-    settings: Settings, listen: str, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End"
+    settings: Settings, listen: str, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End", here: Path
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.audit_service import AuditServicer
+    from dspex_persist.state.bridge.callbacks import Callbacks, Running
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+    from dspex_persist.state.bridge.lending import Lending
     from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.servicer import BridgeServicer
@@ -532,7 +604,10 @@ async def _serve_bridge(
         limits=limits,
     )
     home = asyncio.get_running_loop()
-    provider = WithTools(engine, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
+    lending = Lending(_POOL, limits) if settings.workers and tools else None
+    provider = WithTools(
+        engine, tools, threads=settings.tool_threads, limits=limits, remote=remote, pool=lending, home=home
+    )
     servicer = BridgeServicer(
         provider,
         heartbeat_s=settings.heartbeat_s,
@@ -551,8 +626,19 @@ async def _serve_bridge(
         auditor.drain()
         await servicer.drain()
 
+    def callbacks(worker: Running) -> Callbacks:
+        return Callbacks(worker, servicer, auditor)
+
     end.on_signals()
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        # Called in the opposite order.
+        stack.callback(auditor.close)
+        stack.callback(provider.interrupt)
+        stack.push_async_callback(remote.close)
+        # The process may go on, with handlers of its own.
+        stack.callback(interrupts.take_from_loop)
+        if lending is not None:
+            await stack.enter_async_context(_workers(settings, here, lending, callbacks))
         await server.serve(
             server.ServerOptions(
                 listen,
@@ -569,12 +655,63 @@ async def _serve_bridge(
             on_drain=drain,
             belongs=servicer.belongs,
         )
+
+
+@contextlib.asynccontextmanager
+async def _workers(
+    settings: Settings, here: Path, lending: "Lending", callbacks: "Callable[[Running], Callbacks]"
+) -> "AsyncIterator[None]":
+    """Keep the workers running in which the tools run.
+
+    Args:
+        settings: The tools, and how many workers.
+        here: The working directory, before the import of tools may have changed it.
+        lending: Is given the workers.
+        callbacks: Makes what answers a worker.
+    """
+    from dspex_persist.infra.orphans import Run
+    from dspex_persist.infra.pool import PoolOptions, WorkerPool
+    from dspex_persist.state.bridge.lending import WorkerContact
+
+    run = Run(str(here / settings.db))
+    try:
+        # It looks at every process of this machine.
+        await asyncio.to_thread(run.sweep)
+        pool = WorkerPool(
+            lending.name,
+            _worker_command(settings, here),
+            lambda worker: WorkerContact(worker, run.directory, callbacks, int(settings.max_message_bytes)),
+            run=run,
+            options=PoolOptions(size=settings.workers),
+        )
+        async with pool:
+            lending.use(pool)
+            yield
     finally:
-        # The process may go on, with handlers of its own.
-        interrupts.take_from_loop()
-        await remote.close()
-        provider.interrupt()
-        auditor.close()
+        await asyncio.to_thread(run.close)
+
+
+def _worker_command(settings: Settings, here: Path) -> "WorkerCommand":
+    """Return how a worker of ours is started: a new interpreter, which imports the tools by itself."""
+    from dspex_persist.infra.worker import WorkerCommand
+
+    tools = [word for name in settings.tools for word in ("--tools", name)]
+    record_lm = "--record-lm" if settings.record_lm else "--no-record-lm"
+    return WorkerCommand(
+        (
+            *(sys.executable, "-m", "dspex_persist", "worker", *tools, record_lm),
+            *("--tool-threads", str(settings.tool_threads)),
+            *("--listen", "unix:{socket}", "--callback", "{callback}"),
+        ),
+        "unix:{socket}",
+        env={
+            CONFIG_VARIABLE: os.devnull,
+            **{variable_of(name): str(int(getattr(settings, name))) for name in _WORKERS_SETTINGS},
+            variable_of("log_level"): settings.log_level,
+            variable_of("log_style"): "json",
+        },
+        cwd=here,
+    )
 
 
 def _spare_the_collector(*, had_tools: bool) -> None:

@@ -19,6 +19,7 @@ EPILOG = (
     "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
     "dspex-persist serve --listen 127.0.0.1:0 --limit watchers=500\n\n"
     "dspex-persist serve --tools shop.tools --tools shop.reports:daily\n\n"
+    "dspex-persist serve --tools shop.tools --workers 4\n\n"
 )
 
 
@@ -114,6 +115,7 @@ Tools = typer.Option(
     rich_help_panel=_TOOLS,
 )
 ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for tools that are not asynchronous.")
+Workers = _option(_TOOLS, "--workers", "NUMBER", "0", "Processes in which the tools run; 0: they run in the server.")
 RemoteTimeout = _option(_TOOLS, "--remote-timeout", "SECONDS", "300", "Default timeout of a tool in another process.")
 RecordLm = _option(
     _TOOLS, "--record-lm/--no-record-lm", None, "no", "Keep the LM calls of all tools in the journal; needs DSPy."
@@ -158,6 +160,7 @@ def serve(
     stall_timeout_s: Annotated[str | None, Stall] = None,
     tools: Annotated[list[str] | None, Tools] = None,
     tool_threads: Annotated[str | None, ToolThreads] = None,
+    workers: Annotated[str | None, Workers] = None,
     remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,
     record_lm: Annotated[bool | None, RecordLm] = None,
     limit: Annotated[list[str] | None, Limit] = None,

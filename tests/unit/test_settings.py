@@ -250,9 +250,9 @@ def _shown(default: object) -> str:
         return "none"
     if isinstance(default, bool):
         return str(default).lower()
-    if isinstance(default, int) and default % MIB == 0:
+    if isinstance(default, int) and default and default % MIB == 0:
         return f"{default // MIB}MiB"
-    if isinstance(default, int) and default % 1024 == 0:
+    if isinstance(default, int) and default and default % 1024 == 0:
         return f"{default // 1024}KiB"
     return f"{default:g}" if isinstance(default, float) else str(default)
 

@@ -214,7 +214,7 @@ class BridgedState(
         self, command: Command[Any], origin: Origin | None, execution_id: str | None, timeout_s: float | None = None
     ) -> Attempt:
         """Return the attempt to carry out a command, or raise `UnsupportedError`."""
-        rpc = BY_COMMAND.get(type(command))
+        rpc = self._rpc_of(command)
         if rpc is None:
             raise UnsupportedError(f"{command.cause} over the bridge")
         origin = origin or self.default_origin(command.cause)
@@ -230,6 +230,9 @@ class BridgedState(
             has_key=origin.idempotency_key is not None,
             before=cache.sending(command) if cache is not None else None,
         )
+
+    def _rpc_of(self, command: Command[Any]) -> Rpc[Any, Any] | None:
+        return BY_COMMAND.get(type(command))
 
     def _cache_of(self, cache: bool | int, max_age_s: float) -> ValueCache | None:
         if cache is False:

@@ -13,6 +13,7 @@ from dspex_persist.state.bridge.calls import Calls
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
 from dspex_persist.state.bridge.incoming import Call, Context
+from dspex_persist.state.bridge.lent import RAISED
 from dspex_persist.state.bridge.rpcs import tools as rpcs
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
@@ -95,7 +96,8 @@ class ToolRpcs(Calls):
         """Execute a tool, separately or as part of the execution that the call names. The latter streams no chunks."""
         within = call.header(EXECUTION_ID)
         if within is not None:
-            outcome = await self._runner.execute_within(within, request)
+            plainly = call.header(RAISED) is not None
+            outcome = await self._runner.execute_within(within, request, plainly=plainly)
         else:
             outcome = await self._runner.execute(request, emit, asker_id=call.header(ASKED_BY))
         if not outcome.success or self._logs_details:

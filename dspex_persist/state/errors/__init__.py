@@ -48,6 +48,8 @@ from dspex_persist.state.errors.tools import ExecutionConflictError as Execution
 from dspex_persist.state.errors.tools import ExecutionEndedError as ExecutionEndedError
 from dspex_persist.state.errors.tools import ExecutionNotFoundError as ExecutionNotFoundError
 from dspex_persist.state.errors.tools import MissingVariablesError as MissingVariablesError
+from dspex_persist.state.errors.tools import PoolSaturatedError as PoolSaturatedError
+from dspex_persist.state.errors.tools import QueueTimeoutError as QueueTimeoutError
 from dspex_persist.state.errors.tools import RemoteToolError as RemoteToolError
 from dspex_persist.state.errors.tools import SessionBusyError as SessionBusyError
 from dspex_persist.state.errors.tools import ToolArgumentError as ToolArgumentError
@@ -55,8 +57,11 @@ from dspex_persist.state.errors.tools import ToolExistsError as ToolExistsError
 from dspex_persist.state.errors.tools import ToolFailedError as ToolFailedError
 from dspex_persist.state.errors.tools import ToolInterruptedError as ToolInterruptedError
 from dspex_persist.state.errors.tools import ToolNotFoundError as ToolNotFoundError
+from dspex_persist.state.errors.tools import ToolPoolError as ToolPoolError
 from dspex_persist.state.errors.tools import ToolTimedOutError as ToolTimedOutError
 from dspex_persist.state.errors.tools import TransactionEndedError as TransactionEndedError
+from dspex_persist.state.errors.tools import WorkerExitedError as WorkerExitedError
+from dspex_persist.state.errors.tools import WorkerTimeoutError as WorkerTimeoutError
 from dspex_persist.state.errors.variables import DependencyCycleError as DependencyCycleError
 from dspex_persist.state.errors.variables import InvalidConstraintsError as InvalidConstraintsError
 from dspex_persist.state.errors.variables import InvalidValueError as InvalidValueError

@@ -136,3 +136,47 @@ class RemoteToolError(StateError):
     tool: str
     address: str
     reason: str
+
+
+class ToolPoolError(StateError):
+    """A tool could not run in a worker of a pool, or lost it; nothing was written. The root of such errors."""
+
+    template = "tool {tool!q}: {reason}"
+
+
+@dataclass(eq=False)
+class PoolSaturatedError(ToolPoolError):
+    """All workers of the pool are busy, and as many calls wait for one as may."""
+
+    error_code = "POOL_SATURATED"
+    retryable = True
+    tool: str
+    reason: str
+
+
+@dataclass(eq=False)
+class QueueTimeoutError(ToolPoolError):
+    """No worker of the pool became free in time."""
+
+    error_code = "QUEUE_TIMEOUT"
+    retryable = True
+    tool: str
+    reason: str
+
+
+@dataclass(eq=False)
+class WorkerTimeoutError(ToolPoolError):
+    """The worker did not finish the call within the time that its pool allows; nothing was written."""
+
+    error_code = "WORKER_TIMEOUT"
+    tool: str
+    reason: str
+
+
+@dataclass(eq=False)
+class WorkerExitedError(ToolPoolError):
+    """The worker ended, or was lost, while it ran the tool; nothing was written."""
+
+    error_code = "WORKER_EXIT"
+    tool: str
+    reason: str

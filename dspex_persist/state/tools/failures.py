@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from dspex_persist.infra.traces import remove_marks
-from dspex_persist.state.errors import RemoteToolError, StateError, ToolFailedError, ToolTimedOutError
+from dspex_persist.state.errors import (
+    RemoteToolError,
+    StateError,
+    ToolFailedError,
+    ToolPoolError,
+    ToolTimedOutError,
+    WorkerTimeoutError,
+)
 from dspex_persist.state.model import ExecutionStatus, Failure
 
 _MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
@@ -104,7 +111,7 @@ def reported_error(execution_id: str, raised: BaseException | None, failure: Fai
     It is the engine's own error, or a `ToolFailedError` with the type and text of what the tool's code raised. The
     traceback stays in the journal.
     """
-    if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
+    if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError | ToolPoolError):
         return raised
     if isinstance(raised, AbortedError):
         return ToolFailedError(execution_id, "its client has aborted it")
@@ -116,7 +123,8 @@ def status_of(error: BaseException) -> ExecutionStatus:
     """Return the status of an execution that ended with this error: timed out, aborted, or failed."""
     if isinstance(error, AbortedError):
         return ExecutionStatus.ABORTED
-    return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
+    timed_out = isinstance(error, ToolTimedOutError | WorkerTimeoutError)
+    return ExecutionStatus.TIMED_OUT if timed_out else ExecutionStatus.FAILED
 
 
 def _trace_of(error: BaseException) -> str:

@@ -120,6 +120,7 @@ class Invoker:
             yield
         finally:
             place.discard(session)
+            session.returned()
 
     def _warn_of_wait(self, session: ToolSession) -> None:
         """Log that an execution has been waiting to run, at most once in `_LONG_WAIT_S` seconds."""

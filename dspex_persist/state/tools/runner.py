@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from dspex_persist.infra.mailbox import Reply
@@ -30,6 +30,7 @@ from dspex_persist.state.errors import (
     MissingVariablesError,
     SessionBusyError,
     SessionNotFoundError,
+    StateError,
     ToolArgumentError,
     ToolNotFoundError,
     ToolTimedOutError,
@@ -154,6 +155,10 @@ class ToolRunner:
         """Return a running execution; `ExecutionNotFoundError` if no such one is running."""
         return self._session_of(execution_id).execution
 
+    def session_of(self, execution_id: str) -> ToolSession:
+        """Return the session of a running execution; raises as `find` does."""
+        return self._session_of(execution_id)
+
     def is_running(self, execution_id: str) -> bool:
         """Whether `find` would find it."""
         return execution_id in self._running
@@ -241,12 +246,14 @@ class ToolRunner:
         stated = state.session.metadata.get(CONCURRENCY)
         return Concurrency.strictest(concurrency, Concurrency(stated) if stated else None)
 
-    async def execute_within(self, execution_id: str, request: ToolRequest) -> ToolOutcome:
+    async def execute_within(self, execution_id: str, request: ToolRequest, *, plainly: bool = False) -> ToolOutcome:
         """Execute a tool as part of a running execution, on behalf of the process that runs that one.
 
         Args:
             execution_id: The running execution.
             request: What to execute.
+            plainly: Whether the outcome has an error of the engine as it was raised, as in the same process, and not
+                as the failure of a tool.
 
         Raises:
             ExecutionNotFoundError: No such execution is running.
@@ -262,7 +269,8 @@ class ToolRunner:
             return ToolOutcome(None, None, error, error.error_code, execution_id)
         except Exception as error:  # noqa: BLE001 -- users' code: the caller gets whatever it raises
             raised, failure = raised_of(error)
-            reported = reported_error(execution_id, raised, failure)
+            is_plain = plainly and isinstance(raised, StateError)
+            reported = cast(StateError, raised) if is_plain else reported_error(execution_id, raised, failure)
             return ToolOutcome(status_of(raised), None, reported, reported.error_code, execution_id)
         return ToolOutcome(
             ExecutionStatus.COMMITTED,

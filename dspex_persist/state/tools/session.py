@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import replace
@@ -139,7 +139,7 @@ class ToolSession:
         self.done: asyncio.Future[ToolOutcome | None] | None = None
         self._host = host
         # Generators are made on first use, because seeding one takes longer than a short tool.
-        self._seed = seed
+        self.seed = seed
         self._random: Random | None = None
         self._uuids: Random | None = None
         self._began = time.monotonic()
@@ -160,6 +160,11 @@ class ToolSession:
         return self._host.store
 
     @property
+    def limits(self) -> Limits:
+        """The limits of values and journals."""
+        return self._host.limits
+
+    @property
     def is_durable(self) -> bool:
         """Whether the session outlives the process that has it."""
         return isinstance(self._host.store, Durable)
@@ -174,7 +179,7 @@ class ToolSession:
         """A generator of random numbers with the execution's recorded seed."""
         with self.execution.overlay.lock:
             if self._random is None:
-                self._random = Random(f"{self._seed}:random")
+                self._random = Random(f"{self.seed}:random")
             return self._random
 
     def run(self, command: Command[R], *, reason: str | None = None) -> R:
@@ -194,6 +199,16 @@ class ToolSession:
         """
         self.execution.check_can_publish(identifier)
         encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
+        return self._publish(identifier, encoded, metadata, reason)
+
+    def publish_encoded(
+        self, identifier: str, encoded: Value, metadata: Mapping[str, str] | None = None, *, reason: str | None = None
+    ) -> int:
+        """Do the same as `publish`, with a value that is encoded already."""
+        self.execution.check_can_publish(identifier)
+        return self._publish(identifier, encoded, metadata, reason)
+
+    def _publish(self, identifier: str, encoded: Value, metadata: Mapping[str, str] | None, reason: str | None) -> int:
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
         published = self._host.store.submit(command, self._origin_for(reason)).result()
         self.execution.take_published(published)
@@ -214,7 +229,7 @@ class ToolSession:
         """Return a new UUID, drawn with the execution's recorded seed."""
         with self.execution.overlay.lock:
             if self._uuids is None:
-                self._uuids = Random(f"{self._seed}:uuid")
+                self._uuids = Random(f"{self.seed}:uuid")
             return UUID(int=self._uuids.getrandbits(128), version=4)
 
     def log(self, message: str, **fields: object) -> None:
@@ -254,6 +269,25 @@ class ToolSession:
         if self.journal_bytes > limit:
             what = "size of what the execution logged and recorded, in bytes,"
             raise LimitExceededError(what, self.journal_bytes, limit, "journal_size_bytes")
+
+    def take(self, log: Iterable[LogEntry], times: Iterable[datetime], recorded: Mapping[str, list[Any]]) -> None:
+        """Take into the journal what the code has logged, asked for and recorded in another process.
+
+        Raises:
+            LimitExceededError: The journal becomes too large.
+        """
+        lines, moments = list(log), list(times)
+        with self.execution.overlay.lock:
+            self._log += lines
+            self._times += moments
+            for kind, entries in recorded.items():
+                self._recorded.setdefault(kind, []).extend(entries)
+        texts = [line.message + json.dumps(line.fields) for line in lines]
+        texts += [json.dumps(entry) for entries in recorded.values() for entry in entries]
+        self._count(8 * len(moments) + sum(_LINE_BYTES + len(text) for text in texts))
+
+    def returned(self) -> None:
+        """Called when the code has returned, even if nobody waits for it any more."""
 
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
         """Run another tool in the same transaction; returns its result or, on an event loop, an awaitable of it."""

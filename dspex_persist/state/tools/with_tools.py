@@ -30,6 +30,7 @@ from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
 from dspex_persist.state.tools.local import local_tools
+from dspex_persist.state.tools.pooled import PoolPort, pooled_tools
 from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
 from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
@@ -52,6 +53,7 @@ class WithTools(Around, StreamsTools, Transacts):
         threads: How many tools without `async` run at a time.
         limits: The limits of results and journals; use those of the provider.
         remote: Calls the tools that workers have registered for their sessions; without it these cannot be executed.
+        pool: Where the code of the tools runs; by default in this process.
         home: The event loop that runs the executions and their timeouts; by default a separate loop on a thread.
 
     Raises:
@@ -66,6 +68,7 @@ class WithTools(Around, StreamsTools, Transacts):
         threads: int = TOOL_THREADS,
         limits: Limits | None = None,
         remote: RemotePort | None = None,
+        pool: PoolPort | None = None,
         home: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         check_count("tool_threads", threads)
@@ -77,7 +80,7 @@ class WithTools(Around, StreamsTools, Transacts):
         self.runner = ToolRunner(
             provider,
             self._home,
-            local_tools(tools or {}, self._invoker),
+            local_tools(tools or {}, self._invoker) if pool is None else pooled_tools(tools or {}, self._invoker, pool),
             registered=lambda tool: RemoteTool(tool, remote, limits),
             limits=limits,
         )

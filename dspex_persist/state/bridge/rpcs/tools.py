@@ -19,12 +19,16 @@ from dspex_persist.state.errors import (
     ExecutionConflictError,
     InvalidArgumentError,
     InvalidValueError,
+    PoolSaturatedError,
+    QueueTimeoutError,
     RemoteToolError,
     StateError,
     ToolArgumentError,
     ToolFailedError,
     ToolInterruptedError,
     ToolTimedOutError,
+    WorkerExitedError,
+    WorkerTimeoutError,
     quote,
 )
 from dspex_persist.state.limits import Limits
@@ -35,6 +39,10 @@ from dspex_persist.state.unit_of_work import UnitOfWork
 _STATUSES: Final[Mapping[str, ExecutionStatus]] = {
     ToolFailedError.error_code: ExecutionStatus.FAILED,
     RemoteToolError.error_code: ExecutionStatus.FAILED,
+    PoolSaturatedError.error_code: ExecutionStatus.FAILED,
+    QueueTimeoutError.error_code: ExecutionStatus.FAILED,
+    WorkerExitedError.error_code: ExecutionStatus.FAILED,
+    WorkerTimeoutError.error_code: ExecutionStatus.TIMED_OUT,
     ExecutionConflictError.error_code: ExecutionStatus.CONFLICT,
     ToolTimedOutError.error_code: ExecutionStatus.TIMED_OUT,
     ToolInterruptedError.error_code: ExecutionStatus.INTERRUPTED,
@@ -82,13 +90,14 @@ def _execute_command(request: Any, call: Call) -> commands.ExecuteTool:
     return commands.ExecuteTool(
         request.session_id,
         request.tool_name,
-        _parameters(request, call.limits),
+        parameters_of(request, call.limits),
         call.metadata(request.metadata),
         call.seconds_left(),
     )
 
 
-def _parameters(request: Any, limits: Limits) -> dict[str, Value]:
+def parameters_of(request: Any, limits: Limits) -> dict[str, Value]:
+    """Return the parameters in a request to execute a tool; `ToolArgumentError` if one is not a value."""
     tool, wires, binaries = request.tool_name, request.parameters, _binaries(request)
     for name in binaries:
         if name not in wires:

@@ -62,6 +62,17 @@ def _set_request(command: commands.SetVariable) -> Message:
     )
 
 
+def publish_request(command: commands.PublishVariable) -> Message:
+    """Return the request of SetVariable for what an execution publishes, at a worker's address."""
+    return pb.SetVariableRequest(
+        session_id=command.session_id,
+        variable_identifier=command.identifier,
+        value=_untyped(command.value),
+        metadata=command.metadata,
+        binary_value=command.value.binary or b"",
+    )
+
+
 def _set_headers(command: commands.SetVariable) -> dict[str, str]:
     expected = command.expected_version
     return {} if expected is None or expected < 0 else {EXPECTED_VERSION: str(expected)}

@@ -1,0 +1,175 @@
+"""Callbacks: the private address at which the server answers one worker. Contains no rules.
+
+What arrives there is part of an execution that the worker is lent to. A worker that runs nothing gets no answer, so
+that nothing can be written after the end of an execution.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+from dspex_persist.infra import server
+from dspex_persist.state.bridge.audit_service import AuditServicer
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, value_of
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import ACTOR, BINARY, EXECUTION_ID, REASON, SOURCE
+from dspex_persist.state.bridge.incoming import Context, RequestHeaders
+from dspex_persist.state.bridge.lent import KIND, PUBLISH, take_entries
+from dspex_persist.state.bridge.rpcs import beside
+from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
+from dspex_persist.state.bridge.servicer import BridgeServicer
+from dspex_persist.state.bridge.status import status_of
+from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
+from dspex_persist.state.model import Source
+from dspex_persist.state.tools.session import ToolSession
+
+_OF_SESSIONS: Final = ("InitializeSession", "CleanupSession", "Heartbeat", "RegisterTools")
+"""Rpcs that a worker may not call: sessions are their clients', and the server knows its tools."""
+
+Method = Callable[[Any, Context], Awaitable[Any]]
+
+
+class Running(Protocol):
+    """The worker whose callbacks are answered."""
+
+    @property
+    def executions(self) -> Mapping[str, ToolSession]:
+        """The sessions of the executions that it runs, by id: the one it is lent to comes first."""
+
+
+class _Within:
+    """A call as part of an execution: what it does not say itself is said for it."""
+
+    def __init__(self, context: Context, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
+        self._context = context
+        self._metadata = metadata
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return self._metadata
+
+    def time_remaining(self) -> None:
+        """Nothing limits a call within an execution but the limits of that."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class Callbacks:
+    """Serves one worker at an address of its own. Used on one event loop.
+
+    Args:
+        worker: The worker.
+        bridge: Answers the calls of the bridge protocol.
+        audit: Answers those of the second service.
+    """
+
+    def __init__(self, worker: Running, bridge: BridgeServicer, audit: AuditServicer) -> None:
+        self._worker = worker
+        self._bridge = bridge
+        self._audit = audit
+        self._stop = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
+
+    async def serve(self, listen: str, max_message_bytes: int) -> int:
+        """Serve at an address until `close`; returns the port, or 0 for a Unix socket.
+
+        Raises:
+            ListenError: The address is not available.
+        """
+        ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
+        self._serving = asyncio.create_task(
+            server.serve(options, self._services(), status_of=status_of, on_ready=ready.set_result, stop=self._stop)
+        )
+        await asyncio.wait((ready, self._serving), return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            self._serving.result()
+        return ready.result()
+
+    async def close(self) -> None:
+        """Answer no more."""
+        self._stop.set()
+        if self._serving is not None:
+            await asyncio.wait((self._serving,))
+
+    def _services(self) -> list[server.Service]:
+        own: dict[str, Method] = {"SetVariable": self._set_variable, "RecordInputs": self._record_inputs}
+        own |= {name: self._refusal(name) for name in _OF_SESSIONS}
+        bridge, audit = _Methods(), _Methods()
+        for method in BRIDGE_SERVICE.methods:
+            run = own.get(method.name) or getattr(self._bridge, method.name, None)
+            if run is not None:
+                setattr(bridge, method.name, self._within(run))
+        for name in (*(rpc.name for rpc in beside.RPCS), "RecordInputs"):
+            setattr(audit, name, self._within(own.get(name) or getattr(self._audit, name)))
+        return [server.Service(BRIDGE_SERVICE, bridge), server.Service(AUDIT_SERVICE, audit)]
+
+    def _within(self, run: Method) -> Method:
+        async def method(request: Any, context: Context) -> Any:
+            return await run(request, self._context(context))
+
+        return method
+
+    def _context(self, context: Context) -> Any:
+        metadata = tuple(context.invocation_metadata() or ())
+        sent = {key.removesuffix(BINARY): content for key, content in metadata}
+        session = self._session(sent.get(EXECUTION_ID))
+        origin = session.origin
+        added = {EXECUTION_ID: session.execution_id, SOURCE: Source.PYTHON.value}
+        texts = {ACTOR: origin.actor, REASON: origin.reason}
+        return _Within(
+            context,
+            (
+                *metadata,
+                *((name, text) for name, text in added.items() if name not in sent),
+                *((name + BINARY, text.encode()) for name, text in texts.items() if text and name not in sent),
+            ),
+        )
+
+    def _session(self, execution_id: object) -> ToolSession:
+        running = self._worker.executions
+        session = next(iter(running.values()), None) if execution_id is None else running.get(str(execution_id))
+        if session is None:
+            raise ExecutionNotFoundError(str(execution_id or "(none: the worker runs no tool)"))
+        return session
+
+    def _running_session(self, context: Context) -> ToolSession:
+        session = self._session(RequestHeaders(context).find(EXECUTION_ID))
+        session.execution.check_running()
+        return session
+
+    # What differs from the server's own address
+
+    async def _set_variable(self, request: pb.SetVariableRequest, context: Context) -> Any:
+        headers = RequestHeaders(context)
+        if headers.find(PUBLISH) is None:
+            # Given to the class by a decorator.
+            return await self._bridge.SetVariable(request, context)  # type: ignore[attr-defined]
+        session = self._running_session(context)
+        name = request.variable_identifier
+
+        def publish() -> int:
+            value = value_of(name, request.value, request.binary_value, session.limits)
+            return session.publish_encoded(name, value, dict(request.metadata), reason=headers.find(REASON))
+
+        return pb.SetVariableResponse(success=True, new_version=await asyncio.to_thread(publish))
+
+    async def _record_inputs(self, request: audit_pb.RecordInputsRequest, context: Context) -> Any:
+        session = self._running_session(context)
+        if request.kind != KIND:
+            return await self._audit.RecordInputs(request, context)
+        for text in request.entries_json:
+            take_entries(session, text)
+        return audit_pb.RecordInputsResponse()
+
+    @staticmethod
+    def _refusal(rpc: str) -> Method:
+        async def refuse(_request: object, _context: Context) -> None:
+            raise UnsupportedError(f"{rpc} by a worker, at its own address")
+
+        return refuse
+
+
+class _Methods:
+    """The methods of a service, by the names of its rpcs."""
