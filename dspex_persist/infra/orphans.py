@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -29,6 +30,7 @@ WORKER: Final = "DSPEX_WORKER"
 """The environment variable of a worker with its id."""
 
 _OWNER: Final = "owner"
+_DIRECTORY: Final = re.compile("dspex-[0-9a-f]{16}-[0-9a-f]{16}")
 _ROUNDS: Final = 10
 _LONGEST_NAME: Final = 32
 
@@ -111,6 +113,8 @@ class Run:
     def sweep(self) -> list[int]:
         """End what older runs of the subject have left, if the process that started it has ended.
 
+        Directories of all runs whose process has ended are removed: nobody may come for those of other subjects.
+
         Blocks while it looks at all processes; call it once, before workers are started.
 
         Returns:
@@ -119,8 +123,8 @@ class Run:
         ended = self._end(self._is_left) if self._is_ours else []
         if ended:
             _logger.warning("ended workers that an earlier process had left", pids=ended)
-        for directory in self.directory.parent.glob(f"dspex-{self._subject}-*"):
-            if directory != self.directory and _is_left(directory):
+        for directory in self.directory.parent.glob("dspex-*-*"):
+            if _DIRECTORY.fullmatch(directory.name) and _is_left(directory):
                 shutil.rmtree(directory, ignore_errors=True)
         return ended
 
