@@ -69,10 +69,13 @@ def test_an_editor_has_no_complaints(tmp_path: Path) -> None:
 # --- From the first line to the last ---
 
 PYTHON = f"""#!/bin/bash
-# The Python that the tests run on, whose new environments find what is installed there: nothing is fetched.
-{sys.executable} "$@" || exit
+# The Python that the tests run on, whose new environments find what is installed there, pip too: nothing is fetched.
 if [ "$1 $2" = "-m venv" ]; then
+  {sys.executable} -m venv --without-pip "$3" || exit
+  printf '#!/bin/sh\\nexec "$(dirname "$0")/python" -m pip "$@"\\n' > "$3/bin/pip" && chmod +x "$3/bin/pip"
   echo '{sysconfig.get_path("purelib")}' > "$(echo "$3"/lib/python*/site-packages)/dependencies.pth"
+else
+  exec {sys.executable} "$@"
 fi
 """
 PIP = {

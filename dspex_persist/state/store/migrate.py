@@ -148,10 +148,11 @@ def migrated() -> Engine:
 
 @cache
 def made_parts() -> Mapping[Part, str]:
-    """Return the parts that a file of `REVISION` has, from a database that the migrations create in memory."""
-    memory = migrated()
+    """Return the parts that a file of `REVISION` has, from one that is made in memory as empty files are."""
+    memory = create_engine("sqlite://", poolclass=StaticPool)
     try:
         with memory.connect() as connection:
+            _make_tables(connection)
             return parts_of(connection)
     finally:
         memory.dispose()

@@ -25,7 +25,8 @@ _KEY: Final = 3
 _IN_RANGE: Final = "WHERE sequence > ? AND sequence <= ? ORDER BY sequence, event_ordinal"
 _RECORDED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls_recorded {_IN_RANGE}"
 _LISTED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls {_IN_RANGE}"
-_LAST: Final = "SELECT max(sequence) FROM commits"
+# Counted, as the numbers of a damaged file may be far apart.
+_PAGE: Final = f"SELECT sequence FROM commits WHERE sequence > ? ORDER BY sequence LIMIT 1 OFFSET {PAGE_ENTRIES}"
 _SESSION_OF: Final = "SELECT session_key FROM commits WHERE sequence = ?"
 
 
@@ -40,11 +41,9 @@ class LmCallsWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
-        newest = find_row(connection, _LAST)[0] or 0
         while self.more:
-            until = max(self._last, 0) + PAGE_ENTRIES
-            if until >= newest:
-                until, self.more = AFTER_ALL, False
+            (until,) = find_row(connection, _PAGE, self._last) or (AFTER_ALL,)
+            self.more = until != AFTER_ALL
             yield from self._compare(connection, until)
             self._last = until
             if time.monotonic() > end:
