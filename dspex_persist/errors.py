@@ -16,6 +16,7 @@ _HOMES: Final = (
     "dspex_persist.cognitive.errors",
     "dspex_persist.infra.listen",
     "dspex_persist.infra.process",
+    "dspex_persist.infra.tls",
     "dspex_persist.wiring",
 )
 

@@ -70,6 +70,14 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _expand(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("cannot expand ~: HOME is not set; write the whole path") from None
+
+
+FilePath = Annotated[Path, AfterValidator(_expand)]
 DatabasePath = Annotated[Path, AfterValidator(_read_path)]
 # At most 31 years, so that adding it to a time never exceeds the range of dates and timeouts.
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, le=1e9, allow_inf_nan=False)]
@@ -140,6 +148,15 @@ class Settings(LimitSettings):
     )
     insecure: bool = Field(
         False, description="Allow `listen` to be reachable from other machines, without encryption or login."
+    )
+    tls_cert: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="Serve with TLS: the server's certificate, and those of intermediate authorities (PEM)."
+    )
+    tls_key: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="The private key of `tls_cert`, without a passphrase (PEM)."
+    )
+    client_ca: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="Demand of clients a certificate that one of these authorities issued (PEM)."
     )
     durability: Literal["full", "normal"] = Field(
         "full",

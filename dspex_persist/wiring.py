@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
 from dspex_persist.infra.interrupts import interrupts
-from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
+from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.opening import Opening
-from dspex_persist.settings import CONFIG_VARIABLE, LimitSettings, Settings, SettingsError, variable_of
+from dspex_persist.settings import CONFIG_VARIABLE, LimitSettings, Settings, SettingsError, flag_of, variable_of
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
 from dspex_persist.state.limits import Limits
@@ -35,6 +35,7 @@ from dspex_persist.state.provider import Progress, StateProvider, silent
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
+    from dspex_persist.infra.tls import Certificates
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
@@ -65,8 +66,13 @@ _OTHER_STREAMS: Final = 1_000
 _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
 _BARE_HOST_AND_PORT: Final = re.compile(r"(\[[^\[\]/]+\]|[^\[\]/:\s]+):[0-9]{1,5}")
-_FORM_OF: Final = {"sqlite": "sqlite:///PATH", "grpc": "grpc://HOST:PORT", "grpc+unix": "grpc+unix:/PATH"}
-_FORMS: Final = f"a path, {_FORM_OF['sqlite']}, {_FORM_OF['grpc']} or {_FORM_OF['grpc+unix']}"
+_FORM_OF: Final = {
+    "sqlite": "sqlite:///PATH",
+    "grpc": "grpc://HOST:PORT",
+    "grpcs": "grpcs://HOST:PORT",
+    "grpc+unix": "grpc+unix:/PATH",
+}
+_FORMS: Final = f"a path, {_FORM_OF['sqlite']}, {_FORM_OF['grpc']} or {_FORM_OF['grpc+unix']} (grpcs:// with TLS)"
 _IN_MEMORY: Final = ("memory:", ":memory:")
 
 _Options = TypeVar("_Options", bound=SessionOptions)
@@ -111,13 +117,14 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
               directory later has no effect.
             - `memory:` or `:memory:`: sessions in the memory of this process, lost when it exits. Each call opens an
               empty state.
-            - `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. The first call on it connects.
+            - `grpc://HOST:PORT`, `grpcs://HOST:PORT` (with TLS) or `grpc+unix:/PATH`: a server. The first call on it
+              connects.
         options: For a file: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
             `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
-            `timeout_s` (seconds), `breaker`, `cache`, and the others of `BridgedState`. For all: `actor`, who makes the
-            changes, by default the user of this process.
+            `timeout_s` (seconds), `breaker`, `cache`, `ca`, `cert` and `key` (files, for TLS), and the others of
+            `BridgedState`. For all: `actor`, who makes the changes, by default the user of this process.
 
     Returns:
         The provider. Close it when you are done; it is a context manager.
@@ -279,6 +286,8 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
         return Path(rest[3:])
     if scheme == "grpc" and _HOST_AND_PORT.fullmatch(rest):
         return rest[2:]
+    if scheme == "grpcs" and _HOST_AND_PORT.fullmatch(rest):
+        return f"{scheme}:{rest}"
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
     if url in _IN_MEMORY:
@@ -312,7 +321,7 @@ def _meant(url: str) -> str:
     """Return the likely URL for a server's address without `grpc`, or with another scheme; "" for other texts."""
     address = re.sub("^(https?|grpcs?|tcp):(//)?", "", url, flags=re.IGNORECASE).removesuffix("/")
     if _BARE_HOST_AND_PORT.fullmatch(address):
-        return f"grpc://{address}"
+        return f"{'grpcs' if url.lower().startswith(('grpcs', 'https')) else 'grpc'}://{address}"
     if re.fullmatch(":[0-9]{1,5}", address):
         return f"grpc://127.0.0.1{address}"
     return f"grpc+{url}" if re.match("unix:.*[^/]", url) else ""
@@ -394,11 +403,12 @@ def serve(settings: Settings) -> None:
         ListenError: The address is in use, or cannot be bound.
         StorageFailedError: The storage failed while the server was running.
     """
-    _check_listen(settings)
+    _check_listen(settings, has_tls=settings.tls_cert is not None)
+    certificates = _certificates_of(settings)
     _quiet(settings)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings))
+        runner.run(_serve(settings, certificates))
 
 
 def _quiet(settings: Settings) -> None:
@@ -435,7 +445,7 @@ def serve_worker(settings: Settings, callback: str) -> None:
         ToolLoadError: There are no tools.
         ListenError: The address is in use, or cannot be bound.
     """
-    _check_listen(settings)
+    _check_listen(settings, has_tls=False)
     _quiet(settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve_worker(settings, callback))
@@ -478,17 +488,40 @@ async def _serve_worker(settings: Settings, callback: str) -> None:
             servicer.close()
 
 
-def _check_listen(settings: Settings) -> None:
+def _check_listen(settings: Settings, *, has_tls: bool) -> None:
     try:
-        allowed = settings.insecure or is_loopback(settings.listen)
+        allowed = settings.insecure or has_tls or is_loopback(settings.listen)
     except ListenError as error:
         raise SettingsError("listen", f"{settings.listen!r} is invalid: {error.reason}") from error
     if not allowed:
         reason = (
             f"{settings.listen!r} can be reached from other machines, and anyone who can connect could read and change "
-            "every session: listen on 127.0.0.1 or on unix:PATH, or accept that with --insecure"
+            "every session: listen on 127.0.0.1 or on unix:PATH, serve TLS with --tls-cert and --tls-key, or accept "
+            "that with --insecure"
         )
         raise SettingsError("listen", reason)
+
+
+def _certificates_of(settings: Settings) -> "Certificates | None":
+    """Return the certificates for TLS, or None without it. Raise `SettingsError` for a fault in a file."""
+    from dspex_persist.infra.tls import Certificates, TlsError, TlsFiles
+
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.client_ca
+    if cert is None or key is None:
+        for name, path in (("tls_cert", cert), ("tls_key", key), ("client_ca", client_ca)):
+            if path is not None:
+                missing = " and ".join(flag_of(each) for each in ("tls_cert", "tls_key") if not getattr(settings, each))
+                raise SettingsError(name, f"{str(path)!r} is not enough for TLS: give {missing}, too")
+        return None
+    if isinstance(parse_listen(settings.listen), UnixAddress):
+        raise SettingsError("tls_cert", "a Unix socket does not leave this machine and has no TLS: listen on HOST:PORT")
+    # Absolute, because tools may change the working directory.
+    files = TlsFiles(cert.absolute(), key.absolute(), None if client_ca is None else client_ca.absolute())
+    try:
+        return Certificates(files)
+    except TlsError as error:
+        names = {str(files.cert): "tls_cert", str(files.key): "tls_key"}
+        raise SettingsError(names.get(error.path, "client_ca"), str(error)) from error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -500,7 +533,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return new_event_loop
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, certificates: "Certificates | None") -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
     here = Path.cwd()
@@ -509,7 +542,7 @@ async def _serve(settings: Settings) -> None:
     # Opening locks the file. A second server on it fails here, before it binds its address.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, listen, engine, tools, end, here)
+        await _serve_bridge(settings, listen, certificates, engine, tools, end, here)
     finally:
         _close(engine, settings.db)
     if end.failure is not None:
@@ -574,7 +607,13 @@ def _close(provider: StateProvider, path: Path) -> None:
 
 
 async def _serve_bridge(
-    settings: Settings, listen: str, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End", here: Path
+    settings: Settings,
+    listen: str,
+    certificates: "Certificates | None",
+    engine: "SqliteState",
+    tools: "Mapping[str, ToolCode]",
+    end: "_End",
+    here: Path,
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.audit_service import AuditServicer
@@ -589,12 +628,18 @@ async def _serve_bridge(
 
     def on_ready(port: int) -> None:
         _spare_the_collector(had_tools=bool(tools))
-        engine.announce(f"{listen.rpartition(':')[0]}:{port}" if port else listen)
+        scheme = "" if certificates is None else "grpcs://"
+        engine.announce(f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen)
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:
             # The parent process may not wait for that line, and clients can be served without it.
             _log.warning("could not print the ready line", reason=str(error))
-        _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence)
+        tls = {} if certificates is None else {"tls": "mutual" if certificates.asks_clients else "server"}
+        if certificates is not None and not certificates.asks_clients and not is_loopback(settings.listen):
+            _log.warning("anyone who can connect can read and change every session: see the setting client_ca")
+        _log.info(
+            "serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence, **tls
+        )
 
     limits = limits_of(settings)
     remote = RemoteTools(
@@ -642,6 +687,7 @@ async def _serve_bridge(
         await server.serve(
             server.ServerOptions(
                 listen,
+                certificates=certificates,
                 max_message_bytes=int(settings.max_message_bytes),
                 grace_s=settings.grace_s,
                 reflection=settings.reflection,

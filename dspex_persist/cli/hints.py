@@ -26,6 +26,8 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "start processes with multiprocessing's 'spawn'; those that share a database reach it through "
         "`dspex-persist serve`"
     ),
+    "connect_plainly": "name it as grpc://HOST:PORT, or start it with --tls-cert and --tls-key",
+    "connect_with_tls": "name it as grpcs://HOST:PORT",
     "connect_in_memory": "name a file with --db",
     "export_revealed": "export the session with --reveal",
     "keep_wal": "everything acknowledged is safe in {path}-wal: keep the two files together",
@@ -35,6 +37,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "make_tables": "`dspex-persist db upgrade --db {path}` creates its tables",
     "mend_file": "`dspex-persist db upgrade --db {path}` repairs it",
     "name_backup": "name a copy made by `dspex-persist db backup`",
+    "name_certified_host": "name a host or an address that the certificate has (subjectAltName)",
     "new_key": "a key belongs to one request: use a new one",
     "new_transaction": "begin another one",
     "open_again": "everything acknowledged has been moved into the file: open it again",
@@ -50,6 +53,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "read_only": "to read it anyway, use `dspex-persist audit` or `db check`, which only read",
     "record_from_backup": "export it from an earlier backup, with --db BACKUP",
     "register_variables": "register them",
+    "renew_certificate": "compare its dates with this machine's clock, or renew it: the server reads the new file",
     "repeat_call": "repeat the command",
     "repeat_later": "repeat later",
     "repeat_when_back": "repeat the command when it is back",
@@ -66,6 +70,10 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "stop it, or use another --db. Several programs share one through a server: `dspex-persist serve`, and "
         "connect('grpc://HOST:PORT')"
     ),
+    "show_certificate": (
+        "if it demands certificates of clients, name this one's in DSPEX_PERSIST_CERT and its key in DSPEX_PERSIST_KEY"
+    ),
+    "trust_ca": "name the certificate of the one that issued it in DSPEX_PERSIST_CA",
     "upgrade_file": "`dspex-persist db upgrade --db {path}` upgrades it",
     "upgrade_package": "upgrade dspex-persist",
     "wait_for_optimizer": "wait until the optimization ends",

@@ -22,7 +22,7 @@ def database_of(given: Path | None) -> Path:
     """Return the file that `--db` names, or else the one that `serve` would use."""
     from dspex_persist.settings import load_settings
 
-    if given is not None and given.parts and given.parts[0] in ("grpc:", "grpc+unix:"):
+    if given is not None and given.parts and given.parts[0] in ("grpc:", "grpcs:", "grpc+unix:"):
         raise typer.BadParameter(f"--db names a file, not a server such as {given}; use --target if the command has it")
     return load_settings({"db": given}).db
 
@@ -42,7 +42,7 @@ Server = Annotated[
         "--target",
         metavar="ADDRESS",
         show_default=False,
-        help="Do it on this running server: HOST:PORT or unix:PATH.",
+        help="Do it on this running server: HOST:PORT, unix:PATH or its URL.",
     ),
 ]
 
@@ -58,11 +58,13 @@ def server_of(target: str | None, db: Path | None) -> str | None:
 
 def url_of(target: str) -> str:
     """Return the URL of the server that `--target` names: HOST:PORT, unix:PATH, or a URL."""
-    from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen, target_of
+    from dspex_persist.infra.listen import TLS_SCHEME, ListenError, UnixAddress, parse_listen, target_of
     from dspex_persist.settings import SettingsError
 
     try:
         address = parse_listen(target_of(target))
     except ListenError as error:
         raise SettingsError("target", f"{target!r} is invalid: {error.reason}", "flag --target") from error
-    return f"grpc+{address}" if isinstance(address, UnixAddress) else f"grpc://{address}"
+    if isinstance(address, UnixAddress):
+        return f"grpc+{address}"
+    return f"{TLS_SCHEME if target.startswith(TLS_SCHEME) else 'grpc://'}{address}"

@@ -75,6 +75,17 @@ Listen = _option(
 Insecure = _option(
     _NETWORK, "--insecure/--no-insecure", None, "no", "Accept other machines, without encryption or login."
 )
+TlsCert = _option(
+    _NETWORK, "--tls-cert", "PATH", "none", "Serve with TLS: the server's certificate, PEM. Read again when it changes."
+)
+TlsKey = _option(_NETWORK, "--tls-key", "PATH", "none", "The private key of --tls-cert, PEM.")
+ClientCa = _option(
+    _NETWORK,
+    "--client-ca",
+    "PATH",
+    "none",
+    "Demand of clients a certificate that one of these authorities issued, PEM.",
+)
 MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
 Reflection = _option(
     _NETWORK,
@@ -148,6 +159,9 @@ def serve(
     warn_size_bytes: Annotated[str | None, WarnSize] = None,
     listen: Annotated[str | None, Listen] = None,
     insecure: Annotated[bool | None, Insecure] = None,
+    tls_cert: Annotated[str | None, TlsCert] = None,
+    tls_key: Annotated[str | None, TlsKey] = None,
+    client_ca: Annotated[str | None, ClientCa] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,
     audit_reveal: Annotated[bool | None, Reveal] = None,

@@ -41,7 +41,7 @@ _MEANT: Final = {
     "file": 'a path, such as "sessions.db"',
     "server": '"grpc://HOST:PORT"',
 }
-_SERVERS: Final = ("grpc:", "grpc+unix:")
+_SERVERS: Final = ("grpc:", "grpcs:", "grpc+unix:")
 
 _LONG: Final = frozenset[type]({ExecuteTool})
 """Commands that may take as long as a tool does."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from dspex_persist.errors import DspexError
 
+TLS_SCHEME: Final = "grpcs://"
 UNIX_PATH_MAX_BYTES: Final = 107
 _PROBE_TIMEOUT_S: Final = 1.0
 _HOST_PORT: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
@@ -66,10 +67,10 @@ def parse_listen(listen: str) -> Address:
 
 
 def target_of(address: str) -> str:
-    """Return the gRPC target of an address, which may be a URL: grpc://HOST:PORT, grpc+unix:/PATH."""
+    """Return the gRPC target of an address, which may be a URL: grpc(s)://HOST:PORT, grpc+unix:/PATH."""
     if address.startswith("grpc+unix:"):
         return f"unix:{re.sub('^//(?=/)', '', address.removeprefix('grpc+unix:'))}"
-    return address.removeprefix("grpc://")
+    return address.removeprefix("grpc://").removeprefix(TLS_SCHEME)
 
 
 def is_loopback(listen: str) -> bool:

@@ -35,6 +35,7 @@ from dspex_persist.infra.listen import (
     prepare,
 )
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.tls import Certificates, Material
 from dspex_persist.infra.traffic import traffic_of
 
 __all__ = [
@@ -74,6 +75,7 @@ class ServerOptions:
 
     Attributes:
         listen: HOST:PORT (port 0 takes a free one) or unix:PATH.
+        certificates: For TLS; None to serve without encryption, as a Unix socket always does.
         max_message_bytes: The largest message, in both directions.
         grace_s: How long a drain lasts at most; calls that still run then are cancelled.
         reflection: Whether to serve reflection.
@@ -87,6 +89,7 @@ class ServerOptions:
     """
 
     listen: str
+    certificates: Certificates | None = None
     max_message_bytes: int = 100 * _MIB
     grace_s: float = 10.0
     reflection: bool = True
@@ -181,7 +184,7 @@ async def serve(
     handlers = [_handler_of(service, calls) for service in services]
     handlers += [_handler_of(service, own_calls) for service in _own_services(options, services, draining)]
     server.add_generic_rpc_handlers(tuple(handlers))
-    port = _bind(server, address)
+    port = _bind(server, address, options.certificates)
     sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
     forks.register(sockets)
     await server.start()
@@ -242,16 +245,32 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, address: Address) -> int:
+def _bind(server: grpc.aio.Server, address: Address, certificates: Certificates | None) -> int:
     """Bind `address`; returns its port, or 0 for a Unix socket."""
     prepare(address)  # gRPC does not report why it cannot bind
     try:
         if isinstance(address, TcpAddress):
+            if certificates is not None:
+                return server.add_secure_port(str(address), _credentials(certificates))
             return server.add_insecure_port(str(address))
         _add_private_socket(server, address)
     except RuntimeError as error:
         raise ListenError(str(address), "gRPC could not bind it") from error
     return 0
+
+
+def _credentials(certificates: Certificates) -> grpc.ServerCredentials:
+    def configuration(material: Material) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(material.key, material.cert)], material.ca)
+
+    def fetch() -> Any:
+        # Called for each new connection, on a thread of gRPC.
+        material = certificates.changed()
+        return None if material is None else configuration(material)
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(certificates.material), fetch, require_client_authentication=certificates.asks_clients
+    )
 
 
 class _Sockets:

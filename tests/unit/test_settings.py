@@ -24,6 +24,7 @@ from dspex_persist.settings import (
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store.session_store import StoreOptions
 
+FILES = ("tls_cert", "tls_key", "client_ca")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 MIB = 1024 * 1024
 
@@ -76,7 +77,7 @@ def test_a_named_file_is_read_instead_of_the_default_one(
 @pytest.mark.parametrize("setting", Settings.model_fields)
 def test_every_setting_has_its_environment_variable(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings(), setting)
-    text, expected = _other_value(default)
+    text, expected = ("a.pem", Path("a.pem")) if setting in FILES else _other_value(default)
     monkeypatch.setenv(variable_of(setting), text)
     assert getattr(load_settings(), setting) == expected != default
 

@@ -9,9 +9,7 @@ from weakref import WeakSet
 
 import grpc
 
-from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.futures import failed, settled
-from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
@@ -55,6 +53,7 @@ from dspex_persist.state.bridge.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
+from dspex_persist.state.bridge.secure import PathLike, Peer
 from dspex_persist.state.bridge.status import error_of_call
 from dspex_persist.state.bridge.transaction_client import BridgedTransaction
 from dspex_persist.state.bridge.watch import BridgedWatch, Resumption
@@ -91,11 +90,11 @@ _VERDICT_S: Final = 1.0
 _BREAKER: Final = Breaker()
 # A channel that has lost its server retries often at first, to notice a restart at once. Despite its name, the second
 # option also sets how long an attempt may take: on a loaded machine a tenth of a second is too short.
-_RECONNECTING: Final = (
+_RECONNECTING: Final = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2000),
-)
+]
 
 
 def _nothing() -> None:
@@ -124,6 +123,10 @@ class BridgedState(
         cache: Whether to keep values that were read, to answer reads of a single variable without the server: True, or
             the most bytes to keep. See `ValueCache` for what such a read may show.
         cache_age_s: How old a cached value may be, in seconds.
+        ca: For grpcs://HOST:PORT: a file with the certificates (PEM) of the authorities that may have issued the
+            server's. By default the one that DSPEX_PERSIST_CA names, or else the public authorities that gRPC knows.
+        cert: For a server that demands certificates: a file with this client's (PEM); by default DSPEX_PERSIST_CERT.
+        key: A file with the private key of `cert` (PEM); by default DSPEX_PERSIST_KEY.
 
     Attributes:
         cache: The cache, with its hits and misses; None without one.
@@ -144,8 +147,12 @@ class BridgedState(
         breaker: Breaker | None = _BREAKER,
         cache: bool | int = False,
         cache_age_s: float = MAX_AGE_S,
+        ca: PathLike | None = None,
+        cert: PathLike | None = None,
+        key: PathLike | None = None,
     ) -> None:
-        target = self._target = target_of(arguments.text("target", target))
+        self._peer = Peer.of(arguments.text("target", target), ca=ca, cert=cert, key=key)
+        target = self._target = self._peer.shown
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
         patience_s = arguments.seconds("watch_patience_s", watch_patience_s)
         self._watch_patience_s = arguments.timeout("watch_patience_s", patience_s) if patience_s != 0 else 0.0
@@ -153,7 +160,7 @@ class BridgedState(
         self._execution_id = execution_id
         self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
         refuse_lost(target)
-        self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
+        self._channel = self._peer.channel(_RECONNECTING)
         self._here = OneProcess(target, self._channel)
         self._stub = BridgeServiceStub(self._channel)
         self._line = Line(target, breaker)
@@ -166,8 +173,7 @@ class BridgedState(
     @property
     def url(self) -> str:
         """See `StateProvider.url`."""
-        target = self._target
-        return f"grpc+{target}" if target.startswith("unix:") else f"grpc://{target}"
+        return self._peer.url
 
     def submit(self, command: Command[R], origin: Origin | None = None, *, timeout_s: float | None = None) -> Future[R]:
         """See `StateProvider.submit`. Sends the command; the future resolves with the answer.

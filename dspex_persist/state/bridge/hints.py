@@ -24,6 +24,8 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.CONNECT_AFTER_FORK: (
         "start processes with multiprocessing's 'spawn'; those that share a database reach it through the server"
     ),
+    Hint.CONNECT_PLAINLY: "connect without TLS, or start it with --tls-cert and --tls-key",
+    Hint.CONNECT_WITH_TLS: "connect with TLS",
     Hint.CONNECT_IN_MEMORY: "give the server a file with --db",
     Hint.EXPORT_REVEALED: "export the session with the values of sensitive variables",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
@@ -33,6 +35,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.MAKE_TABLES: "`dspex-persist db upgrade` creates its tables",
     Hint.MEND_FILE: "`dspex-persist db upgrade` repairs it",
     Hint.NAME_BACKUP: "name a copy made by `dspex-persist db backup`",
+    Hint.NAME_CERTIFIED_HOST: "connect to a name or an address that the certificate has (subjectAltName)",
     Hint.NEW_KEY: "a key belongs to one request: use a new one",
     Hint.NEW_TRANSACTION: "begin another one, with BeginTransaction",
     Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: start the server again",
@@ -45,6 +48,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.READ_ONLY: "to read it anyway, use `dspex-persist audit` or `db check`, which only read",
     Hint.RECORD_FROM_BACKUP: "record it from an earlier backup",
     Hint.REGISTER_VARIABLES: "register them with RegisterVariable",
+    Hint.RENEW_CERTIFICATE: "compare its dates with this machine's clock, or renew it: the server reads the new file",
     Hint.REPEAT_CALL: "repeat the call",
     Hint.REPEAT_LATER: "repeat later",
     Hint.REPEAT_WHEN_BACK: "repeat the call when it is back",
@@ -60,6 +64,8 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.RUN_AGAIN: "run it again",
     Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name a running execution",
     Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
+    Hint.SHOW_CERTIFICATE: "if it demands certificates of clients, show one",
+    Hint.TRUST_CA: "trust the one that issued it",
     Hint.UPGRADE_FILE: "`dspex-persist db upgrade` upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",
     Hint.WAIT_FOR_OPTIMIZER: (

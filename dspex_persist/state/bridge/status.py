@@ -11,6 +11,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
+from dspex_persist.infra.listen import TLS_SCHEME
 from dspex_persist.infra.server import DrainingError, RpcStatus
 from dspex_persist.state import errors
 from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS, HINT
@@ -110,6 +111,33 @@ _HINTS: Final[Mapping[object, Hint]] = {hint.value: hint for hint in Hint}
 
 # By code and names of fields, because two kinds of error may share a code.
 _KINDS = {(kind.error_code, frozenset(field.name for field in fields(kind))): kind for kind in CODES}  # type: ignore[arg-type]
+
+
+# Words of gRPC's details, what they mean, and the advice.
+_TLS_FAULTS: Final[tuple[tuple[str, str, Hint | None], ...]] = (
+    ("WRONG_VERSION_NUMBER", "the server does not use TLS", Hint.CONNECT_PLAINLY),
+    ("certificate has expired", "the certificate of the server has expired", Hint.RENEW_CERTIFICATE),
+    ("certificate is not yet valid", "the certificate of the server is not valid yet", Hint.RENEW_CERTIFICATE),
+    ("Hostname Verification", "the certificate of the server is for another host", Hint.NAME_CERTIFIED_HOST),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "the certificate of the server is from no authority that is trusted here",
+        Hint.TRUST_CA,
+    ),
+    (
+        "Socket closed",
+        "the server closed the connection, as it does without a certificate that it trusts",
+        Hint.SHOW_CERTIFICATE,
+    ),
+    (
+        "Connection reset",
+        "the server closed the connection, as it does without a certificate that it trusts",
+        Hint.SHOW_CERTIFICATE,
+    ),
+)
+_PLAIN_FAULTS: Final[tuple[tuple[str, str, Hint | None], ...]] = (
+    ("Socket closed", "the server closed the connection, as one with TLS does", Hint.CONNECT_WITH_TLS),
+)
 
 
 def status_of(error: BaseException) -> RpcStatus | None:
@@ -241,8 +269,20 @@ def unreachable(target: str, details: str) -> errors.UnavailableError:
     if not never_sent(details):
         return errors.UnavailableError(f"{target}: {details}").advising(Hint.REPEAT_LATER)
     cause = _cause(details)
+    refused = _refused(target, details)
+    if refused is not None:
+        return refused
     reason = f"cannot connect to {target} ({cause}); is the server running? Start it with `dspex-persist serve`"
     return errors.UnavailableError(reason)
+
+
+def _refused(target: str, details: str) -> errors.UnavailableError | None:
+    """Return the error if there is a server, but it and this client did not agree on TLS; None otherwise."""
+    for words, reason, hint in _TLS_FAULTS if target.startswith(TLS_SCHEME) else _PLAIN_FAULTS:
+        if words in details:
+            error = errors.UnavailableError(f"cannot connect to {target}: {reason}")
+            return error if hint is None else error.advising(hint)
+    return None
 
 
 def no_answer(target: str, timeout_s: float, *, writes: bool) -> StateError:

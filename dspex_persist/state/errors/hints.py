@@ -21,6 +21,8 @@ class Hint(StrEnum):
     """This process has the database open already."""
     CLOSE_WATCHES = "close_watches"
     CONNECT_AFTER_FORK = "connect_after_fork"
+    CONNECT_PLAINLY = "connect_plainly"
+    CONNECT_WITH_TLS = "connect_with_tls"
     CONNECT_IN_MEMORY = "connect_in_memory"
     """The path of a file is `:memory:`."""
     EXPORT_REVEALED = "export_revealed"
@@ -33,6 +35,7 @@ class Hint(StrEnum):
     """The file is an empty database."""
     MEND_FILE = "mend_file"
     """A crash has left the file half made."""
+    NAME_CERTIFIED_HOST = "name_certified_host"
     NAME_BACKUP = "name_backup"
     """There is no such backup."""
     NEW_KEY = "new_key"
@@ -46,6 +49,7 @@ class Hint(StrEnum):
     """This user may not write to the file or its folder."""
     RECORD_FROM_BACKUP = "record_from_backup"
     REGISTER_VARIABLES = "register_variables"
+    RENEW_CERTIFICATE = "renew_certificate"
     REPEAT_CALL = "repeat_call"
     REPEAT_LATER = "repeat_later"
     REPEAT_WHEN_BACK = "repeat_when_back"
@@ -61,6 +65,8 @@ class Hint(StrEnum):
     RUNNING_EXECUTION = "running_execution"
     SHARE_BY_SERVER = "share_by_server"
     """Another process owns the database."""
+    SHOW_CERTIFICATE = "show_certificate"
+    TRUST_CA = "trust_ca"
     UPGRADE_FILE = "upgrade_file"
     UPGRADE_PACKAGE = "upgrade_package"
     WAIT_FOR_OPTIMIZER = "wait_for_optimizer"
@@ -89,6 +95,8 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "fork before you connect(), or start this process with multiprocessing's 'spawn', and connect() in it; "
         "processes that share a database reach it through a server: connect('grpc://HOST:PORT')"
     ),
+    Hint.CONNECT_PLAINLY: "connect('grpc://HOST:PORT'), or start it with tls_cert and tls_key",
+    Hint.CONNECT_WITH_TLS: "connect('grpcs://HOST:PORT')",
     Hint.CONNECT_IN_MEMORY: "use LocalState() or connect('memory:') instead",
     Hint.EXPORT_REVEALED: "export the session with reveal=True",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
@@ -98,6 +106,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.MAKE_TABLES: f"{_MAINTENANCE}.upgrade(path) creates its tables",
     Hint.MEND_FILE: f"{_MAINTENANCE}.upgrade(path) repairs it",
     Hint.NAME_BACKUP: f"name a copy made by {_MAINTENANCE}.backup(path, copy)",
+    Hint.NAME_CERTIFIED_HOST: "connect to a name or an address that the certificate has (subjectAltName)",
     Hint.NEW_KEY: "a key belongs to one request: use a new idempotency_key",
     Hint.NEW_TRANSACTION: "begin another one, with ctx.transaction() or begin_transaction",
     Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: open it again",
@@ -113,6 +122,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.READ_ONLY: "dspex_persist.open_audit(path), which only reads, may still open it",
     Hint.RECORD_FROM_BACKUP: "record it from an earlier backup: open_recording(backup, ...)",
     Hint.REGISTER_VARIABLES: "register them",
+    Hint.RENEW_CERTIFICATE: "compare its dates with this machine's clock, or renew it: the server reads the new file",
     Hint.REPEAT_CALL: "repeat the call",
     Hint.REPEAT_LATER: "repeat later",
     Hint.REPEAT_WHEN_BACK: "repeat the call when it is back",
@@ -129,6 +139,8 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "end that process, or open another file; several programs share one through a server: "
         "dspex_persist.serve(settings), and connect('grpc://HOST:PORT')"
     ),
+    Hint.SHOW_CERTIFICATE: "if it demands certificates of clients: connect(url, cert='client.pem', key='client.key')",
+    Hint.TRUST_CA: "trust the one that issued it: connect(url, ca='ca.pem')",
     Hint.UPGRADE_FILE: f"{_MAINTENANCE}.upgrade(path) upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",
     Hint.WAIT_FOR_OPTIMIZER: (

@@ -1,0 +1,54 @@
+"""Certificates for tests, made with the openssl command: an authority, and what it issues."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_CURVE: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+HERE: Final = "IP:127.0.0.1,DNS:localhost"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its private key."""
+
+    cert: Path
+    key: Path
+
+    def replace(self, other: "Pair") -> None:
+        """Put another pair in the place of this one, file after file, as tools that renew certificates do."""
+        for old, new in ((self.cert, other.cert), (self.key, other.key)):
+            beside = old.with_suffix(".new")
+            shutil.copyfile(new, beside)
+            beside.replace(old)
+
+
+class Authority:
+    """A certificate authority of its own.
+
+    Args:
+        folder: Where its files are.
+        name: Its name.
+    """
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self.cert, self._key = folder / f"{name}.pem", folder / f"{name}.key"
+        _openssl("req", "-x509", *_CURVE, "-keyout", self._key, "-out", self.cert, "-subj", f"/CN={name}", "-days", "2")
+
+    def issue(self, name: str, hosts: str = HERE, *, days: int = 2) -> Pair:
+        """Issue a certificate for hosts (`DNS:NAME` or `IP:ADDRESS`); one of negative days has expired."""
+        pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        request, extensions = self._folder / f"{name}.csr", self._folder / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={hosts}\n")
+        _openssl("req", "-new", *_CURVE, "-keyout", pair.key, "-out", request, "-subj", f"/CN={name}")
+        issued = ("-CA", self.cert, "-CAkey", self._key, "-CAcreateserial", "-extfile", extensions, "-days", str(days))
+        _openssl("x509", "-req", "-in", request, "-out", pair.cert, *issued)
+        return pair
+
+
+def _openssl(*arguments: str | Path) -> None:
+    subprocess.run(("openssl", *map(str, arguments)), check=True, capture_output=True, timeout=60)
