@@ -78,7 +78,7 @@ class BoundValueError(DspexError):
     Attributes:
         option: The option that the variable sets.
         variable: The name of the variable.
-        value: Its value.
+        value: Its value; "•••" if the variable is sensitive.
         reason: Why not.
         model: The model that was to be called, if it is about that.
     """

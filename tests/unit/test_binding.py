@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import cloudpickle
 import pytest
@@ -15,8 +16,10 @@ from dspex_persist.errors import BindingError, BoundValueError, VariableNotFound
 from tests.late import Late
 from tests.receiver import Receiver, lm_on
 
-dspy = Late("dspy")
+dspy, lm15 = Late("dspy"), Late("dspy.lm15")
 ours = Late("dspex_persist.dspy")
+
+SECRET = "a-value-to-hide"
 
 
 @pytest.fixture
@@ -599,6 +602,10 @@ def test_bindings_lists_what_variables_set(ctx: Context) -> None:
             "is 0.3, which cannot be max_tokens: it must be a whole number",
         ),
         ({}, "it names no variable"),
+        ({"per": ["steps[0]"]}, "per must be a dict, not list: per={path: {option: variable}}"),
+        ({"per": {"steps[0]": "temperature"}}, "per must have a dict for 'steps[0]', not str: {option: variable}"),
+        ({"model": "text", "lms": ["good"]}, "lms must be a dict of names, not list: lms={name: an LM}"),
+        ({"temperature": "temperature", "live": "no"}, "live must be True or False, not 'no'"),
         ({"precedence": "lm", "temperature": "temperature"}, "precedence must be one of variable, default, not 'lm'"),
         (
             {"per": {"steps[0].predict": {"temperature": "temperature"}}},
@@ -633,5 +640,53 @@ def test_a_variable_that_is_missing_is_named(ctx: Context, receiver: Receiver) -
 def test_what_is_not_a_module_or_a_context_is_refused(ctx: Context) -> None:
     with pytest.raises(BindingError, match="not a DSPy module, but function"):
         ours.bind(predict, ctx, temperature="temperature")
+    for module, what in ((3, "int"), (dspy.Predict, "the class Predict"), (dspy.LM("m"), "LM")):
+        for look in (ours.bindings, ours.unbind, ours.sync_dspy_parameters):
+            with pytest.raises(BindingError, match=f"not a DSPy module, but {what}$"):
+                look(module)
     with pytest.raises(BindingError, match="ctx must be a context, not dict"):
         ours.bind(predict(), {}, temperature="temperature")
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    ("option", "good", "bad"), [("temperature", 0.5, SECRET), ("model", "good", SECRET), ("tools", ["find"], [SECRET])]
+)
+def test_errors_do_not_show_values_of_sensitive_variables(
+    option: str, good: Any, bad: Any, live: bool, receiver: Receiver, ctx: Context
+) -> None:
+    def find() -> None:
+        """Find it."""
+
+    ctx.define("hidden", good, metadata={"sensitive": "True"})
+    agent = dspy.ReAct("question -> answer", tools=[find])
+    lms = {"lms": {"good": lm_on(receiver)}} if option == "model" else {}
+    program = ours.bind(agent, ctx, live=live, **{option: "hidden"}, **lms)
+    del ctx["hidden"]
+    ctx.define("hidden", bad, metadata={"sensitive": "True"})
+    for attempt in (
+        lambda: program(question="x"),
+        lambda: asyncio.run(program.acall(question="x")),
+        lambda: ours.bind(agent.deepcopy(), ctx, **{option: "hidden"}, **lms),
+    ):
+        with pytest.raises(BoundValueError, match="variable 'hidden' is '•••', which cannot be") as caught:
+            attempt()
+        assert SECRET not in repr(caught.value) + str(caught.value)
+
+
+def test_notes_of_errors_do_not_show_values_of_sensitive_variables(receiver: Receiver, ctx: Context) -> None:
+    ctx.define("hidden", SECRET, metadata={"sensitive": "true"})
+    program = ours.bind(predict(), ctx, stop="hidden", temperature="temperature")
+    for error, shown in (
+        (lm15.LM15Error("down"), "stop=••• (variable 'hidden'), temperature=0.3"),
+        (
+            lm15.InvalidRequestError(f"stop must not be {SECRET}"),
+            "variable 'hidden' is '•••', which cannot be stop for",
+        ),
+    ):
+        receiver.before = Mock(side_effect=error)
+        with pytest.raises(dspy.utils.exceptions.LMError) as caught:
+            program(question="x")
+        said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+        assert shown in said
+        assert SECRET not in said

@@ -323,6 +323,10 @@ def test_an_lm_of_its_own_is_given_by_name_or_model(ctx: Context) -> None:
     assert ctx.programs.load("p", predict, lms={"any": other}).lm is other
     with dspy.context(lm=other):
         assert ctx.programs.load("p", predict).lm is other
+    with pytest.raises(InvalidArgumentError, match="lms: it must be a mapping, such as a dict, not list"):
+        ctx.programs.load("p", predict, lms=[other])
+    with pytest.raises(InvalidArgumentError, match="lms: it must have an LM for each name, not str"):
+        ctx.programs.save("p", program, lms={"cheap": "openai/m"})
     mine = predict()
     mine.lm = other
     ctx.programs.save("none", predict())

@@ -62,13 +62,14 @@ def bind(
         BoundValueError: The value of a variable cannot be what it is to set.
         VariableNotFoundError: There is no such variable.
     """
-    program: Any = module
-    if not isinstance(program, Module):
-        raise BindingError(f"it is not a DSPy module, but {type(program).__name__}")
+    program = checked_module(module)
     if not isinstance(ctx, Variables):
         raise BindingError(f"ctx must be a context, not {type(ctx).__name__}")
     if precedence not in _PRECEDENCES:
         raise BindingError(f"precedence must be one of {', '.join(_PRECEDENCES)}, not {precedence!r}")
+    said: object = live
+    if not isinstance(said, bool):
+        raise BindingError(f"live must be True or False, not {live!r}")
     before = binding_of(program)
     if before is not None and OPTION in before.options:
         options.setdefault(OPTION, before.options[OPTION])
@@ -78,8 +79,8 @@ def bind(
         _checked_options(options, ""),
         there,
         is_default=precedence == "default",
-        live=bool(live),
-        lms=_checked_choice("lms", lms, _is_lm, "an LM"),
+        live=live,
+        lms=_checked_choice("lms", lms, is_lm, "an LM"),
         adapters=_checked_choice("adapters", adapters, lambda each: isinstance(each, Adapter), "an adapter"),
     )
     if not binding.names:
@@ -92,14 +93,25 @@ def bind(
     return module
 
 
-def _is_lm(lm: Any) -> bool:
+def checked_module(module: object) -> Any:
+    """Return what is a DSPy module; raise `BindingError` for anything else."""
+    if not isinstance(module, Module):
+        what = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise BindingError(f"it is not a DSPy module, but {what}")
+    return module
+
+
+def is_lm(lm: Any) -> bool:
+    """Return whether DSPy can call an object as an LM."""
     return isinstance(lm, BaseLM) or getattr(lm, "supports_decision_requests", False) is True
 
 
 def _checked_choice(
     name: str, choice: Mapping[str, Any] | None, fits: Callable[[Any], bool], what: str
 ) -> dict[str, Any]:
-    given: Mapping[Any, Any] = {} if choice is None else choice
+    given: Any = {} if choice is None else choice
+    if not isinstance(given, Mapping):
+        raise BindingError(f"{name} must be a dict of names, not {type(given).__name__}: {name}={{name: {what}}}")
     for key, each in given.items():
         if not isinstance(key, str) or not fits(each):
             raise BindingError(f"{name} must have {what} for each name, not {type(each).__name__} for {key!r}")
@@ -117,9 +129,9 @@ def unbind(module: M, *options: str) -> M:
         The module.
 
     Raises:
-        BindingError: No variable sets such an option.
+        BindingError: No variable sets such an option, or it is not a DSPy module.
     """
-    program: Any = module
+    program = checked_module(module)
     binding = binding_of(program)
     if binding is None:
         return module
@@ -162,7 +174,11 @@ def bindings(module: Any) -> tuple[BoundOption, ...]:
 
     Args:
         module: The program, or a module.
+
+    Raises:
+        BindingError: It is not a DSPy module.
     """
+    checked_module(module)
     return tuple(
         BoundOption(
             _joined(place, path),
@@ -206,13 +222,18 @@ def _checked_options(options: Mapping[str, str], path: str) -> dict[str, str]:
     return dict(options)
 
 
-def _checked_per(program: Any, per: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+def _checked_per(program: Any, per: Any) -> dict[str, dict[str, str]]:
+    if not isinstance(per, Mapping):
+        raise BindingError(f"per must be a dict, not {type(per).__name__}: per={{path: {{option: variable}}}}")
     paths = dict(modules_in(program)) if per else {}
     for path in per:
         if path not in paths:
             names = [name for name, _ in predictors_in(program)]
             listed = f"its predictors are {', '.join(map(quote, names))}" if names else "it has no predictors"
             raise BindingError(f"the program has no predictor {quote(path)}{_suggestion(path, paths)}; {listed}")
+        if not isinstance(per[path], Mapping):
+            kind = type(per[path]).__name__
+            raise BindingError(f"per must have a dict for {quote(path)}, not {kind}: {{option: variable}}")
     return {path: _checked_options(options, path) for path, options in per.items()}
 
 

@@ -8,8 +8,8 @@ from dspy import ReAct
 from dspex_persist.cognitive.dspy import choosing, module_types
 from dspex_persist.cognitive.dspy.options import check
 from dspex_persist.cognitive.dspy.paths import SELF, modules_in, predictors_in
-from dspex_persist.cognitive.dspy.snapshots import Binding, Reading
-from dspex_persist.cognitive.errors import BindingError
+from dspex_persist.cognitive.dspy.snapshots import Binding, Reading, hide
+from dspex_persist.cognitive.errors import BindingError, BoundValueError
 from dspex_persist.spelling import quote
 
 OF_PREDICTORS: Final = ("demos", "instructions")
@@ -65,6 +65,14 @@ def _agents(module: Any, option: str) -> Iterator[Any]:
 
 def check_values(program: Any, binding: Binding, readings: Mapping[str, Reading]) -> None:
     """Raise `BoundValueError` if the value of a variable cannot be what it is to set."""
+    try:
+        _check_values(program, binding, readings)
+    except BoundValueError as error:
+        hide(error, readings.items())
+        raise
+
+
+def _check_values(program: Any, binding: Binding, readings: Mapping[str, Reading]) -> None:
     for _, module, option, variable in _places(program, binding):
         value = readings[variable].value
         check(option, variable, value)

@@ -19,9 +19,11 @@ from dspex_persist.cognitive.dspy.snapshots import (
     Snapshot,
     around,
     binding_of,
+    hide,
     put,
     reading,
 )
+from dspex_persist.cognitive.errors import BoundValueError
 from dspex_persist.cognitive.joining import joined
 from dspex_persist.cognitive.steps import run, run_aio
 from dspex_persist.cognitive.variables import Variables
@@ -108,15 +110,26 @@ class Entry:
         scope = self._scope()
         others = None
         if scope.has_program_options:
-            scope.attributes = choosing.attributes_in(scope)
-            others = choosing.settings_in(scope)
+            try:
+                scope.attributes = choosing.attributes_in(scope)
+                others = choosing.settings_in(scope)
+            except BoundValueError as error:
+                self._hide(error)
+                raise
         self._token: Token[Any] = put(scope, others)
         return scope
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         thread_local_overrides.reset(self._token)
+        if isinstance(error, BoundValueError):
+            self._hide(error)
         if self._outer is None:
             self._snapshot.ended = True
+
+    def _hide(self, error: BoundValueError) -> None:
+        outer = {} if self._outer is None else self._outer.live
+        for readings in (self._snapshot.readings, outer, self._live):
+            hide(error, [(name, each) for (_, name), each in readings.items()])
 
 
 def _bindings_in(program: Any) -> list[Binding]:

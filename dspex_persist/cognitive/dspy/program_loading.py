@@ -12,7 +12,7 @@ import dspy
 from dspy.adapters.decision_state import DecisionState
 from dspy.signatures.signature import make_signature
 
-from dspex_persist.cognitive.dspy.binding import bind
+from dspex_persist.cognitive.dspy.binding import bind, is_lm
 from dspex_persist.cognitive.dspy.module_types import INNER, OPTION, VariableModule, retyped, variable_modules
 from dspex_persist.cognitive.dspy.program_parts import FORWARD, ROOT, Parts, kind_of, settings_of, source_of, tools_of
 from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
@@ -31,6 +31,7 @@ from dspex_persist.cognitive.programs.documents import (
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.errors import DspexError
 from dspex_persist.spelling import closest, did_you_mean, printable, quote
+from dspex_persist.state.errors import InvalidArgumentError
 
 _TOOL_NAME_FIELD: Final = "next_tool_name"
 _MOST_LISTED: Final = 8
@@ -51,6 +52,13 @@ class Choices(NamedTuple):
     @classmethod
     def of(cls, lms: Mapping[str, Any] | None, adapters: Mapping[str, Any] | None = None) -> "Choices":
         """Return what was given; None for nothing."""
+        for name, given in (("lms", lms), ("adapters", adapters)):
+            if given is not None and not isinstance(given, Mapping):
+                reason = f"it must be a mapping, such as a dict, not {type(given).__name__}"
+                raise InvalidArgumentError(name, reason)
+        for each in (lms or {}).values():
+            if not is_lm(each):
+                raise InvalidArgumentError("lms", f"it must have an LM for each name, not {type(each).__name__}")
         return cls(lms or {}, adapters or {})
 
 

@@ -88,7 +88,7 @@ class Programs(Catalog):
             raise InvalidArgumentError("module", f"it must be a dspy.Module, not a {type(module).__name__}")
         if tag is not None:
             checked_tag(tag)
-        saved: SavedProgram = yield from work(_saved, name, module, lms or {})
+        saved: SavedProgram = yield from work(_saved, name, module, Choices.of(lms).lms)
         terms = None if actor is None and reason is None else Terms(actor, reason)
         try:
             version = yield from self._write_newest(name, variable, saved.document(), terms)

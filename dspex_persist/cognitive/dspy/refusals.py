@@ -9,6 +9,7 @@ from dspy.utils.exceptions import ContextWindowExceededError, LMInvalidRequestEr
 from dspex_persist.cognitive.dspy.options import synonyms
 from dspex_persist.cognitive.dspy.snapshots import LmOption
 from dspex_persist.cognitive.errors import BoundValueError
+from dspex_persist.state.masking import MASK
 
 _REFUSALS = (LMInvalidRequestError, LMUnsupportedFeatureError)
 
@@ -28,7 +29,10 @@ def explain(error: Exception, lm: Any, options: Sequence[LmOption]) -> None:
     model = str(getattr(lm, "model", lm))
     refused = _refused(error, options)
     if refused is None:
-        listed = ", ".join(f"{each.option}={each.value!r} (variable {each.variable!r})" for each in options)
+        listed = ", ".join(
+            f"{each.option}={MASK if each.is_sensitive else repr(each.value)} (variable {each.variable!r})"
+            for each in options
+        )
         error.add_note(f"Variables have set for {model}: {listed}")
         return
     reason = str(error)

@@ -5,7 +5,7 @@ says. A scope never changes, so calls with different snapshots do not see each o
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import Token
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -17,11 +17,14 @@ from dspy.dsp.utils.utils import dotdict
 from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.dspy.options import LM_OPTIONS, PROGRAM_OPTIONS, check
 from dspex_persist.cognitive.dspy.paths import modules_in
+from dspex_persist.cognitive.errors import BoundValueError
 from dspex_persist.cognitive.joining import NOTHING, Surroundings, surroundings
 from dspex_persist.cognitive.records import decode
 from dspex_persist.cognitive.steps import Steps, ask
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.state import commands
+from dspex_persist.state.masking import MASK, Secrets
+from dspex_persist.state.model import SENSITIVE
 from dspex_persist.state.tools.session import current_session
 
 SCOPE: Final = "dspex_persist_scope"
@@ -102,10 +105,11 @@ def binding_of(module: Any) -> Binding | None:
 
 
 class Reading(NamedTuple):
-    """The value of a variable, and the version that has it."""
+    """The value of a variable, and the version that has it. `secrets` masks it in texts, if it is sensitive."""
 
     value: Any
     version: int
+    secrets: Secrets | None = None
 
 
 # Making one checks its arguments, which takes as long as it takes to carry it out.
@@ -125,8 +129,18 @@ def reading(ctx: Variables, names: tuple[str, ...]) -> Steps[dict[str, Reading]]
     readings = {}
     for name, record in found.variables.items():
         value = (yield from typed.read(ctx, record)) if record.name in typed.names else decode(record)
-        readings[name] = Reading(value, record.version)
+        sensitive = record.metadata.get(SENSITIVE, "").lower() == "true"
+        readings[name] = Reading(value, record.version, Secrets((record.value,)) if sensitive else None)
     return readings
+
+
+def hide(error: object, readings: Iterable[tuple[str, Reading]]) -> None:
+    """Mask the value of a sensitive variable in an error about that value: errors get into logs and the journal."""
+    if isinstance(error, BoundValueError):
+        for name, each in readings:
+            if name == error.variable and each.secrets is not None:
+                error.value = MASK
+                error.reason = each.secrets.masked(error.reason)
 
 
 Readings: TypeAlias = dict[tuple[int, str], Reading]
@@ -192,13 +206,15 @@ class Choice(NamedTuple):
 class LmOption(NamedTuple):
     """An option of LM calls that a variable sets, with the variable and its value.
 
-    `is_default` says that it applies only if nothing else says the option.
+    `is_default` says that it applies only if nothing else says the option; `is_sensitive`, that its value is not to be
+    shown.
     """
 
     option: str
     variable: str
     value: Any
     is_default: bool
+    is_sensitive: bool
 
 
 class Scope:
@@ -271,9 +287,9 @@ class Scope:
     def _checked(self) -> Iterator[LmOption]:
         for option, choice in self.choices.items():
             if option in LM_OPTIONS:
-                value = self.reading(choice).value
+                value, _, secrets = self.reading(choice)
                 check(option, choice.variable, value)
-                yield LmOption(option, choice.variable, value, choice.binding.is_default)
+                yield LmOption(option, choice.variable, value, choice.binding.is_default, secrets is not None)
 
     @property
     def has_program_options(self) -> bool:

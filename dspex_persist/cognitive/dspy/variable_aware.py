@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final
 import dspy
 
 from dspex_persist.cognitive.dspy import checks, choosing
-from dspex_persist.cognitive.dspy.binding import bind
+from dspex_persist.cognitive.dspy.binding import bind, checked_module
 from dspex_persist.cognitive.dspy.options import OPTIONS
 from dspex_persist.cognitive.dspy.paths import SELF, modules_in, predictors_in
 from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, Binding, around, binding_of, reading
@@ -319,10 +319,10 @@ def sync_dspy_parameters(module: Any, prefix: str = "", context: Variables | Non
         By option, the variables that it has found.
 
     Raises:
-        BindingError: No context is known.
+        BindingError: No context is known, or it is not a DSPy module.
         BoundValueError: The value of a variable cannot be what it is to set.
     """
-    ctx = _context_of(module) if context is None else context
+    ctx = _context_of(checked_module(module)) if context is None else context
     if ctx is None:
         raise BindingError("no context is known that has the variables: context=")
     wanted = {attr: f"{prefix}{attr}" for attr in _attrs_of(module)}
