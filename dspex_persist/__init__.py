@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.bridged import Breaker as Breaker
     from dspex_persist.state.bridged import BridgedState as BridgedState
     from dspex_persist.state.embedded import EmbeddedState as EmbeddedState
+    from dspex_persist.state.errors import BudgetExceededError as BudgetExceededError
     from dspex_persist.state.errors import ExecutionConflictError as ExecutionConflictError
     from dspex_persist.state.errors import IdempotencyConflictError as IdempotencyConflictError
     from dspex_persist.state.errors import InvalidArgumentError as InvalidArgumentError
@@ -79,6 +80,7 @@ _HOMES = {
     "IdempotencyConflictError": "dspex_persist.state.errors",
     "InvalidArgumentError": "dspex_persist.state.errors",
     "InvalidValueError": "dspex_persist.state.errors",
+    "BudgetExceededError": "dspex_persist.state.errors",
     "LimitExceededError": "dspex_persist.state.errors",
     "Limits": "dspex_persist.state.limits",
     "LocalState": "dspex_persist.state.local",

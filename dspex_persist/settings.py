@@ -81,6 +81,7 @@ FilePath = Annotated[Path, AfterValidator(_expand)]
 DatabasePath = Annotated[Path, AfterValidator(_read_path)]
 # At most 31 years, so that adding it to a time never exceeds the range of dates and timeouts.
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, le=1e9, allow_inf_nan=False)]
+Amount = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=1_000_000_000)]
 Size = Annotated[ByteSize, BeforeValidator(_refuse_bool), Field(ge=1, le=2**50)]
 
@@ -212,6 +213,14 @@ class Settings(LimitSettings):
         False,
         description="Keep the LM calls of all tools in the journal; needs DSPy. The environment variable holds for "
         "`Context(record_lm=...)` of programs, too.",
+    )
+    max_tokens: Annotated[Count | None, BeforeValidator(_read_none)] = Field(
+        None,
+        description="How many tokens the recorded LM calls of each session may use; then further ones are refused. "
+        "`none`: any number.",
+    )
+    max_cost: Annotated[Amount | None, BeforeValidator(_read_none)] = Field(
+        None, description="The same in USD, as far as the cost of the calls is known; `none`: any amount."
     )
     audit_reveal: bool = Field(
         False,

@@ -624,6 +624,7 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
+    from dspex_persist.state.budgets import Budget
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
@@ -651,7 +652,14 @@ async def _serve_bridge(
     home = asyncio.get_running_loop()
     lending = Lending(_POOL, limits) if settings.workers and tools else None
     provider = WithTools(
-        engine, tools, threads=settings.tool_threads, limits=limits, remote=remote, pool=lending, home=home
+        engine,
+        tools,
+        threads=settings.tool_threads,
+        limits=limits,
+        budget=Budget(settings.max_tokens, settings.max_cost),
+        remote=remote,
+        pool=lending,
+        home=home,
     )
     servicer = BridgeServicer(
         provider,

@@ -15,9 +15,14 @@ lm_calls = Late("dspex_persist.cognitive.dspy")
 class Ledger:
     """The part of a tool's session that the recorder uses: it stores entries as JSON."""
 
+    is_far = False
+
     def __init__(self) -> None:
         self.cancelled = False
         self.calls: list[dict[str, Any]] = []
+
+    def check_budgets(self, own: object) -> None:
+        pass
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
         assert kind == "lm"

@@ -49,6 +49,9 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "put the original file back, with its -wal, or restore a backup with `dspex-persist db restore`, and open "
         "it again; what was written since the last check may be lost"
     ),
+    "raise_server_budget": "raise the server's setting max_tokens or max_cost, which holds for each of its sessions",
+    "raise_session_budget": "raise the metadata dspex.{setting} of the session, a number or none",
+    "raise_tool_budget": "raise it where the tool is defined: @tool(max_tokens=..., max_cost=...)",
     "read_again": "read it again and repeat",
     "read_only": "to read it anyway, use `dspex-persist audit` or `db check`, which only read",
     "record_from_backup": "export it from an earlier backup, with --db BACKUP",

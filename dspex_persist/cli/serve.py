@@ -131,6 +131,10 @@ RemoteTimeout = _option(_TOOLS, "--remote-timeout", "SECONDS", "300", "Default t
 RecordLm = _option(
     _TOOLS, "--record-lm/--no-record-lm", None, "no", "Keep the LM calls of all tools in the journal; needs DSPy."
 )
+MaxTokens = _option(
+    _TOOLS, "--max-tokens", "NUMBER", "none", "How many tokens the recorded LM calls of each session may use."
+)
+MaxCost = _option(_TOOLS, "--max-cost", "USD", "none", "How much the recorded LM calls of each session may cost.")
 Limit = typer.Option(
     "--limit",
     metavar="NAME=NUMBER",
@@ -177,6 +181,8 @@ def serve(
     workers: Annotated[str | None, Workers] = None,
     remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,
     record_lm: Annotated[bool | None, RecordLm] = None,
+    max_tokens: Annotated[str | None, MaxTokens] = None,
+    max_cost: Annotated[str | None, MaxCost] = None,
     limit: Annotated[list[str] | None, Limit] = None,
     config: Annotated[Path | None, Config] = None,
     log_level: Annotated[str | None, LogLevel] = None,

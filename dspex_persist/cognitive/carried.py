@@ -23,6 +23,7 @@ from dspex_persist.infra.threads import is_on_loop, on_new_thread
 from dspex_persist.state import values
 from dspex_persist.state.abilities import ExecutesTools, StreamsTools, Transaction, Transacts
 from dspex_persist.state.around import Around
+from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.errors import (
     DerivationError,
@@ -189,6 +190,7 @@ class CarriedSession:
     """The session of a carried tool: what `ToolSession` is to a tool that runs beside its state."""
 
     is_durable = True
+    is_far = True
 
     def __init__(
         self,
@@ -237,6 +239,10 @@ class CarriedSession:
 
     def log(self, message: str, **fields: object) -> None:
         """Do nothing: the server's journal has no log of a transaction."""
+
+    def check_budgets(self, own: Budget = NO_BUDGET) -> None:
+        """Check the budgets of the session; the server knows none of the tool."""
+        self._transaction.check_budgets()
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Record an input from outside in the transaction's journal entry."""

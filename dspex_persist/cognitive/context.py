@@ -50,6 +50,7 @@ from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Auditable, Derives, ExecutesTools
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.budgets import Budget
 from dspex_persist.state.commands.derivations import DERIVED
 from dspex_persist.state.commands.sessions import MOST_TTL_S
 from dspex_persist.state.errors import (
@@ -92,6 +93,9 @@ class Context(Transacting, Watchable, Ruled):
         remote_at: The server to which it moves before a tool runs that requires a remote session.
         record_lm: Whether each call of a program that is bound to it (`dspex_persist.dspy.bind`) is recorded, as in a
             block of `recording`; None for what the environment variable DSPEX_PERSIST_RECORD_LM says. Needs DSPy.
+        max_tokens: How many tokens the recorded LM calls of the session may use, in all executions and processes; then
+            the next one raises `BudgetExceededError`. It is kept with the session; None leaves it as it is.
+        max_cost: The same in USD, as far as the cost of the calls is known.
         options: Further options of `dspex_persist.connect`, if the context opens the backend.
 
     Attributes:
@@ -120,11 +124,13 @@ class Context(Transacting, Watchable, Ruled):
         durable_at: str | os.PathLike[str] | None = None,
         remote_at: str | None = None,
         record_lm: bool | None = None,
+        max_tokens: int | None = None,
+        max_cost: float | None = None,
         **options: Any,
     ) -> None:
         self._prepare(session_id, actor, strict, record_lm)
         self._places = _checked_places(durable_at, remote_at)
-        begin = self._begin(metadata, ttl_s, create)
+        begin = self._begin(metadata, ttl_s, create, Budget.of(max_tokens, max_cost))
         self._use(self._open(backend, create, tools, options))
         try:
             self.resumed = run(self, begin)
@@ -179,12 +185,14 @@ class Context(Transacting, Watchable, Ruled):
         durable_at: str | os.PathLike[str] | None = None,
         remote_at: str | None = None,
         record_lm: bool | None = None,
+        max_tokens: int | None = None,
+        max_cost: float | None = None,
         **options: Any,
     ) -> Self:
         self = cls.__new__(cls)
         self._prepare(session_id, actor, strict, record_lm)
         self._places = _checked_places(durable_at, remote_at)
-        begin = self._begin(metadata, ttl_s, create)
+        begin = self._begin(metadata, ttl_s, create, Budget.of(max_tokens, max_cost))
         self._use(await asyncio.to_thread(self._open, backend, create, tools, options))
         try:
             self.resumed = await run_aio(self, begin)
@@ -219,8 +227,10 @@ class Context(Transacting, Watchable, Ruled):
     def _use(self, backend: Backend) -> None:
         self._backend, self.backend = backend, BackendView(backend)
 
-    def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
-        facts = {} if metadata is None else arguments.mapping("metadata", metadata)
+    def _begin(
+        self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool, budget: Budget
+    ) -> Steps[bool]:
+        facts = {**({} if metadata is None else arguments.mapping("metadata", metadata)), **budget.metadata()}
         if ttl_s is not None:
             facts[_TTL] = f"{_checked_ttl(ttl_s):.15g}"
         if not create:

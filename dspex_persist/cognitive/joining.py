@@ -68,6 +68,10 @@ class InTransaction(Variables):
         """Whether it is on a server."""
 
     @abstractmethod
+    def _check_budgets(self) -> None:
+        """Check whether an LM call may be made; see `abilities.Transaction.check_budgets`."""
+
+    @abstractmethod
     def _record_input(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Record an input from outside in its journal entry; see `abilities.Transaction.record`."""
 

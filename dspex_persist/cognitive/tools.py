@@ -10,7 +10,8 @@ from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
-from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.state.budgets import NO_BUDGET, Budget
+from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Concurrency, Isolation, ToolSpec, Value
 from dspex_persist.state.tools.ports import ToolKind
@@ -43,8 +44,10 @@ class Tool(Generic[P, R]):
         signature: Signature,
         record_lm: bool = False,
         requires: str | None = None,
+        budget: Budget = NO_BUDGET,
     ) -> None:
         functools.update_wrapper(self, function)
+        self.budget = budget
         self.requires = requires
         self.spec = spec
         self.kind = kind
@@ -93,7 +96,7 @@ class Tool(Generic[P, R]):
                 "call it from a context, which moves the session first: Context(durable_at=..., remote_at=...)",
             )
         if self.record_lm or lm_guard.caller_is_recorded.get():
-            _record_lm_calls(session)
+            _record_lm_calls(session, self.budget)
         context = [ToolContext(session)] if self._signature.takes_context else []
         started = self._function(*self._leading(), *context, **{**self._signature.make_defaults(), **arguments})
         if self.kind is ToolKind.FUNCTION:
@@ -170,6 +173,8 @@ def tool(
     required_variables: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
     record_lm: bool = False,
+    max_tokens: int | None = None,
+    max_cost: float | None = None,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
 
@@ -188,6 +193,8 @@ def tool(
     required_variables: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
     record_lm: bool = False,
+    max_tokens: int | None = None,
+    max_cost: float | None = None,
 ) -> Any:
     """Make a function, an async function, a generator or an async generator a tool. The last two stream.
 
@@ -209,6 +216,9 @@ def tool(
         required_variables: The variables that the session must have before it starts.
         metadata: Metadata for clients that list tools.
         record_lm: Record its LM calls, and those of the tools that it calls, in the journal. Needs DSPy.
+        max_tokens: How many tokens its own LM calls may use in all its executions in a session; then the next one
+            raises `BudgetExceededError`. Needs `record_lm`.
+        max_cost: The same in USD, as far as the cost of the calls is known.
 
     Raises:
         ToolDefinitionError: The function cannot be a tool, or an argument is invalid.
@@ -231,7 +241,9 @@ def tool(
             metadata=_checked_metadata(where, metadata or {}),
         )
         needs = _checked_requires(where, requires)
-        return Tool(function, spec, kind, signature, _checked_record_lm(where, record_lm), needs)
+        recorded = _checked_record_lm(where, record_lm)
+        budget = _checked_budget(where, max_tokens, max_cost, recorded)
+        return Tool(function, spec, kind, signature, recorded, needs, budget)
 
     return decorate if function is None else decorate(function)
 
@@ -324,11 +336,21 @@ def _checked_record_lm(where: str, record_lm: object) -> bool:
     return bool(record_lm)
 
 
-def _record_lm_calls(session: ToolSession) -> None:
+def _checked_budget(where: str, max_tokens: object, max_cost: object, recorded: bool) -> Budget:
+    try:
+        budget = Budget.of(max_tokens, max_cost)
+    except InvalidArgumentError as error:
+        raise ToolDefinitionError(where, f"its {error.field}: {error.reason}") from None
+    if budget != NO_BUDGET and not recorded:
+        raise ToolDefinitionError(where, "a budget needs record_lm=True: only recorded LM calls are counted")
+    return budget
+
+
+def _record_lm_calls(session: ToolSession, budget: Budget) -> None:
     from dspex_persist.cognitive.dspy import record_calls
 
     lm_guard.caller_is_recorded.set(True)
-    record_calls(session)
+    record_calls(session, budget)
 
 
 def _checked_metadata(where: str, metadata: Mapping[str, str]) -> dict[str, str]:

@@ -262,6 +262,9 @@ class Transaction(WithPrograms, InTransaction):
     def _is_remote(self) -> bool:
         return self._backend.kind == BRIDGED
 
+    def _check_budgets(self) -> None:
+        self._begun.check_budgets()
+
     def _record_input(self, kind: str, entry: Mapping[str, Any]) -> None:
         self._begun.record(kind, entry)
 

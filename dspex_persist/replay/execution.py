@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar, cast
 from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution
 from dspex_persist.state import commands
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.commands import Command, Derivation
 from dspex_persist.state.commands.executions import Begun
 from dspex_persist.state.errors import StateError, UnsupportedError
@@ -221,6 +222,9 @@ class _Backing:
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         return None
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        return 0, {}
 
 
 class ReplayStore(Submits):

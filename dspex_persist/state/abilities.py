@@ -578,6 +578,19 @@ class Transaction(Submits):
         self.submit_record(kind, entry).result()
 
     @abstractmethod
+    def submit_check_budgets(self) -> Future[None]:
+        """Begin to check the budgets; the future ends as `check_budgets` does."""
+
+    def check_budgets(self) -> None:
+        """Check before each call of a language model whether it may be made.
+
+        Raises:
+            BudgetExceededError: A budget of the session is used up by the calls that were recorded in it.
+            ExecutionEndedError: It has ended.
+        """
+        self.submit_check_budgets().result()
+
+    @abstractmethod
     def submit_commit(self) -> Future[int]:
         """Begin to commit; the future has the result of `commit`."""
 

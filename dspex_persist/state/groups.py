@@ -4,7 +4,7 @@
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -13,6 +13,7 @@ from dspex_persist import clock
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state import outcomes
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.cache import SessionCache
 from dspex_persist.state.commands import (
     Command,
@@ -339,6 +340,10 @@ class Groups(Generic[S_co]):
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """Return the last ended execution with an idempotency key."""
         return self.log.find_execution(state, key)
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used."""
+        return self.log.spent(state)
 
     # Reading, from any thread
 

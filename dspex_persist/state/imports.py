@@ -13,7 +13,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import IO, Final
@@ -21,6 +21,7 @@ from typing import IO, Final
 from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.state.abilities import SessionImport
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.commands import ImportCommit, ImportSession
 from dspex_persist.state.errors import Hint, RecordingError, UnavailableError
 from dspex_persist.state.model import ImportedSession, JournalEntry, Origin, VariableVersion
@@ -59,6 +60,9 @@ class _Nothing:
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         return None
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        return 0, {}
 
 
 class CheckedImport(SessionImport):

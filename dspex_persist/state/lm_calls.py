@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from dspex_persist.spelling import quote
 from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, is_glob, suggestion
+from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
 
@@ -269,6 +270,15 @@ def _sum(group: Sequence[str | None], calls: Sequence[LmCall]) -> LmUsage:
         priced=len(costs),
         latency_us=sum(call.latency_us or 0 for call in calls),
     )
+
+
+def spent_on(entry: Mapping[str, Any]) -> Spent:
+    """Return what the call in an entry of `recorded["lm"]` has used; nothing if a cache answered it."""
+    if entry.get("cached") is True:
+        return NOTHING
+    response = _object(entry.get("response"))
+    _, _, tokens = _tokens([*_object(response.get("usage")).values(), *_object(entry.get("usage")).values()])
+    return Spent(tokens, _number(entry.get("cost")) or 0.0)
 
 
 # Documents

@@ -2,7 +2,7 @@
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 
@@ -20,9 +20,11 @@ from dspex_persist.state.around import (
     RestoresAround,
 )
 from dspex_persist.state.audit import AuditSource, suggestion
+from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.commands import ReadState
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.groups import Groups
+from dspex_persist.state.lm_calls import spent_on
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.log_store import LogStore, affected, number_variables
 from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, RestoredSession, SessionView, VariableVersion
@@ -30,7 +32,7 @@ from dspex_persist.state.options import SessionOptions, check_count
 from dspex_persist.state.past.audits import PastAudit
 from dspex_persist.state.past.forks import fork, restore
 from dspex_persist.state.past.recordings import record
-from dspex_persist.state.past.sessions import PastSession
+from dspex_persist.state.past.sessions import PastExecution, PastSession
 from dspex_persist.state.recording import Header, RecordedAnswer, RecordedCommit
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.tools.ports import ToolCode, check_tools
@@ -221,6 +223,11 @@ class MemoryLog(LogStore):
         """Return the last execution with an idempotency key, if it has ended."""
         return self._past_of(state).find_ended(key)
 
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used, by tool, and up to which commit."""
+        sequence = self.sequence
+        return sequence, _spent_in(tuple(self._past_of(state).executions), sequence)
+
     # Reading
 
     def snapshot(self) -> AbstractContextManager[Backing]:
@@ -283,3 +290,14 @@ class MemoryLog(LogStore):
     def close(self) -> None:
         """Free the memory."""
         self._live, self._pasts, self._outcomes = {}, {}, {}
+
+
+def _spent_in(executions: Iterable[PastExecution], until: int) -> dict[str, Spent]:
+    """Return what the LM calls of executions that ended by commit `until` have used, by tool."""
+    spent: dict[str, Spent] = {}
+    for execution in executions:
+        if execution.ended is None or execution.sequence > until:
+            continue
+        for call in execution.ended.lm_calls:
+            spent[execution.began.tool] = spent.get(execution.began.tool, NOTHING).plus(spent_on(call))
+    return spent

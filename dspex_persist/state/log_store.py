@@ -38,6 +38,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import ClassVar
 
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.graph import dependants
 from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Variable, VariableVersion
@@ -124,6 +125,13 @@ class LogStore(ABC):
     @abstractmethod
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """Return the last execution with an idempotency key, if it has ended."""
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used, by tool, and the last commit that counts.
+
+        In a store that does not override this, budgets of LM calls count from when the process began.
+        """
+        return self.sequence, {}
 
     # Reading, on any thread
 

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.spelling import closest, did_you_mean
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.errors import (
     LimitExceededError,
     SessionNotFoundError,
@@ -93,6 +94,9 @@ class Backing(Protocol):
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """Return the last ended execution with an idempotency key, or None."""
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used, by tool, and the last commit that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +453,10 @@ class UnitOfWork:
         state = self.session(session_id)
         staged = self._drafts.executions.get((state.session.sequence, key))
         return staged if staged is not None else self._drafts.backing.find_execution(state, key)
+
+    def spent(self, session_id: str) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used, by tool, and the last commit that counts."""
+        return self._drafts.backing.spent(self.session(session_id))
 
     # Pruning
 

@@ -400,6 +400,35 @@ class TransactionContract(Contract):
         within.commit()
         assert provider.get_value(shop, "a") == 3
 
+    def test_a_budget_of_the_session_counts_what_was_recorded(self, provider: Transacts, shop: str) -> None:
+        provider.initialize_session(shop, {"dspex.max_tokens": "10", "dspex.max_cost": "2.5"})
+        call = {"response": {"usage": {"m": {"total_tokens": 4}}}, "cost": 0.5}
+        with provider.begin_recording(shop, "first") as recording:
+            recording.check_budgets()
+            recording.record("lm", call)
+            recording.record("other", call)
+        with provider.begin_transaction(shop) as transaction, provider.begin_recording(shop) as recording:
+            transaction.record("lm", call)
+            recording.check_budgets()
+            recording.record("lm", {**call, "cached": True})
+            recording.check_budgets()
+            recording.record("lm", call)
+            for each in (transaction, recording):
+                with pytest.raises(errors.BudgetExceededError) as caught:
+                    each.check_budgets()
+        error = caught.value
+        assert (error.owner, error.unit, error.budget, error.used) == (f"session '{shop}'", "tokens", 10, 12)
+        assert error.setting == "max_tokens"
+        provider.initialize_session(shop, {"dspex.max_tokens": "none"})
+        with provider.begin_recording(shop) as recording:
+            recording.check_budgets()
+            recording.record("lm", {"cost": 1.0})
+            with pytest.raises(errors.BudgetExceededError) as caught:
+                recording.check_budgets()
+        assert (caught.value.unit, caught.value.used, caught.value.setting) == ("USD", 2.5, "max_cost")
+        with pytest.raises(ENDED):
+            recording.check_budgets()
+
     def test_wrong_recordings_are_refused(self, provider: Transacts, session: str) -> None:
         for wrong in ("", "x" * 10_000, "\x00", "\ud800"):
             with pytest.raises(errors.StateError):

@@ -222,7 +222,7 @@ def test_the_program_that_makes_a_report(tmp_path: Path) -> None:
 def test_the_programs_of_the_pages_on_dspy(tmp_path: Path) -> None:
     """The tool is recorded, and what was recorded is played, without a model in either."""
     (tool,) = [each for each in programs_of("docs/dspy.md") if "def triage" in each.text]
-    recording, playing = programs_of("docs/lm-calls.md")
+    recording, _, playing = programs_of("docs/lm-calls.md")
     (tmp_path / "triage.py").write_text(tool.text)
     (tmp_path / "both.py").write_text(DSPY + playing.text + 'print("played", playback.divergences)\n')
     output = run_python(["-W", "ignore", "both.py"], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")

@@ -1,5 +1,6 @@
 """Recordings of LM calls whose process is killed, or whose session moves to a server."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import BridgedState, Context, connect, open_audit
+from dspex_persist import BridgedState, BudgetExceededError, Context, connect, open_audit
 from dspex_persist.audit import AuditSource, ExecutionQuery
 from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
-from tests.lms import ask, dspy, dummy
+from tests.lms import Engine, ask, dspy, dummy, lm_on
 
 PROGRAM = """
 import sys
@@ -78,6 +79,29 @@ def test_a_server_keeps_the_calls_of_a_client_that_is_killed(served: ServedDatab
         (part,) = parts_of(audit, recording_id)
         assert (part.summary.status, part.summary.tool) == (ExecutionStatus.CANCELLED, "recording")
         assert questions([part]) == ["one", "two"]
+
+
+def test_budgets_of_a_server(tmp_path: Path) -> None:
+    with ServedDatabase(tmp_path / "sessions.db", {"max_tokens": 11, "max_cost": "none"}) as served:
+        place = f"grpc://{served.target}"
+        for restarted in (False, True):
+            if restarted:
+                served.restart()
+            with Context("s", place) as ctx, ctx.recording():
+                lm_on(Engine())("one")
+                if not restarted:
+                    continue
+                lm_on(Engine())("two")
+                with pytest.raises(BudgetExceededError, match="raise the server's setting max_tokens"):
+                    lm_on(Engine())("three")
+                with Context("s", place, max_tokens=3), pytest.raises(BudgetExceededError, match="of a budget of 3;"):
+                    lm_on(Engine())("four")
+
+                async def program() -> None:
+                    with pytest.raises(BudgetExceededError):
+                        await lm_on(Engine()).acall("five")
+
+                asyncio.run(program())
 
 
 def test_a_file_has_the_calls_that_were_old_enough(tmp_path: Path) -> None:

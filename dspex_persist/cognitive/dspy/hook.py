@@ -43,19 +43,23 @@ from dspex_persist.cognitive.dspy.requests import (
     response_of,
     secrets_of,
 )
-from dspex_persist.state.tools.session import ToolSession
+from dspex_persist.state.budgets import NO_BUDGET, Budget
+from dspex_persist.state.tools.session import LM_CALLS, ToolSession
 
-LM_CALLS: Final = "lm"
-"""The key of LM calls in an execution's `recorded`."""
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
 _CARRIED: Final = frozenset((_RECORDER, _PLAYBACK))
 _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 
-def record_calls(session: ToolSession) -> None:
-    """Record the LM calls of the code in this context, from now on, in the execution's journal entry."""
+def record_calls(session: ToolSession, budget: Budget = NO_BUDGET) -> None:
+    """Record the LM calls of the code in this context, from now on, in the execution's journal entry.
+
+    Args:
+        session: The session of the execution.
+        budget: The budget of the tool.
+    """
     install()
-    _observe(Recorder(_InTool(session)), _observers()[1])
+    _observe(Recorder(_InTool(session, budget)), _observers()[1])
 
 
 def start_recording(recorder: "Recorder") -> Callable[[], None]:
@@ -127,7 +131,10 @@ class Sink(Protocol):
 
     @property
     def is_quick(self) -> bool:
-        """Whether `put` never waits for anything."""
+        """Whether neither `admit` nor `put` waits for anything that takes long."""
+
+    def admit(self) -> None:
+        """Raise `BudgetExceededError` if no call may be made."""
 
     def put(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Keep a call."""
@@ -136,18 +143,26 @@ class Sink(Protocol):
 class _InTool:
     """The execution of a tool."""
 
-    is_tool = is_quick = True
+    is_tool = True
 
-    def __init__(self, session: ToolSession) -> None:
+    def __init__(self, session: ToolSession, budget: Budget) -> None:
         self._session = session
+        self._budget = budget
 
     @property
     def execution_ids(self) -> tuple[str, ...]:
         return (self._session.execution_id,)
 
     @property
+    def is_quick(self) -> bool:
+        return not self._session.is_far
+
+    @property
     def is_open(self) -> bool:
         return not self._session.cancelled
+
+    def admit(self) -> None:
+        self._session.check_budgets(self._budget)
 
     def put(self, kind: str, entry: Mapping[str, Any]) -> None:
         self._session.record(kind, entry)
@@ -185,6 +200,18 @@ class Recorder:
         if variables:
             entry["variables"] = variables
         return entry
+
+    def admit(self) -> None:
+        """Raise `BudgetExceededError` if no call may be made."""
+        if self.sink.is_open:
+            self.sink.admit()
+
+    async def admit_aio(self) -> None:
+        """Do the same without blocking the event loop."""
+        if self.sink.is_quick:
+            self.admit()
+        else:
+            await asyncio.to_thread(self.admit)
 
     def keep(self, call: Mapping[str, Any]) -> None:
         """Record a call that has its outcome, unless the execution has ended."""
@@ -259,6 +286,18 @@ class _Call:
             # A playback asks no model, as an answer of the cache.
             facts = {"cost": 0.0, "cached": True} if self.is_played else self._account.facts()
             self._ended = {**self._entry, "latency_us": latency_us, **facts, **outcome}
+
+    def admit(self) -> None:
+        """Raise `BudgetExceededError` if the call may not be made, because of those that were recorded before."""
+        if self._recorder is not None and self._playback is None:
+            self._recorder.admit()
+            self._began = time.monotonic()
+
+    async def admit_aio(self) -> None:
+        """Do the same without blocking the event loop."""
+        if self._recorder is not None and self._playback is None:
+            await self._recorder.admit_aio()
+            self._began = time.monotonic()
 
     def keep(self) -> None:
         """Record the call, if it is recorded and has ended."""
@@ -335,6 +374,7 @@ def _observed(call: Callable[..., Any]) -> Callable[..., Any]:
         lm_call = _Call(lm, args, kwargs)
         try:
             with lm_call.watched() as answers:
+                lm_call.admit()
                 answer = lm_call.play() if lm_call.is_played else call(lm, *args, **lm_call.kwargs)
                 answers.append(answer)
         finally:
@@ -354,6 +394,7 @@ def _observed_async(call: Callable[..., Any]) -> Callable[..., Any]:
         lm_call = _Call(lm, args, kwargs)
         try:
             with lm_call.watched() as answers:
+                await lm_call.admit_aio()
                 if lm_call.never_answers:
                     await asyncio.get_running_loop().create_future()
                 answer = lm_call.play() if lm_call.is_played else await call(lm, *args, **lm_call.kwargs)

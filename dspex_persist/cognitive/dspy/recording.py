@@ -197,6 +197,10 @@ class _Parts:
         self._backend.parked.add(self)
         self._through_gate(self._open)
 
+    def admit(self) -> None:
+        """Raise `BudgetExceededError` if no call may be made."""
+        self._through_gate(self._admit)
+
     def put(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Keep a call."""
         self._through_gate(lambda: self._put(kind, entry))
@@ -218,6 +222,15 @@ class _Parts:
         self._count = 0
         return self._part
 
+    def _admit(self) -> None:
+        if self._is_over:
+            return
+        part = self._part or self._open()
+        try:
+            part.check_budgets()
+        except ExecutionEndedError:
+            self._reopen(part).check_budgets()
+
     def _put(self, kind: str, entry: Mapping[str, Any]) -> None:
         if self._is_over:
             return
@@ -231,15 +244,18 @@ class _Parts:
             self._end_part()
             self._open().record(kind, entry)
         except ExecutionEndedError:
-            # Its server has begun anew, say. The calls that it had before are lost.
-            _logger.warning("recording interrupted", session_id=self._session_id, execution_id=part.execution_id)
-            self._part = None
-            self._open().record(kind, entry)
+            self._reopen(part).record(kind, entry)
         self._count += 1
         if self._timer is None and self._backend.kind == EMBEDDED:
             self._timer = threading.Timer(self._keep_after_s, self._on_time)
             self._timer.daemon = True
             self._timer.start()
+
+    def _reopen(self, ended: abilities.Transaction) -> abilities.Transaction:
+        """Begin another part, because this one has ended: its server has begun anew, say, and has lost its calls."""
+        _logger.warning("recording interrupted", session_id=self._session_id, execution_id=ended.execution_id)
+        self._part = None
+        return self._open()
 
     def _on_time(self) -> None:
         try:
@@ -300,6 +316,10 @@ class _InTransaction:
     def is_quick(self) -> bool:
         """Whether it is in this process."""
         return not self._transaction._is_remote
+
+    def admit(self) -> None:
+        """Raise `BudgetExceededError` if no call may be made."""
+        self._transaction._check_budgets()
 
     def put(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Keep a call."""

@@ -20,6 +20,7 @@ from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.bridge.status import status_of
+from dspex_persist.state.budgets import Budget
 from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
 from dspex_persist.state.model import Source
 from dspex_persist.state.tools.session import ToolSession
@@ -94,14 +95,18 @@ class Callbacks:
             await asyncio.wait((self._serving,))
 
     def _services(self) -> list[server.Service]:
-        own: dict[str, Method] = {"SetVariable": self._set_variable, "RecordInputs": self._record_inputs}
+        own: dict[str, Method] = {
+            "SetVariable": self._set_variable,
+            "RecordInputs": self._record_inputs,
+            "CheckBudget": self._check_budget,
+        }
         own |= {name: self._refusal(name) for name in _OF_SESSIONS}
         bridge, audit = _Methods(), _Methods()
         for method in BRIDGE_SERVICE.methods:
             run = own.get(method.name) or getattr(self._bridge, method.name, None)
             if run is not None:
                 setattr(bridge, method.name, self._within(run))
-        for name in (*(rpc.name for rpc in beside.RPCS), "RecordInputs"):
+        for name in (*(rpc.name for rpc in beside.RPCS), "RecordInputs", "CheckBudget"):
             setattr(audit, name, self._within(own.get(name) or getattr(self._audit, name)))
         return [server.Service(BRIDGE_SERVICE, bridge), server.Service(AUDIT_SERVICE, audit)]
 
@@ -162,6 +167,16 @@ class Callbacks:
         for text in request.entries_json:
             take_entries(session, text)
         return audit_pb.RecordInputsResponse()
+
+    async def _check_budget(self, request: audit_pb.CheckBudgetRequest, context: Context) -> Any:
+        session = self._running_session(context)
+        own = Budget(
+            request.max_tokens if request.HasField("max_tokens") else None,
+            request.max_cost if request.HasField("max_cost") else None,
+        )
+        # It may have to read the journal.
+        await asyncio.to_thread(session.check_budgets, own)
+        return audit_pb.CheckBudgetResponse()
 
     @staticmethod
     def _refusal(rpc: str) -> Method:

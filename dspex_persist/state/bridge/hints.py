@@ -44,6 +44,9 @@ IN_RPCS: Final[Mapping[str, str]] = {
         "put the original file back, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
         "the server again; what was written since the last check may be lost"
     ),
+    Hint.RAISE_SERVER_BUDGET: "raise the server's setting max_tokens or max_cost, which holds for each of its sessions",
+    Hint.RAISE_SESSION_BUDGET: "raise it with InitializeSession: metadata dspex.{setting}, a number or none",
+    Hint.RAISE_TOOL_BUDGET: "raise it where the tool is defined: @tool(max_tokens=..., max_cost=...)",
     Hint.READ_AGAIN: "read it again and repeat",
     Hint.READ_ONLY: "to read it anyway, use `dspex-persist audit` or `db check`, which only read",
     Hint.RECORD_FROM_BACKUP: "record it from an earlier backup",

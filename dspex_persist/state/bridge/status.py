@@ -57,6 +57,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.ToolArgumentError: StatusCode.INVALID_ARGUMENT,
     errors.MissingVariablesError: StatusCode.FAILED_PRECONDITION,
     errors.SessionBusyError: StatusCode.ABORTED,
+    errors.BudgetExceededError: StatusCode.RESOURCE_EXHAUSTED,
     errors.ExecutionNotFoundError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.TransactionEndedError: StatusCode.FAILED_PRECONDITION,

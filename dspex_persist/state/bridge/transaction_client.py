@@ -149,6 +149,10 @@ class BridgedTransaction(Transaction):
         request = pb.RecordInputsRequest(execution_id=self.execution_id, kind=kind, entries_json=[text])
         return self._ask(self._stub.RecordInputs, request)
 
+    def submit_check_budgets(self) -> Future[None]:
+        """See `Transaction.submit_check_budgets`."""
+        return self._ask(self._stub.CheckBudget, pb.CheckBudgetRequest(execution_id=self.execution_id))
+
     def _ask(self, rpc: Any, request: Any) -> Future[None]:
         """Call an rpc on the transaction, which goes on."""
         future: Future[None] = Future()

@@ -89,6 +89,12 @@ class TransactionRpcs:
             session.record(kind, entry)
         return pb.RecordInputsResponse()
 
+    async def CheckBudget(self, request: pb.CheckBudgetRequest, context: Context) -> Any:
+        session = self._opened(request.execution_id).session
+        # It may have to read the journal.
+        await asyncio.to_thread(session.check_budgets)
+        return pb.CheckBudgetResponse()
+
     def _opened(self, execution_id: str) -> OpenTransaction:
         opened = self._open.get(execution_id)
         if opened is None:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar, cast
 
 import grpc
 
+from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.state import commands
 from dspex_persist.state.bridge.client import BridgedState
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
@@ -25,6 +26,7 @@ from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL
 from dspex_persist.state.bridge.rpcs.variables import publish_request
 from dspex_persist.state.bridge.status import error_of_call
+from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import ExecutionEndedError, ExecutionNotFoundError, ToolFailedError
 from dspex_persist.state.limits import Limits
@@ -35,6 +37,7 @@ from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING
 from dspex_persist.state.tools.session import ToolSession
+from dspex_persist.state.tools.spending import Spending
 from dspex_persist.state.tools.touched import touched_by
 
 R = TypeVar("R")
@@ -108,6 +111,16 @@ class Callback(BridgedState):
         call.add_done_callback(settle)
         return future
 
+    def check_budgets(self, execution_id: str, own: Budget) -> None:
+        """Have the server check the budgets of an execution's session, and of the tool in it."""
+        request = audit_pb.CheckBudgetRequest(
+            execution_id=execution_id, max_tokens=own.max_tokens, max_cost=own.max_cost
+        )
+        try:
+            self._beside.CheckBudget(request, metadata=((EXECUTION_ID, execution_id),))
+        except grpc.RpcError as error:
+            raise error_of_call(error, self._target) from None
+
     def keep(self, execution_id: str, text: str, then: Callable[[], None]) -> None:
         """Have the journal of an execution keep something. `then` is called on any thread, even if that failed."""
         request = audit_pb.RecordInputsRequest(execution_id=execution_id, kind=KIND, entries_json=[text])
@@ -180,6 +193,9 @@ class WorkerHost:
         self.store: Submits = server
         self.limits = limits
         self.server = server
+        # The server counts, and checks.
+        self.spending = Spending()
+        self.budget = NO_BUDGET
         self._tools = tools
 
     def call(self, caller: ToolSession, request: ToolRequest) -> Future[Value]:
@@ -224,6 +240,8 @@ class LentSession(ToolSession):
         has_ended: Set when the code has returned.
     """
 
+    is_far = True
+
     def __init__(
         self,
         host: WorkerHost,
@@ -266,6 +284,25 @@ class LentSession(ToolSession):
             super().record(kind, entry)
             self._inputs.append((kind, self._recorded[kind][-1]))
         self._note()
+
+    def _spend(self, call: Mapping[str, Any]) -> None:
+        """Leave it to the server, which gets the call."""
+
+    def check_budgets(self, own: Budget = NO_BUDGET) -> None:
+        """See `ToolSession.check_budgets`. It waits for the server, which first gets the calls that were recorded."""
+        self.lent.check_running()
+        if not is_on_loop() or asyncio.get_running_loop() is not self._loop:
+            asyncio.run_coroutine_threadsafe(self._sent_all(), self._loop).result()
+        try:
+            self._server.check_budgets(self.execution_id, own)
+        except ExecutionNotFoundError:
+            raise self.lent.gone() from None
+
+    async def _sent_all(self) -> None:
+        """Send what the journal has to keep, and wait until it has it."""
+        self._send()
+        while self._sending is not None:
+            await self._sending.wait()
 
     def _publish(self, identifier: str, encoded: Value, metadata: Mapping[str, str] | None, reason: str | None) -> int:
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})

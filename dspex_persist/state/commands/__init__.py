@@ -10,6 +10,7 @@ from dspex_persist.state.commands.executions import (
     InterruptExecutions,
     ListTools,
     RegisterTools,
+    SumLmCalls,
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
 from dspex_persist.state.commands.publishing import PublishVariable
@@ -86,5 +87,6 @@ __all__ = [
     "SetVariables",
     "StartOptimization",
     "StopOptimization",
+    "SumLmCalls",
     "TouchSession",
 ]

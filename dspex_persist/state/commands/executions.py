@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dspex_persist.state import arguments, values
-from dspex_persist.state.commands.base import FEW, Command, check_metadata, check_text
+from dspex_persist.state.budgets import Spent
+from dspex_persist.state.commands.base import FEW, Command, Reads, check_metadata, check_text
 from dspex_persist.state.commands.derivations import derive
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
@@ -422,6 +423,19 @@ class InterruptExecutions(Command[int]):
         running = [each for each in self.executions if each in state.executions] if state is not None else []
         uow.interrupt(self.session_id, running, "the server ended while it ran")
         return len(running)
+
+
+@dataclass(frozen=True, slots=True)
+class SumLmCalls(Command[tuple[int, Mapping[str, Spent]]]):
+    """Return what the recorded LM calls of ended executions have used, by tool; and up to which commit."""
+
+    @property
+    def reads(self) -> Reads:
+        """See `Command`."""
+        return Reads.HISTORY
+
+    def apply(self, uow: UnitOfWork) -> tuple[int, Mapping[str, Spent]]:
+        return uow.spent(self.session_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
+from dspex_persist.state import budgets
+from dspex_persist.state.budgets import Budget
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.events import SessionStarted, SessionUpdated
@@ -16,7 +18,7 @@ from dspex_persist.state.values import encode
 
 MOST_TTL_S = 100 * 365 * 86_400
 """The longest TTL of a session."""
-_KNOWN: Final = frozenset({CONCURRENCY})
+_KNOWN: Final = frozenset({CONCURRENCY}) | budgets.KEYS
 """The keys of a session's metadata that start with `dspex.` and that clients may set."""
 
 
@@ -59,12 +61,13 @@ def _resumed(uow: UnitOfWork, state: SessionState) -> SessionView:
 
 
 def check_session_metadata(metadata: Mapping[str, str], limits: Limits) -> None:
-    """Refuse the metadata of a session if it exceeds the limits, or has an unknown `dspex.concurrency`."""
+    """Refuse the metadata of a session if it exceeds the limits, or has a wrong `dspex.concurrency` or budget."""
     check_metadata(metadata, limits, _KNOWN)
     stated = metadata.get(CONCURRENCY)
     if stated is not None and stated not in list(Concurrency):
         known = ", ".join(Concurrency)
         raise InvalidArgumentError("metadata", f"{CONCURRENCY} is {quote(stated)}, it must be one of {known}")
+    Budget.of_metadata(metadata)
 
 
 def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | None:

@@ -44,6 +44,7 @@ from dspex_persist.state.errors.sessions import SessionHeldError as SessionHeldE
 from dspex_persist.state.errors.sessions import SessionMovedError as SessionMovedError
 from dspex_persist.state.errors.sessions import SessionNotFoundError as SessionNotFoundError
 from dspex_persist.state.errors.sessions import SessionPrunedError as SessionPrunedError
+from dspex_persist.state.errors.tools import BudgetExceededError as BudgetExceededError
 from dspex_persist.state.errors.tools import ExecutionConflictError as ExecutionConflictError
 from dspex_persist.state.errors.tools import ExecutionEndedError as ExecutionEndedError
 from dspex_persist.state.errors.tools import ExecutionNotFoundError as ExecutionNotFoundError

@@ -44,6 +44,9 @@ class Hint(StrEnum):
     """Everything acknowledged is in the file."""
     PRUNE_ON_SERVER = "prune_on_server"
     PUT_BACK_FILE = "put_back_file"
+    RAISE_SERVER_BUDGET = "raise_server_budget"
+    RAISE_SESSION_BUDGET = "raise_session_budget"
+    RAISE_TOOL_BUDGET = "raise_tool_budget"
     READ_AGAIN = "read_again"
     READ_ONLY = "read_only"
     """This user may not write to the file or its folder."""
@@ -118,6 +121,11 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         f"put the original file back, with its -wal, or restore a backup with {_MAINTENANCE}.restore(backup, path), "
         "and open it again; what was written since the last check may be lost"
     ),
+    Hint.RAISE_SERVER_BUDGET: "raise the server's setting max_tokens or max_cost, which holds for each of its sessions",
+    Hint.RAISE_SESSION_BUDGET: (
+        "raise it with Context(session_id, {setting}=...), or lift it with the metadata dspex.{setting}: 'none'"
+    ),
+    Hint.RAISE_TOOL_BUDGET: "raise it where the tool is defined: @tool(max_tokens=..., max_cost=...)",
     Hint.READ_AGAIN: "read it again and repeat",
     Hint.READ_ONLY: "dspex_persist.open_audit(path), which only reads, may still open it",
     Hint.RECORD_FROM_BACKUP: "record it from an earlier backup: open_recording(backup, ...)",

@@ -58,6 +58,27 @@ class SessionBusyError(StateError):
 
 
 @dataclass(eq=False)
+class BudgetExceededError(StateError):
+    """A budget of LM calls is used up; the next call was not made.
+
+    Attributes:
+        owner: Whose budget it is, such as "session 'shop'" or "tool 'triage'".
+        unit: "tokens" or "USD".
+        budget: How much may be used.
+        used: How much has been used, in all executions of the session.
+        setting: What states the budget: "max_tokens" or "max_cost".
+    """
+
+    template = "the LM calls of {owner} have used {used:,.15g} {unit} of a budget of {budget:,.15g}; no more are made"
+    advice = Hint.RAISE_SESSION_BUDGET
+    owner: str
+    unit: str
+    budget: float
+    used: float
+    setting: str
+
+
+@dataclass(eq=False)
 class ExecutionNotFoundError(StateError):
     """No execution of this id is running: it never began, or has ended."""
 

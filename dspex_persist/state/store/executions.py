@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, select
 
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.events import ExecutionEnded, spec_body, spec_in
 from dspex_persist.state.model import (
     ExecutionStatus,
@@ -20,6 +21,12 @@ from dspex_persist.state.values.json_text import storable, stored
 _RUNNING: Final = """
     SELECT execution_id, tool, began_sequence, parent_id, idempotency_key, fingerprint
     FROM executions WHERE session_key = ? AND ended_sequence IS NULL ORDER BY began_sequence
+"""
+# An answer of the cache costs nothing.
+_SPENT: Final = """
+    SELECT executions.tool, CAST(total(lm_calls.total_tokens) AS INTEGER), total(lm_calls.cost)
+    FROM executions JOIN lm_calls ON lm_calls.began_sequence = executions.began_sequence
+    WHERE executions.session_key = ? AND lm_calls.cached IS NOT 1 GROUP BY executions.tool
 """
 _TOOLS: Final = "SELECT name, spec, worker_id, address FROM tools WHERE session_key = ? ORDER BY name"
 # Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
@@ -52,6 +59,13 @@ def unfinished(connection: Connection) -> dict[str, tuple[str, ...]]:
     for session_id, execution_id in connection.execute(_UNFINISHED):
         by_session[session_id] = (*by_session.get(session_id, ()), execution_id)
     return by_session
+
+
+def spent(connection: Connection, session_key: int) -> tuple[int, dict[str, Spent]]:
+    """Return what the LM calls of a session's ended executions have used, by tool, and the last commit of the file."""
+    ((sequence,),) = raw_rows(connection, "SELECT coalesce(max(sequence), 0) FROM commits")
+    rows = raw_rows(connection, _SPENT, session_key)
+    return sequence, {tool: Spent(tokens, cost) for tool, tokens, cost in list(rows)}
 
 
 def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEntry | None:

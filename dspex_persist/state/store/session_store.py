@@ -15,6 +15,7 @@ from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.errors import (
     CheckpointError,
     FileChangedError,
@@ -133,6 +134,11 @@ class StoredSessions:
         """Return the last ended execution with an idempotency key."""
         with damage.reading(state.session.id):
             return stored_executions.find_by_key(self._connection, state.key, key)
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Return what the LM calls of ended executions have used, by tool, and up to which commit."""
+        with damage.reading(state.session.id):
+            return stored_executions.spent(self._connection, state.key)
 
 
 class SessionStore(StoredSessions, LogStore):

@@ -29,6 +29,7 @@ from dspex_persist.state.provider import SubmitHere, Submits
 from dspex_persist.state.tools.failures import failure_of, reported_error
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.session import ToolSession
+from dspex_persist.state.tools.spending import Spending
 
 _RETRY_S: Final = 5.0
 
@@ -41,9 +42,10 @@ class Endings:
             not as given up by its client.
     """
 
-    def __init__(self, store: Submits, home: Home) -> None:
+    def __init__(self, store: Submits, home: Home, spending: Spending) -> None:
         self._store = store
         self._home = home
+        self._spending = spending
         self.draining = False
 
     @cached_property
@@ -85,6 +87,7 @@ class Endings:
             reason = "the session ended while the tool ran; nothing was written"
             error = ToolInterruptedError(session.execution_id, reason)
             session.execution.correct(ExecutionStatus.INTERRUPTED.value)
+            self._note_end(session, None)
             return ToolOutcome(
                 ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
@@ -95,11 +98,12 @@ class Endings:
             # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del reply
         session.execution.correct(final.status.value)
+        self._note_end(session, final.sequence)
         return _outcome(final, raised)
 
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
         """End an execution that writes nothing and whose caller has gone, or hears of the end in another way."""
-        self.record(self._closing(session, verdict), session.origin)
+        self.record(self._closing(session, verdict), session.origin, session)
 
     def _closing(self, session: ToolSession, verdict: Verdict) -> commands.FinishExecution:
         """Close an execution and the ones it called, so that their code can do no more; the command that ends them."""
@@ -113,30 +117,40 @@ class Endings:
                 called.task.cancel()
         return execution.finish(verdict)
 
-    def record(self, command: commands.FinishExecution, origin: Origin) -> None:
+    def record(self, command: commands.FinishExecution, origin: Origin, session: ToolSession | None = None) -> None:
         """Record in the journal how an execution ended that wrote nothing. Retries while the store has no room."""
 
         def settled(future: "Future[Verdict]") -> None:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, StorageError | QueueFullError):
-                again = functools.partial(self.record, command, origin)
+                again = functools.partial(self.record, command, origin, session)
                 self._home.mailbox.post(lambda: self._home.loop.call_later(_RETRY_S, again))
             elif isinstance(error, InternalError) and command != _bare(command):
-                self.record(_bare(command), origin)
+                self.record(_bare(command), origin, session)
+            elif session is not None:
+                self._note_end(session, None if error is not None or future.cancelled() else future.result().sequence)
 
         self._store.submit(command, origin).add_done_callback(settled)
+
+    def _note_end(self, session: ToolSession, sequence: int | None) -> None:
+        """Note the commit since which the journal has what its LM calls have used; None if it has none of it."""
+        self._spending.end(session.execution.session_key, session.execution_id, sequence)
 
     def _note_refusal(self, session: ToolSession, verdict: Verdict, reply: Reply[Verdict]) -> None:
         error = reply.exception()
         if isinstance(error, StateError):
             self._record_failure(session, verdict, error)
+        elif error is None:
+            self._note_end(session, reply.result().sequence)
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
         if isinstance(error, StorageError | QueueFullError | InternalError):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             command = session.execution.finish(failed)
-            self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin)
+            self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin, session)
+        else:
+            self._note_end(session, None)
 
 
 def _bare(command: commands.FinishExecution) -> commands.FinishExecution:

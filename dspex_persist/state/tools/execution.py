@@ -81,6 +81,16 @@ class Execution:
         return Execution(begun.execution_id, self.session_id, tool, self.isolation, overlay, self, _start=start)
 
     @property
+    def session_key(self) -> int:
+        """The number of the session's first commit, which no other session has."""
+        return self.overlay.snapshot.session.sequence
+
+    @property
+    def root_id(self) -> str:
+        """The id of the outermost execution, with which it ends."""
+        return self.id if self.parent is None else self.parent.root_id
+
+    @property
     def depth(self) -> int:
         """How many executions enclose this one."""
         return 0 if self.parent is None else self.parent.depth + 1

@@ -6,13 +6,14 @@ began.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from typing import Any, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.state import commands
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Step, matches, see
 from dspex_persist.state.errors import (
@@ -248,6 +249,10 @@ class Overlay:
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """Nothing: no command in an execution asks for it."""
+        return 0, {}
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         return None

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from dspex_persist.infra.mailbox import Reply
 from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
+from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Verdict
 from dspex_persist.state.errors import (
@@ -62,6 +63,7 @@ from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING, result_value
 from dspex_persist.state.tools.session import ToolSession, current_session
+from dspex_persist.state.tools.spending import Spending
 from dspex_persist.state.tools.turns import Place, Turns
 
 R = TypeVar("R")
@@ -95,6 +97,7 @@ class ToolRunner:
         tools: The tools of this process, by name.
         registered: Returns the runnable form of a tool that a worker has registered.
         limits: The limits of parameters, results, journals and the number of executions.
+        budget: What the recorded LM calls of each session may use.
     """
 
     def __init__(
@@ -105,12 +108,15 @@ class ToolRunner:
         *,
         registered: Callable[[RegisteredTool], RunnableTool],
         limits: Limits,
+        budget: Budget = NO_BUDGET,
     ) -> None:
         self.store = store
         self.tools = dict(tools)
         self.limits = limits
+        self.budget = budget
+        self.spending = Spending.of(store)
         self._home = home
-        self._endings = Endings(store, home)
+        self._endings = Endings(store, home, self.spending)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code still runs.

@@ -18,6 +18,7 @@ from dspex_persist.infra.futures import mapped
 from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Durable
+from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
@@ -26,9 +27,12 @@ from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
+from dspex_persist.state.tools.spending import Spending
 
 R = TypeVar("R")
 
+LM_CALLS: Final = "lm"
+"""The key of LM calls in an execution's `recorded`."""
 # The size of a line in the journal's log, without its text.
 _LINE_BYTES: Final = 64
 current_session: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_current_session", default=None)
@@ -85,6 +89,14 @@ class Host(Protocol):
     def store(self) -> Submits:
         """Runs commands outside the transaction."""
 
+    @property
+    def spending(self) -> Spending:
+        """What LM calls have used."""
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of every session."""
+
     def call(self, caller: "ToolSession", request: ToolRequest) -> "Future[Value]":
         """Execute a tool as part of its caller's execution."""
 
@@ -102,7 +114,12 @@ class ToolSession:
         attempt: The number of the attempt, from 1.
         seed: The recorded seed of random numbers and ids.
         asker: The session whose code asked for this execution, if a tool's code did.
+
+    Attributes:
+        is_far: Whether the journal is in another process, so that `record` and `check_budgets` may wait for that.
     """
+
+    is_far = False
 
     def __init__(
         self,
@@ -262,6 +279,25 @@ class ToolSession:
         with self.execution.overlay.lock:
             self._count(_LINE_BYTES + len(text))
             self._recorded.setdefault(kind, []).append(json.loads(text))
+        if kind == LM_CALLS:
+            self._spend(entry)
+
+    def _spend(self, call: Mapping[str, Any]) -> None:
+        """Count what a recorded call of a language model has used."""
+        execution = self.execution
+        self._host.spending.add(execution.session_key, execution.root_id, execution.tool, call)
+
+    def check_budgets(self, own: Budget = NO_BUDGET) -> None:
+        """Check before a call of a language model whether it is within the budgets; it may read the journal.
+
+        Args:
+            own: The budget of the tool.
+
+        Raises:
+            BudgetExceededError: A budget of the session, or of the tool in this session, is used up.
+        """
+        host, execution = self._host, self.execution
+        host.spending.check(host.store, self.session_id, self.origin, execution.tool, own, host.budget)
 
     def _count(self, size_bytes: int) -> None:
         limit = self._host.limits.journal_size_bytes
@@ -282,6 +318,8 @@ class ToolSession:
             self._times += moments
             for kind, entries in recorded.items():
                 self._recorded.setdefault(kind, []).extend(entries)
+        for call in recorded.get(LM_CALLS, ()):
+            self._spend(call)
         texts = [line.message + json.dumps(line.fields) for line in lines]
         texts += [json.dumps(entry) for entries in recorded.values() for entry in entries]
         self._count(8 * len(moments) + sum(_LINE_BYTES + len(text) for text in texts))

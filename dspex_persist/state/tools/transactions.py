@@ -239,6 +239,17 @@ class LocalTransaction(Transaction):
             future.set_exception(error)
         return future
 
+    def submit_check_budgets(self) -> Future[None]:
+        """See `Transaction.submit_check_budgets`."""
+        future: Future[None] = Future()
+        try:
+            self._check_running()
+            self._session.check_budgets()
+            future.set_result(None)
+        except StateError as error:
+            future.set_exception(error)
+        return future
+
     def submit_commit(self) -> Future[int]:
         """See `Transaction.submit_commit`."""
         try:

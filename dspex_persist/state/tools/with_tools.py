@@ -13,6 +13,7 @@ from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import StreamsTools, Transaction, Transacts, new_recording_id
 from dspex_persist.state.around import Around
+from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
@@ -52,6 +53,7 @@ class WithTools(Around, StreamsTools, Transacts):
         tools: The tools of this process, by name. Without tools and without `remote` no tool can be executed.
         threads: How many tools without `async` run at a time.
         limits: The limits of results and journals; use those of the provider.
+        budget: What the recorded LM calls of each session may use.
         remote: Calls the tools that workers have registered for their sessions; without it these cannot be executed.
         pool: Where the code of the tools runs; by default in this process.
         home: The event loop that runs the executions and their timeouts; by default a separate loop on a thread.
@@ -67,6 +69,7 @@ class WithTools(Around, StreamsTools, Transacts):
         *,
         threads: int = TOOL_THREADS,
         limits: Limits | None = None,
+        budget: Budget = NO_BUDGET,
         remote: RemotePort | None = None,
         pool: PoolPort | None = None,
         home: asyncio.AbstractEventLoop | None = None,
@@ -83,6 +86,7 @@ class WithTools(Around, StreamsTools, Transacts):
             local_tools(tools or {}, self._invoker) if pool is None else pooled_tools(tools or {}, self._invoker, pool),
             registered=lambda tool: RemoteTool(tool, remote, limits),
             limits=limits,
+            budget=budget,
         )
         self._can_execute = bool(tools) or remote is not None
         # The commands that do not simply go to the provider.

@@ -179,6 +179,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.RecordInputsResponse.FromString,
                 _registered_method=True)
+        self.CheckBudget = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/CheckBudget',
+                request_serializer=dspex__persist__audit__pb2.CheckBudgetRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.CheckBudgetResponse.FromString,
+                _registered_method=True)
         self.HoldSession = channel.stream_stream(
                 '/dspex.persist.v1.AuditService/HoldSession',
                 request_serializer=dspex__persist__audit__pb2.HoldSessionRequest.SerializeToString,
@@ -410,6 +415,14 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckBudget(self, request, context):
+        """Ask, before a call of a language model in an open transaction or recording, whether it may be made:
+        RESOURCE_EXHAUSTED if a budget of the session is used up. Send x-dspex-execution-id as well.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def HoldSession(self, request_iterator, context):
         """Have all writers of a live session wait while it is moved to another backend; readers go on. The first message names
         the session. When no tool and no transaction runs in it any more, and none begins, the server answers with a first
@@ -559,6 +572,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.RecordInputs,
                     request_deserializer=dspex__persist__audit__pb2.RecordInputsRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.RecordInputsResponse.SerializeToString,
+            ),
+            'CheckBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckBudget,
+                    request_deserializer=dspex__persist__audit__pb2.CheckBudgetRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.CheckBudgetResponse.SerializeToString,
             ),
             'HoldSession': grpc.stream_stream_rpc_method_handler(
                     servicer.HoldSession,
@@ -1305,6 +1323,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/RecordInputs',
             dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
             dspex__persist__audit__pb2.RecordInputsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/CheckBudget',
+            dspex__persist__audit__pb2.CheckBudgetRequest.SerializeToString,
+            dspex__persist__audit__pb2.CheckBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

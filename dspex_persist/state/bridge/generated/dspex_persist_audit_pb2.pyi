@@ -2269,6 +2269,55 @@ class RecordInputsResponse(_message.Message):
 Global___RecordInputsResponse: _TypeAlias = RecordInputsResponse  # noqa: Y015
 
 @_typing.final
+class CheckBudgetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_COST_FIELD_NUMBER: _builtins.int
+    execution_id: _builtins.str
+    max_tokens: _builtins.int
+    """The budget of the tool itself, from workers of the server: what it may use in the session."""
+    max_cost: _builtins.float
+    """in USD"""
+    def __init__(
+        self,
+        *,
+        execution_id: _builtins.str = ...,
+        max_tokens: _builtins.int | None = ...,
+        max_cost: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cost", b"_max_cost", "_max_tokens", b"_max_tokens", "max_cost", b"max_cost", "max_tokens", b"max_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost", b"_max_cost", "_max_tokens", b"_max_tokens", "execution_id", b"execution_id", "max_cost", b"max_cost", "max_tokens", b"max_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_cost: _TypeAlias = _typing.Literal["max_cost"]  # noqa: Y015
+    _WhichOneofArgType__max_cost: _TypeAlias = _typing.Literal["_max_cost", b"_max_cost"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_cost) -> _WhichOneofReturnType__max_cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+
+Global___CheckBudgetRequest: _TypeAlias = CheckBudgetRequest  # noqa: Y015
+
+@_typing.final
+class CheckBudgetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckBudgetResponse: _TypeAlias = CheckBudgetResponse  # noqa: Y015
+
+@_typing.final
 class ImportSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
