@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Final, TypeAlias
@@ -185,6 +186,8 @@ class _Rerun:
             name: RunAgain(tool, self._store, live_lm) for name, tool in toolbox.items()
         }
         self._running: tuple[ToolRunner, Invoker, asyncio.AbstractEventLoop | None] | None = None
+        # Differences between LM calls that were reported, and of which execution.
+        self._told: dict[tuple[str, ...], str] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -228,7 +231,21 @@ class _Rerun:
             yield _refused(root, outcome)
             yield from (_replayed(each, ReplayOutcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
         else:
-            yield from _compared(root, run)
+            yield from map(self._briefly, _compared(root, run))
+
+    def _briefly(self, replayed: ReplayedExecution) -> ReplayedExecution:
+        """Return an execution without differences of its LM calls that an earlier one has had: of a prompt, usually."""
+        divergences = tuple(map(self._told_once, replayed.divergences))
+        return replayed if divergences == replayed.divergences else replace(replayed, divergences=divergences)
+
+    def _told_once(self, divergence: Divergence) -> Divergence:
+        if divergence.what is not Aspect.LM or not divergence.diff:
+            return divergence
+        changed = tuple(line for line in divergence.diff if line[:1] in ("+", "-"))
+        earlier = self._told.setdefault(changed, divergence.execution_id)
+        if earlier == divergence.execution_id:
+            return divergence
+        return replace(divergence, summary=f"{divergence.summary}; it differs as in {earlier}", diff=())
 
     def _play(self, root: RecordedExecution, run: ReplayRun) -> ToolOutcome:
         assert self._running is not None, "call it inside `open`"

@@ -110,6 +110,26 @@ def test_another_prompt_is_reported_with_its_diff(recording: Recording) -> None:
     assert "UnexpectedLmCallError: LM call 0 was not recorded" in str(error)
 
 
+def test_a_changed_prompt_is_told_once_in_a_replay() -> None:
+    def version_of(text: str) -> Any:
+        @tool(name="colour", record_lm=True)
+        def colour(ctx: ToolContext, number: int) -> str:
+            return ask(f"{text}\n{number}", "blue")
+
+        return colour
+
+    with Context("s", tools=[version_of("What colour?")]) as ctx:
+        for number in range(3):
+            ctx.call("colour", number=number)
+        header, commits = ctx.backend.provider.record("s")
+        recording = Recording(header, tuple(commits))
+    report = replay(recording, [version_of("What hue?")])
+    assert report.count(ReplayOutcome.DIVERGED) == 3
+    assert report.describe().count("+What hue?") == 1
+    first, *others = [each for each in report.divergences if each.what is Aspect.LM]
+    assert {each.summary.rpartition(" ")[2] for each in others} == {first.execution_id}
+
+
 def test_another_initial_value_shows_in_the_prompt(colour: Any, recording: Recording) -> None:
     report = replay(with_start_value(recording, "tone", '"now"'), [colour])
     assert report.divergences[0].what is Aspect.LM

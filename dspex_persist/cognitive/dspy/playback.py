@@ -6,13 +6,14 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import uuid4
 
 from dspy import LM, BaseLM, settings
 
 from dspex_persist import clock
+from dspex_persist.cognitive.dspy.differences import Difference, Told, of_answers, of_questions
 from dspex_persist.cognitive.dspy.requests import LmRequest
 from dspex_persist.errors import DspexError
 
@@ -20,6 +21,7 @@ RecordedCall = Mapping[str, Any]
 
 _SENTENCES: Final = {
     "unexpected": "LM call {0} was not recorded",
+    "explained": "LM call {0} was not recorded: it differs from recorded call {1} only by what LM call {2} tells",
     "repeated": "LM call {0} repeats recorded call {1} more often than recorded",
     "unused": "recorded LM call {1} was not made",
     "order": "LM call {0} is recorded call {1}, which was recorded before the call that now precedes it",
@@ -39,6 +41,8 @@ class LmDivergence:
         asked: Its model and request.
         recorded: The corresponding recorded call, or the nearest one.
         outcome: The new answer of the LM (`response` or `error`).
+        told_by: The divergence that has told the difference: this one adds nothing new, and is not in the list.
+        repeated_by: The numbers of the later calls that differ only because of what this one tells.
     """
 
     kind: str
@@ -46,24 +50,36 @@ class LmDivergence:
     asked: Mapping[str, Any] | None = None
     recorded: RecordedCall | None = None
     outcome: Mapping[str, Any] | None = None
+    told_by: "LmDivergence | None" = None
+    repeated_by: list[int] = field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         recorded = self.recorded["ordinal"] if self.recorded is not None else None
-        repeated = self.kind == "unexpected" and recorded is not None and not self.diff()
+        if self.told_by is not None:
+            return _SENTENCES["explained"].format(self.ordinal, recorded, self.told_by.ordinal)
+        diff = self.diff()
+        repeated = self.kind == "unexpected" and recorded is not None and not diff
         sentence = _SENTENCES["repeated" if repeated else self.kind].format(self.ordinal, recorded)
         if self.kind == "unexpected" and not repeated:
             sentence += (
                 "; nothing is left of the recording" if recorded is None else f"; nearest is recorded call {recorded}"
             )
-        return "\n".join([sentence, *self.diff()])
+        if self.repeated_by:
+            numbers = ", ".join(map(str, self.repeated_by))
+            sentence += f"; {len(self.repeated_by)} more differ only because of this: LM calls {numbers}"
+        return "\n".join([sentence, *diff])
 
     def diff(self) -> list[str]:
-        """Return the lines that differ between recorded (-) and new (+), with some context."""
-        if self.kind == "unexpected" and self.recorded is not None:
-            return _diff(_question_of(self.recorded), self.asked)
+        """Return the lines that differ between recorded (-) and new (+), message by message, with some context."""
+        return list(self._difference().lines) if self.told_by is None else []
+
+    def _difference(self) -> Difference:
+        if self.kind == "unexpected" and self.recorded is not None and self.asked is not None:
+            request = {name: each for name, each in self.asked.items() if name != "model"}
+            return of_questions(self.recorded["model"], self.recorded["request"], self.asked["model"], request)
         if self.kind == "answer" and self.recorded is not None:
-            return _diff(_result_of(self.recorded), _result_of(self.outcome or {}))
-        return []
+            return of_answers(self.recorded, self.outcome or {})
+        return Difference()
 
 
 @dataclass(eq=False)
@@ -107,6 +123,7 @@ class Playback:
             self._left[call["hash"]].append(call)
         self._count = 0
         self._near: set[int] = set()
+        self._told: Told[LmDivergence] = Told()
         self._in_line: list[tuple[int, LmRequest, RecordedCall]] = []
 
     def take(self, lm: object, request: LmRequest, *, concurrent: bool) -> tuple[int, LmRequest, RecordedCall | None]:
@@ -131,8 +148,7 @@ class Playback:
                     if not concurrent and not recorded["concurrent"]:
                         self._in_line.append((ordinal, variant, recorded))
                     return ordinal, variant, recorded
-            divergence = self._unexpected(ordinal, request)
-            self.divergences.append(divergence)
+            divergence = self._tell(self._unexpected(ordinal, request))
         if not self.live:
             raise UnexpectedLmCallError(divergence)
         return ordinal, request, None
@@ -163,6 +179,17 @@ class Playback:
             self._near.add(nearest["ordinal"])
         return LmDivergence("unexpected", ordinal, question, nearest)
 
+    def _tell(self, divergence: LmDivergence) -> LmDivergence:
+        """Add a divergence, unless earlier ones explain it; returns it as its call tells it."""
+        difference = divergence._difference()
+        told_by = self._told.teller(difference) if divergence.kind == "unexpected" else None
+        if told_by is not None:
+            told_by.repeated_by.append(divergence.ordinal or 0)
+            return replace(divergence, told_by=told_by)
+        self.divergences.append(divergence)
+        self._told.add(difference, divergence)
+        return divergence
+
     def compare(
         self, ordinal: int, request: LmRequest, recorded: RecordedCall | None, outcome: Mapping[str, Any]
     ) -> None:
@@ -170,7 +197,7 @@ class Playback:
         if recorded is not None and _result_of(recorded) != _result_of(outcome):
             question = _question(request.model, request.request)
             with self._lock:
-                self.divergences.append(LmDivergence("answer", ordinal, question, recorded, outcome))
+                self._tell(LmDivergence("answer", ordinal, question, recorded, outcome))
 
     def finish(self) -> None:
         """Add the divergences that only show at the end: calls in another order, and calls that were not made."""
@@ -207,10 +234,6 @@ def _lines(document: Any) -> list[str]:
     """Return a document as lines, with its texts split into lines, too."""
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     return text.replace("\\n", "\n").splitlines()
-
-
-def _diff(recorded: Any, new: Any) -> list[str]:
-    return list(difflib.unified_diff(_lines(recorded), _lines(new), "recorded", "new", lineterm="", n=2))
 
 
 def _likeness(one: Any, other: Any) -> tuple[float, float]:
