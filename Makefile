@@ -39,7 +39,7 @@ TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/co
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
 TESTS_replay := tests/contract/test_programs.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \
 	tests/unit/test_binding.py tests/unit/test_program_options.py tests/unit/test_lm_accounts.py tests/unit/test_lm_budgets.py \
-	tests/unit/test_lm_calls.py tests/unit/test_lm_recordings.py tests/unit/test_recordings.py \
+	tests/unit/test_lm_calls.py tests/unit/test_lm_recorded.py tests/unit/test_lm_recordings.py tests/unit/test_recordings.py \
 	tests/unit/test_replay.py tests/unit/test_replay_derived.py tests/unit/test_replay_lm.py \
 	tests/unit/test_replay_state.py tests/store/test_recordings.py \
 	tests/property/test_recordings.py tests/end_to_end/test_lm_recordings.py tests/end_to_end/test_plugin.py \

@@ -141,5 +141,9 @@ def _is_there(url: "str | os.PathLike[str]", /) -> bool:
     return found
 
 
+def _open_history(url: "str | os.PathLike[str]", /, *, reveal: bool) -> Any:
+    return import_module("dspex_persist.wiring").open_audit(url, reveal=reveal)
+
+
 # Here, because every import of a part of the package runs this file.
-_opening.register(_open_state, _is_there)
+_opening.register(_open_state, _is_there, _open_history)

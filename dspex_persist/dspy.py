@@ -10,6 +10,7 @@ from dspex_persist.cognitive.dspy import (
     bind,
     bindings,
     playing,
+    recorded_calls,
     unbind,
 )
 from dspex_persist.cognitive.dspy.binding import BoundOption
@@ -71,6 +72,7 @@ __all__ = [
     "create_variable_aware_program",
     "playing",
     "program_tool",
+    "recorded_calls",
     "sync_dspy_parameters",
     "unbind",
 ]

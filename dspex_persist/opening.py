@@ -20,13 +20,20 @@ class Finder(Protocol):
     def __call__(self, url: str | os.PathLike[str], /) -> bool: ...
 
 
+class Historian(Protocol):
+    """Opens the history at an address, as `dspex_persist.open_audit` does."""
+
+    def __call__(self, url: str | os.PathLike[str], /, *, reveal: bool) -> Any: ...
+
+
 _openers: list[Opener] = []
 _finders: list[Finder] = []
+_historians: list[Historian] = []
 
 
-def register(opener: Opener, finder: Finder) -> None:
-    """Have `open_state` and `is_there` use these from now on."""
-    _openers[:], _finders[:] = [opener], [finder]
+def register(opener: Opener, finder: Finder, historian: Historian) -> None:
+    """Have `open_state`, `is_there` and `open_history` use these from now on."""
+    _openers[:], _finders[:], _historians[:] = [opener], [finder], [historian]
 
 
 def is_there(url: str | os.PathLike[str]) -> bool:
@@ -37,6 +44,11 @@ def is_there(url: str | os.PathLike[str]) -> bool:
 def open_state(url: str | os.PathLike[str], /, **options: Any) -> Any:
     """Return the provider at `url`; see `dspex_persist.connect` for the arguments and the errors."""
     return _openers[0](url, **options)
+
+
+def open_history(url: str | os.PathLike[str], /, *, reveal: bool) -> Any:
+    """Return the history at `url`; see `dspex_persist.open_audit`."""
+    return _historians[0](url, reveal=reveal)
 
 
 class Opening(Generic[R]):

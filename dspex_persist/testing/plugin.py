@@ -6,6 +6,7 @@ pytest finds it by its entry point. Each fixture imports what it needs only when
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from freezegun.api import FrozenDateTimeFactory, StepTickTimeFactory, TickingDateTimeFactory
 
     from dspex_persist.cognitive.context import Context
+    from dspex_persist.dspy import Playback
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.testing.cassettes import Cassette
     from dspex_persist.testing.server import ServedDatabase
@@ -140,6 +142,43 @@ def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Cassette | 
         return failed
 
 
+@pytest.fixture
+def dspex_lm(request: pytest.FixtureRequest) -> "Iterator[Callable[..., Playback]]":
+    """A function `(recorded, place, live=False)` that plays recorded LM calls until the end of the test.
+
+    `recorded` is the id of an execution or a recording, `place` what `recorded_calls` accepts; a relative path is that
+    of a file in the test's folder. The test fails if its program makes other calls than recorded, or not all of them.
+    """
+    with ExitStack() as stack:
+        played = request.node.stash[_PLAYED] = _Played(stack)
+
+        def play(recorded: str, place: Any, *, live: bool = False) -> "Playback":
+            from dspex_persist.dspy import playing, recorded_calls
+
+            if isinstance(place, Path) or (isinstance(place, str) and not place.startswith("grpc")):
+                place = request.path.parent / place
+            playback = stack.enter_context(playing(recorded_calls(recorded, place), live=live))
+            played.playbacks.append(playback)
+            return playback
+
+        yield play
+
+
+class _Played:
+    """The playbacks of a test, which end with it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.playbacks: list[Playback] = []
+        self._stack = stack
+
+    def check(self) -> None:
+        """End them, and fail if the test's LM calls are not the recorded ones."""
+        self._stack.close()
+        told = [str(divergence) for playback in self.playbacks for divergence in playback.divergences]
+        if told:
+            pytest.fail("the LM calls are not the recorded ones\n\n" + "\n\n".join(told), pytrace=False)
+
+
 def _check_marker(node: pytest.Item, marker: pytest.Mark, replayed: Callable[..., object]) -> None:
     if sum(each.name == _REPLAY for each in node.own_markers) > 1:
         advice = "in a test without the marker, the fixture dspex_replay is a function that can be called repeatedly"
@@ -165,6 +204,7 @@ class _Failed:
 
 
 _FAILED: Final = pytest.StashKey[_Failed]()
+_PLAYED: Final = pytest.StashKey[_Played]()
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +214,13 @@ def _dspex_replay_where_marked(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue(_REPLAY)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    """Fail a marked test whose replay failed: as a failure of the test, not an error in its setup."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a marked test whose replay failed, and one whose LM calls differ: as a failure, not an error around it."""
     failed = item.stash.get(_FAILED, None)
     if failed is not None:
         failed.fail()
+    yield
+    played = item.stash.get(_PLAYED, None)
+    if played is not None:
+        played.check()

@@ -55,9 +55,8 @@ with dspex_persist.connect("dspy.db", tools=tools) as state:
     session.define("urgent_count", 0)
     print(session.call("triage", message="Fire!"), session["urgent_count"])
     _, commits = state.record("s")
-    ends = [event.body["recorded"] for commit in commits for event in commit.events if "recorded" in event.body]
-calls = ends[0]["lm"]
-print(len(calls))
+    ends = [event.body for commit in commits for event in commit.events if "recorded" in event.body]
+print(len(ends[0]["recorded"]["lm"]))
 
 
 def run_the_program():
@@ -224,7 +223,9 @@ def test_the_programs_of_the_pages_on_dspy(tmp_path: Path) -> None:
     (tool,) = [each for each in programs_of("docs/dspy.md") if "def triage" in each.text]
     recording, _, playing = programs_of("docs/lm-calls.md")
     (tmp_path / "triage.py").write_text(tool.text)
-    (tmp_path / "both.py").write_text(DSPY + playing.text + 'print("played", playback.divergences)\n')
+    played = playing.text.replace('"exec_12_5e0f9d5a4c1b7f3e2a6d8c90"', 'ends[0]["execution_id"]')
+    played = played.replace("sessions.db", "dspy.db")
+    (tmp_path / "both.py").write_text(DSPY + played + 'print("played", playback.divergences)\n')
     output = run_python(["-W", "ignore", "both.py"], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert output.splitlines() == ["True 1", "1", "played []"]
     assert run(recording.text, tmp_path) == recording.output

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist import cli
+from dspex_persist import Context, cli
+from dspex_persist.state.abilities import Recordable
+from dspex_persist.state.recording import write_recording
 from tests.deadline import within
 from tests.end_to_end.programs import programs_of
+from tests.lms import ask, dspy, dummy
 from tests.prepared import commands
 
 TOOLS = '''
@@ -368,6 +371,35 @@ def test_a_recording_is_made_once_then_replayed_and_renewed_on_request(project: 
     assert alone.returncode == 0, alone.stdout
 
 
+def test_recorded_lm_calls_are_played(project: Path) -> None:
+    """In a test, and in a test whose program has changed since."""
+    with Context("s", project / "lm.db") as ctx, dspy.context(lm=dummy("blue", "green")), ctx.recording() as recording:
+        ask("one")
+        ask("two")
+    (project / "test_lm.py").write_text(
+        f"""
+import dspy
+
+answer = dspy.Predict("question -> answer")
+
+
+def test_same(dspex_lm):
+    dspex_lm({recording.id!r}, "lm.db")
+    assert [answer(question=each).answer for each in ("one", "two")] == ["blue", "green"]
+
+
+def test_fewer(dspex_lm):
+    dspex_lm({recording.id!r}, "lm.db")
+    assert answer(question="one").answer == "blue"
+"""
+    )
+    # DSPy's own imports warn.
+    done = run_pytest(project, "-W", "ignore", "test_lm.py")
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "the LM calls are not the recorded ones" in done.stdout
+    assert "recorded LM call 1 was not made" in done.stdout
+
+
 def test_the_fixtures(project: Path) -> None:
     (project / "test_fixtures.py").write_text(FIXTURES, encoding="utf-8")
     ran = run_pytest(project)
@@ -550,13 +582,30 @@ def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
     assert "--dspex-record" in run_pytest(project, "--help").stdout
 
 
+def _triaged(tape: Path) -> str:
+    """Record the LM call of a program; returns the id of the recording."""
+    lm = dspy.utils.DummyLM([{"urgent": "True"}])
+    with Context("support") as ctx, dspy.context(lm=lm):
+        with ctx.recording() as recording:
+            dspy.Predict("message -> urgent: bool")(message="The checkout is down!")
+        header, commits = Recordable.of(ctx.backend.provider).record("support")
+        with tape.open("w", encoding="utf-8") as file:
+            write_recording(header, commits, file)
+    return recording.id
+
+
 def test_the_programs_of_the_page_on_tests_pass(tmp_path: Path) -> None:
     """They test the tools of a shop."""
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "tools.py").write_text(SHOP, encoding="utf-8")
+    (tmp_path / "triage.py").write_text('import dspy\n\nclassify = dspy.Predict("message -> urgent: bool")\n')
+    (tmp_path / "tapes").mkdir()
     programs = programs_of("docs/testing.md")
+    recording_id = _triaged(tmp_path / "tapes" / "support.jsonl")
     for number, program in enumerate(programs):
-        (tmp_path / f"test_{number}.py").write_text(program.text, encoding="utf-8")
-    ran = run_pytest(tmp_path)
+        text = program.text.replace("rec_1f0c2a9b7e6d5c4f", recording_id)
+        (tmp_path / f"test_{number}.py").write_text(text, encoding="utf-8")
+    # DSPy's own imports warn.
+    ran = run_pytest(tmp_path, "-W", "ignore::DeprecationWarning")
     assert ran.returncode == 0, ran.stdout
     assert f"{len(programs)} passed" in ran.stdout

@@ -32,6 +32,8 @@ Playing it back:
         ...                                        # the innermost `playing` applies
     playback.divergences                           # complete when the block has ended
 
+`recorded_calls(execution_id, place)` finds the calls in a file, on a server, or in a context.
+
 Each call gets the outputs, usage or error of the recorded call with the same hash that has the lowest ordinal and was
 not yet used. No LM is called; if none is configured, a stand-in takes its place. A request that was not recorded raises
 `UnexpectedLmCallError`, a direct `lm.forward(...)` raises `UnseenLmCallError`. During a playback this applies to the
@@ -63,6 +65,7 @@ from dspex_persist.cognitive.dspy.playback import (
     UnexpectedLmCallError,
     UnseenLmCallError,
 )
+from dspex_persist.cognitive.dspy.recorded import recorded_calls
 from dspex_persist.cognitive.dspy.recording import Recording
 
 __all__ = [
@@ -77,5 +80,6 @@ __all__ = [
     "install",
     "playing",
     "record_calls",
+    "recorded_calls",
     "unbind",
 ]
