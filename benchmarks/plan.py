@@ -29,7 +29,7 @@ SECTIONS: dict[SectionName, str] = {
     "parts": "where the time of an update goes, with one caller and with many",
     "versions": "SetVariable of a variable with few versions, and with many",
     "cognitive": "contexts on each backend: reads and writes beside those of a dict, callbacks, moves",
-    "dspy": "calls of LMs by DSPy programs: what binding them to variables costs",
+    "dspy": "calls of LMs by DSPy programs: what binding them to variables costs, and recording",
     "commits": "the cost of a commit for the system: bytes, calls, waits",
     "growth": "growth of the file per update",
     "startup": "time until a server is ready, with few sessions and with many",

@@ -1,4 +1,4 @@
-"""What a call of an LM through DSPy costs more if its program is bound to variables.
+"""What a call of an LM through DSPy costs more if its program is bound to variables, or if it is recorded.
 
 The model answers at once, from memory, so that the rest of a call is DSPy's own code. Times are CPU times of the
 calling thread.
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +67,9 @@ def _subjects(folder: Path) -> Iterator[AbstractContextManager[_Subject]]:
     yield _plain()
     yield _bound("bind.local", "bound, in memory", "local", at_most)
     yield _bound("bind.embedded", "bound, a file", folder / "programs.db", at_most)
+    yield _recorded("record.local", "recorded, in memory", "local")
+    yield _recorded("record.embedded", "recorded, a file", folder / "recorded.db")
+    yield _recorded("record.budget", "recorded, within a budget", "local", max_tokens=10**12)
 
 
 def _program() -> Any:
@@ -104,3 +108,20 @@ def _bound(key: str, what: str, backend: str | Path, target: Target) -> Iterator
         if call["kwargs"] != {"temperature": 0.3}:
             raise RuntimeError(f"{what}: the LM was called with {call['kwargs']}")
         yield _Subject(key, f"a call, {what}", _call_of(program), target)
+
+
+@contextmanager
+def _recorded(key: str, what: str, backend: str | Path, **budget: int) -> Iterator[_Subject]:
+    from dspex_persist.dspy import recorded_calls
+
+    with Context(f"bench-{key}", backend, **budget) as ctx:
+        # In a context of its own, in which the calls of the other subjects are not recorded.
+        inside, recording = copy_context(), ctx.recording()
+        inside.run(recording.__enter__)
+        call = _call_of(_program())
+        try:
+            yield _Subject(key, f"a call, {what}", lambda: inside.run(call))
+        finally:
+            inside.run(recording.__exit__, None, None, None)
+        if len(recorded_calls(recording.id, ctx)) < _CHUNK:
+            raise RuntimeError(f"{what}: the calls are not in the journal")
