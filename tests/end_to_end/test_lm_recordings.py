@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,23 @@ def test_a_file_has_the_calls_that_were_old_enough(tmp_path: Path) -> None:
         parts = parts_of(audit, recording_id)
         assert questions(parts) == ["one", "two"]
         assert {part.summary.status for part in parts} <= {ExecutionStatus.COMMITTED, ExecutionStatus.INTERRUPTED}
+
+
+def test_a_recording_goes_on_when_its_server_is_shut_down_and_started_again(tmp_path: Path) -> None:
+    with ServedDatabase(tmp_path / "sessions.db", {"grace_s": 600}) as served:
+        ctx = Context("s", f"grpc://{served.target}")
+        with ctx, dspy.context(lm=dummy(*"abc")), ctx.recording() as recording, ThreadPoolExecutor(1) as pool:
+            ask("one")
+            assert served.stop() == 0
+            # It waits for the server.
+            later = pool.submit(copy_context().run, ask, "two")
+            served.restart()
+            assert later.result(within(60)) == "b"
+            ask("three")
+        with BridgedState(served.target) as state, state.audit() as audit:
+            parts = parts_of(audit, recording.id)
+            assert [part.summary.status for part in parts] == [ExecutionStatus.COMMITTED] * 2
+            assert questions(parts) == ["one", "two", "three"]
 
 
 def test_a_recording_goes_along_to_a_server(served: ServedDatabase) -> None:

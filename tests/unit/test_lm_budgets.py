@@ -123,6 +123,7 @@ def test_a_refused_call_is_recorded_and_refused_again_in_a_replay() -> None:
         None,
         "dspex_persist.state.errors.tools.BudgetExceededError",
     ]
+    assert (calls[1]["cost"], "cached" in calls[1]) == (0.0, False)
     with lm_calls.playing(calls) as playback:
         assert Models.lm("one") == ["ONE"]
         with pytest.raises(BudgetExceededError, match="have used 5 tokens"):

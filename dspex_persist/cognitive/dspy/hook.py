@@ -44,6 +44,7 @@ from dspex_persist.cognitive.dspy.requests import (
     secrets_of,
 )
 from dspex_persist.state.budgets import NO_BUDGET, Budget
+from dspex_persist.state.errors import BudgetExceededError
 from dspex_persist.state.tools.session import LM_CALLS, ToolSession
 
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
@@ -285,6 +286,9 @@ class _Call:
             latency_us = round((time.monotonic() - self._began) * 1e6)
             # A playback asks no model, as an answer of the cache.
             facts = {"cost": 0.0, "cached": True} if self.is_played else self._account.facts()
+            if isinstance(error, BudgetExceededError):
+                # It was not made.
+                facts = {"cost": 0.0}
             self._ended = {**self._entry, "latency_us": latency_us, **facts, **outcome}
 
     def admit(self) -> None:

@@ -8,6 +8,7 @@ also ends when its journal entry is full, and before its session moves to anothe
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
@@ -27,13 +28,17 @@ from dspex_persist.state.errors import (
     ExecutionEndedError,
     InvalidArgumentError,
     LimitExceededError,
+    ShuttingDownError,
     StateError,
     ToolInterruptedError,
+    UnavailableError,
 )
-from dspex_persist.state.model import PART, RECORDING, RECORDING_ID
+from dspex_persist.state.model import PART, RECORDING, RECORDING_ID, ExecutionStatus
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.tools.session import current_session
 
+_PATIENCE_S, _PAUSE_S = 30.0, 0.1
+"""How long a recording waits for a server that is away, and how often it asks, in seconds."""
 KEEP_AFTER_S: Final = 30.0
 """How long calls may wait in this process, on a file, in seconds."""
 _logger: Final = get_logger(__name__)
@@ -252,10 +257,19 @@ class _Parts:
             self._timer.start()
 
     def _reopen(self, ended: abilities.Transaction) -> abilities.Transaction:
-        """Begin another part, because this one has ended: its server has begun anew, say, and has lost its calls."""
-        _logger.warning("recording interrupted", session_id=self._session_id, execution_id=ended.execution_id)
+        """Begin another part, because this one has ended: its server was shut down, or killed, with its calls."""
+        if ended.status != ExecutionStatus.COMMITTED:
+            _logger.warning("recording interrupted", session_id=self._session_id, execution_id=ended.execution_id)
         self._part = None
-        return self._open()
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return self._open()
+            except (UnavailableError, ShuttingDownError):
+                # The program should not fail because its journal is away for a moment.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def _on_time(self) -> None:
         try:
@@ -277,7 +291,9 @@ class _Parts:
         try:
             part.commit()
         except ExecutionEndedError:
-            reason = "the session, or its server, ended during the recording, whose calls are lost"
+            if part.status == ExecutionStatus.COMMITTED:
+                return
+            reason = "the session, or its server, ended during the recording; its journal may lack the last calls"
             raise ToolInterruptedError(part.execution_id, reason) from None
 
     def park(self) -> None:

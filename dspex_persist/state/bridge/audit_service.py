@@ -97,6 +97,7 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
     def drain(self) -> None:
         """End all streams, with a status that says how to continue. Unary rpcs are still answered."""
         self._draining = True
+        self.end_recordings()
         self.end_holds()
 
     def close(self) -> None:

@@ -37,6 +37,21 @@ class TransactionRpcs:
     def __init__(self, provider: StateProvider) -> None:
         self._transacting = provider
         self._open: dict[str, OpenTransaction] = {}
+        self._recordings: dict[str, OpenTransaction] = {}
+        self._ending: set[asyncio.Task[int]] = set()
+
+    def end_recordings(self) -> None:
+        """Commit all recordings, because the server is shutting down: they last as long as their clients want."""
+        for opened in tuple(self._recordings.values()):
+            task = asyncio.get_running_loop().create_task(opened.commit())
+            self._ending.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[int]") -> None:
+        self._ending.discard(task)
+        # It may have ended by itself in this moment.
+        if not task.cancelled():
+            task.exception()
 
     async def BeginTransaction(self, request: pb.BeginTransactionRequest, context: Context) -> None:
         provider = self._transacting
@@ -60,6 +75,8 @@ class TransactionRpcs:
         )
         execution_id = opened.session.execution_id
         self._open[execution_id] = opened
+        if recording is not None:
+            self._recordings[execution_id] = opened
         status = ExecutionStatus.FAILED
         try:
             await context.write(pb.BeginTransactionResponse(execution_id=execution_id))
@@ -67,6 +84,7 @@ class TransactionRpcs:
             status = outcome.status or status
         finally:
             del self._open[execution_id]
+            self._recordings.pop(execution_id, None)
             opened.cancel()
             context.set_trailing_metadata(((EXECUTION_STATUS, status.value),))
 
