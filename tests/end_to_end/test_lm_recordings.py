@@ -13,13 +13,22 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import BridgedState, BudgetExceededError, Context, connect, open_audit
+from dspex_persist import (
+    BridgedState,
+    BudgetExceededError,
+    Context,
+    ToolContext,
+    ToolFailedError,
+    connect,
+    open_audit,
+    tool,
+)
 from dspex_persist.audit import AuditSource, ExecutionQuery
 from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
-from tests.lms import Engine, ask, dspy, dummy, lm_on
+from tests.lms import Engine, ask, dspy, dummy, lm_calls, lm_on
 
 PROGRAM = """
 import sys
@@ -35,6 +44,13 @@ with dspy.context(lm=DummyLM([{"answer": "a"}] * 3)), ctx.recording(keep_after_s
     print(recording.id, flush=True)
     sys.stdin.read()
 """
+
+
+@tool(record_lm=True)
+def asks(ctx: ToolContext) -> str:
+    """Ask; returns the id of the execution."""
+    ask("by a tool")
+    return ctx.execution_id
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +154,7 @@ def test_a_recording_goes_on_when_its_server_is_shut_down_and_started_again(tmp_
 
 
 def test_a_recording_goes_along_to_a_server(served: ServedDatabase) -> None:
-    with Context("moved") as ctx, dspy.context(lm=dummy(*"abc")):
+    with Context("moved", tools=[asks]) as ctx, dspy.context(lm=dummy(*"abcd")):
         with ctx.recording() as recording:
             ask("one")
             ctx.ensure_bridged(f"grpc://{served.target}")
@@ -150,3 +166,9 @@ def test_a_recording_goes_along_to_a_server(served: ServedDatabase) -> None:
             parts = [audit.execution(each.execution_id) for each in audit.iterate(query)]
             assert sorted(questions(parts)) == ["one", "two"]
             assert questions([audit.execution(tx.execution_id)]) == ["three"]
+            # A tool of this process runs in a transaction of the server.
+            calls = lm_calls.recorded_calls(ctx.call(asks), ctx)
+            assert [call["request"]["messages"][-1]["content"].split("\n")[1] for call in calls] == ["by a tool"]
+            Context("moved", ctx.backend.provider, max_tokens=0)
+            with pytest.raises(ToolFailedError, match="BudgetExceededError"):
+                ctx.call(asks)

@@ -114,6 +114,36 @@ def test_an_asynchronous_block(ctx: Context) -> None:
     assert journal(ctx)[0][execution_id]["tool"] == "recording"
 
 
+def test_tasks_at_the_same_time_have_recordings_of_their_own(ctx: Context) -> None:
+    qa = dspy.Predict("question -> answer")
+
+    async def answer(question: str) -> str:
+        async with ctx.recording() as recording:
+            await asyncio.sleep(0)
+            await qa.acall(question=question)
+            await asyncio.sleep(0)
+            await qa.acall(question=f"{question} again")
+        return recording.execution_id
+
+    async def program() -> list[str]:
+        return await asyncio.gather(*map(answer, "abc"))
+
+    found = [questions(ctx, each) for each in asyncio.run(program())]
+    assert found == [[each, f"{each} again"] for each in "abc"]
+
+
+def test_streams_are_recorded(ctx: Context) -> None:
+    program = dspy.streamify(dspy.Predict("question -> answer"))
+
+    async def consume() -> str:
+        async with ctx.recording() as recording:
+            async for _ in program(question="streamed"):
+                pass
+        return recording.execution_id
+
+    assert questions(ctx, asyncio.run(consume())) == ["streamed"]
+
+
 def test_calls_in_threads_belong_to_the_block_that_started_them(ctx: Context) -> None:
     with ctx.recording() as recording:
         dspy.Parallel(num_threads=2, disable_progress_bar=True)(
