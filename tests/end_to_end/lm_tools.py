@@ -8,6 +8,7 @@ from dspy.utils import DummyLM
 
 from dspex_persist import ToolContext, tool
 from tests.end_to_end.keys import SECRET
+from tests.lms import Engine, lm_on
 
 
 def lm_of(*answers: str) -> Any:
@@ -93,3 +94,19 @@ def chatter(ctx: ToolContext, size: int) -> None:
     """Ask something long."""
     with dspy.context(lm=lm_of("blue")):
         qa(question="x" * size)
+
+
+@tool(record_lm=True, max_tokens=20)
+def spend(ctx: ToolContext, times: int) -> int:
+    """Use five tokens each time."""
+    lm = lm_on(Engine())
+    for number in range(times):
+        lm(f"{number}")
+    return times
+
+
+@tool(record_lm=True)
+async def spend_later(ctx: ToolContext) -> str:
+    """Use five tokens asynchronously, and five in the old way."""
+    lm = lm_on(Engine())
+    return str((await lm.acall("later"))[0]) + str(lm("at once")[0])

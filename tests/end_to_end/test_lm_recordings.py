@@ -122,6 +122,25 @@ def test_budgets_of_a_server(tmp_path: Path) -> None:
                 asyncio.run(program())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_budgets_of_tools_of_a_server(tmp_path: Path, workers: int) -> None:
+    settings = {"tools": "tests.end_to_end.lm_tools", "workers": workers}
+    served = ServedDatabase(tmp_path / "sessions.db", settings, import_from=ROOT)
+    with served, Context("s", f"grpc://{served.target}") as ctx:
+        assert ctx.call("spend", times=3) == 3
+        with pytest.raises(ToolFailedError, match="tool 'spend' in this session have used 20 tokens"):
+            ctx.call("spend", times=3)
+        ctx.call("spend_later")
+        Context("s", ctx.backend.provider, max_tokens=34)
+        with pytest.raises(ToolFailedError, match="session 's' have used 35 tokens"):
+            ctx.call("spend_later")
+        query = ExecutionQuery(session="s")
+        with ctx.backend.provider.audit() as audit:  # type: ignore[attr-defined]
+            ended = [audit.execution(each.execution_id) for each in audit.iterate(query)]
+    refused = [call for each in ended for call in each.recorded["lm"] if "error" in call]
+    assert len(refused) == 2
+
+
 def test_a_file_has_the_calls_that_were_old_enough(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
 
