@@ -339,6 +339,19 @@ def test_budgets_as_metadata() -> None:
     assert Budget.of_metadata({"dspex.max_tokens": "none", "dspex.max_cost": "2"}) == Budget(None, 2.0)
 
 
+def test_sums_of_many_sessions_take_no_memory_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspex_persist.state.tools.spending._MOST_SESSIONS", 3)
+    spending, call = Spending(), {"usage": {"m": {"total_tokens": 1}}}
+    for key in range(10):
+        spending.add(key, f"{key}", "t", call)
+        spending.end(key, f"{key}", None)
+    assert len(spending._ledgers) <= 3
+    for key in range(10, 20):
+        spending.add(key, f"{key}", "t", call)
+    # What is still running cannot be read from the journal.
+    assert set(spending._ledgers) >= set(range(10, 20))
+
+
 def test_the_journal_and_the_running_sum_count_each_execution_once() -> None:
     """Whichever of its end and the reading of the journal comes first."""
     spending, call = Spending(), {"usage": {"m": {"total_tokens": 1}}}

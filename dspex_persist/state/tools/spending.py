@@ -129,9 +129,9 @@ class Spending:
         return ledger
 
     def _forget(self) -> None:
-        """Forget sums that can be read again."""
+        """Forget sums that can be read again, and those of sessions that have ended."""
         for key, ledger in list(self._ledgers.items()):
-            if not (ledger.running or ledger.ended or ledger.reading):
+            if not (ledger.running or ledger.reading):
                 del self._ledgers[key]
 
     def check(
@@ -178,9 +178,12 @@ class Spending:
             if ledger.base is not None:
                 return
             ledger.reading = True
-        as_of, sums = store.submit(commands.SumLmCalls(session_id), origin).result()
-        with self._lock:
-            ledger.begin(as_of, sums)
+        try:
+            as_of, sums = store.submit(commands.SumLmCalls(session_id), origin).result()
+            with self._lock:
+                ledger.begin(as_of, sums)
+        finally:
+            ledger.reading = False
 
 
 def _limits(
