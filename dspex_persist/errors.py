@@ -17,6 +17,7 @@ _HOMES: Final = (
     "dspex_persist.infra.listen",
     "dspex_persist.infra.process",
     "dspex_persist.infra.tls",
+    "dspex_persist.infra.tokens",
     "dspex_persist.wiring",
 )
 

@@ -159,6 +159,9 @@ class Settings(LimitSettings):
     client_ca: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
         None, description="Demand of clients a certificate that one of these authorities issued (PEM)."
     )
+    token_file: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="Demand of every call one of the tokens in this file, with the scope that it takes."
+    )
     durability: Literal["full", "normal"] = Field(
         "full",
         description="`full`: acknowledged writes survive a power cut. `normal`: faster, but they survive only a crash "
@@ -197,6 +200,11 @@ class Settings(LimitSettings):
     grace_s: Seconds = Field(10.0, description="How long calls in flight may take to finish at shutdown.")
     tools: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_read_list)] = Field(
         (), description="The tools to serve: a list of `package.module` or `package.module:name`."
+    )
+    tool_addresses: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_read_list)] = Field(
+        (),
+        description="Other machines whose registered tools may be called: a list of `HOST`, `HOST:PORT` or networks "
+        "such as `10.1.0.0/16`. This machine's always may.",
     )
     tool_threads: Annotated[Count, Field(le=10_000)] = Field(
         64, description="Threads for tools; further calls wait. Asynchronous tools need none."

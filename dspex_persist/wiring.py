@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
     from dspex_persist.infra.tls import Certificates
+    from dspex_persist.infra.tokens import Tokens
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
@@ -123,7 +124,7 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
             `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
-            `timeout_s` (seconds), `breaker`, `cache`, `ca`, `cert` and `key` (files, for TLS), and the others of
+            `timeout_s` (seconds), `breaker`, `cache`, `token`, `ca`, `cert` and `key` (files, for TLS), and others of
             `BridgedState`. For all: `actor`, who makes the changes, by default the user of this process.
 
     Returns:
@@ -404,11 +405,12 @@ def serve(settings: Settings) -> None:
         StorageFailedError: The storage failed while the server was running.
     """
     _check_listen(settings, has_tls=settings.tls_cert is not None)
-    certificates = _certificates_of(settings)
+    certificates, tokens = _certificates_of(settings), _tokens_of(settings)
+    _allowed_of(settings)
     _quiet(settings)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, certificates))
+        runner.run(_serve(settings, certificates, tokens))
 
 
 def _quiet(settings: Settings) -> None:
@@ -524,6 +526,29 @@ def _certificates_of(settings: Settings) -> "Certificates | None":
         raise SettingsError(names.get(error.path, "client_ca"), str(error)) from error
 
 
+def _allowed_of(settings: Settings) -> Callable[[str], bool]:
+    """Return whether a registered tool at an address may be called; raise `SettingsError` for a wrong list."""
+    from dspex_persist.infra.allowed import AllowedAddresses
+
+    if settings.insecure and not settings.tool_addresses:
+        return lambda _: True
+    try:
+        return AllowedAddresses(settings.tool_addresses).allows
+    except ValueError as error:
+        raise SettingsError("tool_addresses", str(error)) from error
+
+
+def _tokens_of(settings: Settings) -> "Tokens | None":
+    from dspex_persist.infra.tokens import TokenFileError, Tokens
+
+    if settings.token_file is None:
+        return None
+    try:
+        return Tokens(settings.token_file.absolute())
+    except TokenFileError as error:
+        raise SettingsError("token_file", str(error)) from error
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """Return uvloop, which handles some 15 % more calls per second, if it is installed."""
     try:
@@ -533,7 +558,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return new_event_loop
 
 
-async def _serve(settings: Settings, certificates: "Certificates | None") -> None:
+async def _serve(settings: Settings, certificates: "Certificates | None", tokens: "Tokens | None") -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
     here = Path.cwd()
@@ -542,7 +567,7 @@ async def _serve(settings: Settings, certificates: "Certificates | None") -> Non
     # Opening locks the file. A second server on it fails here, before it binds its address.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, listen, certificates, engine, tools, end, here)
+        await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here)
     finally:
         _close(engine, settings.db)
     if end.failure is not None:
@@ -610,12 +635,14 @@ async def _serve_bridge(
     settings: Settings,
     listen: str,
     certificates: "Certificates | None",
+    tokens: "Tokens | None",
     engine: "SqliteState",
     tools: "Mapping[str, ToolCode]",
     end: "_End",
     here: Path,
 ) -> None:
     from dspex_persist.infra import server
+    from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.audit_service import AuditServicer
     from dspex_persist.state.bridge.callbacks import Callbacks, Running
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
@@ -636,8 +663,9 @@ async def _serve_bridge(
             # The parent process may not wait for that line, and clients can be served without it.
             _log.warning("could not print the ready line", reason=str(error))
         tls = {} if certificates is None else {"tls": "mutual" if certificates.asks_clients else "server"}
-        if certificates is not None and not certificates.asks_clients and not is_loopback(settings.listen):
-            _log.warning("anyone who can connect can read and change every session: see the setting client_ca")
+        is_open = tokens is None and (certificates is None or not certificates.asks_clients)
+        if certificates is not None and is_open and not is_loopback(settings.listen):
+            _log.warning("anyone who can connect can read and change every session: see client_ca and token_file")
         _log.info(
             "serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence, **tls
         )
@@ -646,7 +674,7 @@ async def _serve_bridge(
     remote = RemoteTools(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
-        allow=lambda address: settings.insecure or is_loopback(address),
+        allow=_allowed_of(settings),
         limits=limits,
     )
     home = asyncio.get_running_loop()
@@ -708,6 +736,7 @@ async def _serve_bridge(
             stop=end.stop,
             on_drain=drain,
             belongs=servicer.belongs,
+            **({} if tokens is None else {"admit": Access(tokens).admit}),
         )
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # By the hint's id, as the state layer is only imported once there is an error to report.
 IN_COMMANDS: "Final[Mapping[str, str]]" = {
+    "add_scope": "add the scope to its line in the token file of the server, or use another token",
     "another_file": "give another --db",
     "open_there": "open it there, and repeat the command",
     "another_session_id": "use another id for the new one (of an import: --as ID), or end that session first",
@@ -73,6 +74,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "stop it, or use another --db. Several programs share one through a server: `dspex-persist serve`, and "
         "connect('grpc://HOST:PORT')"
     ),
+    "send_token": "set DSPEX_PERSIST_TOKEN to a token of the server's token file",
     "show_certificate": (
         "if it demands certificates of clients, name this one's in DSPEX_PERSIST_CERT and its key in DSPEX_PERSIST_KEY"
     ),

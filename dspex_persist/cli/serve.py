@@ -86,6 +86,9 @@ ClientCa = _option(
     "none",
     "Demand of clients a certificate that one of these authorities issued, PEM.",
 )
+TokenFile = _option(
+    _NETWORK, "--token-file", "PATH", "none", "Demand of every call a token of this file. Read again when it changes."
+)
 MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
 Reflection = _option(
     _NETWORK,
@@ -124,6 +127,13 @@ Tools = typer.Option(
     help="Serve the tools of a module, or only the tool or toolbox of that name; may be repeated.",
     show_default=False,
     rich_help_panel=_TOOLS,
+)
+ToolAddresses = _option(
+    _TOOLS,
+    "--tool-addresses",
+    "LIST",
+    "none",
+    "Other machines whose registered tools may be called.",
 )
 ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for tools that are not asynchronous.")
 Workers = _option(_TOOLS, "--workers", "NUMBER", "0", "Processes in which the tools run; 0: they run in the server.")
@@ -166,6 +176,7 @@ def serve(
     tls_cert: Annotated[str | None, TlsCert] = None,
     tls_key: Annotated[str | None, TlsKey] = None,
     client_ca: Annotated[str | None, ClientCa] = None,
+    token_file: Annotated[str | None, TokenFile] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,
     audit_reveal: Annotated[bool | None, Reveal] = None,
@@ -177,6 +188,7 @@ def serve(
     heartbeat_s: Annotated[str | None, Heartbeat] = None,
     stall_timeout_s: Annotated[str | None, Stall] = None,
     tools: Annotated[list[str] | None, Tools] = None,
+    tool_addresses: Annotated[str | None, ToolAddresses] = None,
     tool_threads: Annotated[str | None, ToolThreads] = None,
     workers: Annotated[str | None, Workers] = None,
     remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,

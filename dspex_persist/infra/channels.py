@@ -21,11 +21,12 @@ def channel_options(target: str, *, proxies: bool = True) -> Options:
     return [
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
-        ("grpc.enable_http_proxy", int(proxies and not _is_here(target))),
+        ("grpc.enable_http_proxy", int(proxies and not is_here(target))),
     ]
 
 
-def _is_here(target: str) -> bool:
+def is_here(target: str) -> bool:
+    """Return whether a gRPC target is certainly on this machine."""
     for scheme in _SCHEMES:
         target = target.removeprefix(scheme)
     try:

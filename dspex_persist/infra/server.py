@@ -36,6 +36,7 @@ from dspex_persist.infra.listen import (
 )
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.tls import Certificates, Material
+from dspex_persist.infra.tokens import CALLER
 from dspex_persist.infra.traffic import traffic_of
 
 __all__ = [
@@ -125,6 +126,12 @@ class RpcStatus:
 
 StatusOf: TypeAlias = Callable[[Exception], RpcStatus | None]
 """The table of known errors: returns the status of an error, or None for an unknown one."""
+Admit: TypeAlias = Callable[[str, Context], None]
+"""Admits a call of an rpc, or raises."""
+
+
+def _admit_all(_rpc: str, _context: Context) -> None:
+    pass
 
 
 @dataclass(eq=False)
@@ -156,6 +163,7 @@ async def serve(
     stop: asyncio.Event,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
+    admit: Admit = _admit_all,
 ) -> None:
     """Serve until `stop` is set, then drain; returns when no call is left.
 
@@ -170,15 +178,19 @@ async def serve(
         stop: Starts the drain.
         on_drain: Ends the streams that would not end by themselves; it shares the grace period.
         belongs: Whether a late call belongs to a call in progress, which may be waiting for it, and so is accepted.
+        admit: Called first for each call, also of health and reflection, with the full name of the rpc; what it raises
+            refuses the call.
 
     Raises:
         ListenError: The address is not available.
         TypeError: A method of a servicer is not asynchronous.
     """
+    # A server that admits everybody knows nobody, also if it starts while a call of another one is handled.
+    CALLER.set(None)
     address = parse_listen(options.listen)
     draining = asyncio.Event()
     # Counted separately, because health and reflection answer until the end.
-    calls, own_calls = _Calls(status_of, draining, belongs), _Calls(status_of)
+    calls, own_calls = _Calls(status_of, draining, belongs, admit), _Calls(status_of, admit=admit)
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
     handlers = [_handler_of(service, calls) for service in services]
@@ -307,8 +319,10 @@ class _Calls:
         status_of: StatusOf,
         closing: asyncio.Event | None = None,
         belongs: Callable[[Context], bool] = lambda _: False,
+        admit: Admit = _admit_all,
     ) -> None:
         self.active = 0
+        self._admit = admit
         self._traffic = traffic_of(asyncio.get_running_loop())
         self._status_of = status_of
         self._closing = closing or asyncio.Event()
@@ -316,14 +330,15 @@ class _Calls:
         self._idle: asyncio.Event | None = None
         self._refused = 0
 
-    def enter(self, context: Context) -> None:
-        """Count a call, until `leave`.
+    def enter(self, rpc: str, context: Context) -> None:
+        """Count a call, until `leave`. Raises what `admit` does.
 
         Raises:
             DrainingError: The server is draining, and the call does not belong to one in progress.
         """
         self.active += 1
         self._traffic.calls += 1
+        self._admit(rpc, context)
         if self._closing.is_set() and not self._belongs(context):
             self._refused += 1
             raise DrainingError()
@@ -519,7 +534,7 @@ def _unary_unary(rpc: _Rpc) -> Handler:
     # The hot path. Parsing and serializing happen here, because errors in gRPC's own hooks would bypass the guard.
     async def handle(request: bytes, context: Context) -> bytes:
         try:
-            calls.enter(context)
+            calls.enter(name, context)
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
             # The exception that gRPC gets keeps this frame alive after the call.
@@ -566,7 +581,7 @@ async def _answer_with_stream(
     even longer; neither must keep the bytes.
     """
     try:
-        rpc.calls.enter(context)
+        rpc.calls.enter(rpc.name, context)
         answer = rpc.run(request(), context)
         if inspect.isasyncgen(answer):
             # Closed here, because otherwise the clean-up after a client has gone would wait for the garbage collector.

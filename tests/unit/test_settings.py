@@ -24,7 +24,7 @@ from dspex_persist.settings import (
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store.session_store import StoreOptions
 
-FILES = ("tls_cert", "tls_key", "client_ca")
+FILES = ("tls_cert", "tls_key", "client_ca", "token_file")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 MIB = 1024 * 1024
 

@@ -127,6 +127,8 @@ class BridgedState(
             server's. By default the one that DSPEX_PERSIST_CA names, or else the public authorities that gRPC knows.
         cert: For a server that demands certificates: a file with this client's (PEM); by default DSPEX_PERSIST_CERT.
         key: A file with the private key of `cert` (PEM); by default DSPEX_PERSIST_KEY.
+        token: For a server that demands tokens; by default DSPEX_PERSIST_TOKEN. The history then names its owner as the
+            actor, and `actor` as the one for whom it acts.
 
     Attributes:
         cache: The cache, with its hits and misses; None without one.
@@ -150,15 +152,18 @@ class BridgedState(
         ca: PathLike | None = None,
         cert: PathLike | None = None,
         key: PathLike | None = None,
+        token: str | None = None,
     ) -> None:
-        self._peer = Peer.of(arguments.text("target", target), ca=ca, cert=cert, key=key)
+        self._peer = Peer.of(arguments.text("target", target), ca=ca, cert=cert, key=key, token=token)
         target = self._target = self._peer.shown
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
         patience_s = arguments.seconds("watch_patience_s", watch_patience_s)
         self._watch_patience_s = arguments.timeout("watch_patience_s", patience_s) if patience_s != 0 else 0.0
         self._watches: WeakSet[BridgedWatch] = WeakSet()
         self._execution_id = execution_id
-        self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
+        # The owner of a token is known to the server.
+        usual = "" if self._peer.token is not None else f"user:{user_name()}"
+        self._actor = arguments.text("actor", actor) if actor else usual
         refuse_lost(target)
         self._channel = self._peer.channel(_RECONNECTING)
         self._here = OneProcess(target, self._channel)
@@ -504,7 +509,7 @@ class BridgedState(
     def _headers_of_origin(self, origin: Origin) -> Headers:
         return _headers(
             {
-                ACTOR: origin.actor,
+                ACTOR: origin.actor or None,
                 SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
                 IDEMPOTENCY_KEY: origin.idempotency_key,
                 OPTIMIZER_ID: origin.optimizer_id,

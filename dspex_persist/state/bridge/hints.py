@@ -7,6 +7,7 @@ from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, EXECUTION_ID, IDE
 from dspex_persist.state.errors import Hint
 
 IN_RPCS: Final[Mapping[str, str]] = {
+    Hint.ADD_SCOPE: "add the scope to its line in the token file of the server, or use another token",
     Hint.ANOTHER_FILE: "give the server another --db",
     Hint.OPEN_THERE: "connect to it there, and repeat the call",
     Hint.ANOTHER_SESSION_ID: "use another id for the new one, or end that session first with CleanupSession",
@@ -67,6 +68,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.RUN_AGAIN: "run it again",
     Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name a running execution",
     Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
+    Hint.SEND_TOKEN: "send the header `authorization: Bearer TOKEN`, with a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients, show one",
     Hint.TRUST_CA: "trust the one that issued it",
     Hint.UPGRADE_FILE: "`dspex-persist db upgrade` upgrades it",

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from dspex_persist.infra.tokens import CALLER
 from dspex_persist.state import arguments
 from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, REASON, SOURCE, TIMEOUT_S
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
@@ -167,11 +168,17 @@ def fitting(message: M, max_message_bytes: int) -> M:
 def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
     """Return who makes the call: the actor in `x-dspex-actor`, or else the host that the call comes from.
 
+    If the server demands tokens, the one whose token it is, and for whom, if the header says that.
+
     Raises:
         InvalidArgumentError: One of the x-dspex headers is invalid.
     """
     headers.check()
     actor = headers.find(ACTOR)
+    caller = CALLER.get()
+    if caller is not None:
+        # Nobody can take the name of another, but a service can say for whom it acts.
+        actor = caller.name if actor in (None, caller.name) else f"{caller.name} for {actor}"
     if actor is None:
         # "ipv4:127.0.0.1:40312" without the port, which identifies nothing. A Unix socket has no host.
         actor = f"peer:{context.peer().partition(':')[2].rpartition(':')[0] or 'unix'}"

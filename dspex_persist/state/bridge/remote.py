@@ -161,7 +161,9 @@ class RemoteTools:
         except ListenError as error:
             raise UnreachableError(f"the address is not valid: {error.reason}") from error
         if not self._allow(address):
-            raise UnreachableError("calls to other machines are refused; allow them with --insecure")
+            raise UnreachableError(
+                "calls to other machines are refused; allow them with --insecure, or this one with tool_addresses"
+            )
         # With a scheme, because a host may be called "dns", as in "dns:80".
         return f"dns:///{parsed}" if isinstance(parsed, TcpAddress) else str(parsed)
 

@@ -83,6 +83,8 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.OutcomeUnknownError: StatusCode.UNKNOWN,
     errors.UnavailableError: StatusCode.UNAVAILABLE,
     errors.CircuitOpenError: StatusCode.UNAVAILABLE,
+    errors.UnauthenticatedError: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: StatusCode.PERMISSION_DENIED,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
     errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
     errors.ShuttingDownError: StatusCode.UNAVAILABLE,

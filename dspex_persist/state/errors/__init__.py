@@ -32,8 +32,10 @@ from dspex_persist.state.errors.service import EngineClosedError as EngineClosed
 from dspex_persist.state.errors.service import ForkedProcessError as ForkedProcessError
 from dspex_persist.state.errors.service import InternalError as InternalError
 from dspex_persist.state.errors.service import OutcomeUnknownError as OutcomeUnknownError
+from dspex_persist.state.errors.service import PermissionDeniedError as PermissionDeniedError
 from dspex_persist.state.errors.service import QueueFullError as QueueFullError
 from dspex_persist.state.errors.service import ShuttingDownError as ShuttingDownError
+from dspex_persist.state.errors.service import UnauthenticatedError as UnauthenticatedError
 from dspex_persist.state.errors.service import UnavailableError as UnavailableError
 from dspex_persist.state.errors.sessions import DamagedSessionError as DamagedSessionError
 from dspex_persist.state.errors.sessions import IdempotencyConflictError as IdempotencyConflictError

@@ -8,6 +8,7 @@ from typing import Final
 class Hint(StrEnum):
     """The advice of an error. Its text may refer to the fields of the error."""
 
+    ADD_SCOPE = "add_scope"
     ANOTHER_FILE = "another_file"
     """The file belongs to another program."""
     ANOTHER_SESSION_ID = "another_session_id"
@@ -68,6 +69,7 @@ class Hint(StrEnum):
     RUNNING_EXECUTION = "running_execution"
     SHARE_BY_SERVER = "share_by_server"
     """Another process owns the database."""
+    SEND_TOKEN = "send_token"
     SHOW_CERTIFICATE = "show_certificate"
     TRUST_CA = "trust_ca"
     UPGRADE_FILE = "upgrade_file"
@@ -80,6 +82,7 @@ class Hint(StrEnum):
 _MAINTENANCE: Final = "dspex_persist.state.store.maintenance"
 
 IN_PYTHON: Final[Mapping[str, str]] = {
+    Hint.ADD_SCOPE: "add the scope to its line in the token file of the server, or use another token",
     Hint.ANOTHER_FILE: "give another path",
     Hint.OPEN_THERE: "open it there, and repeat the call",
     Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
@@ -147,6 +150,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "end that process, or open another file; several programs share one through a server: "
         "dspex_persist.serve(settings), and connect('grpc://HOST:PORT')"
     ),
+    Hint.SEND_TOKEN: "connect(url, token=...), or set DSPEX_PERSIST_TOKEN, to a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients: connect(url, cert='client.pem', key='client.key')",
     Hint.TRUST_CA: "trust the one that issued it: connect(url, ca='ca.pem')",
     Hint.UPGRADE_FILE: f"{_MAINTENANCE}.upgrade(path) upgrades it",

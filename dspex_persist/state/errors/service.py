@@ -56,6 +56,32 @@ class CircuitOpenError(UnavailableError):
 
 
 @dataclass(eq=False)
+class UnauthenticatedError(StateError):
+    """The server demands a token, and the call has none that is valid; nothing was done."""
+
+    template = "not authenticated: {reason}"
+    advice = Hint.SEND_TOKEN
+    reason: str
+
+
+@dataclass(eq=False)
+class PermissionDeniedError(StateError):
+    """The token of the call lacks the scope that the operation takes; nothing was done.
+
+    Attributes:
+        identity: Whose token it is.
+        operation: The rpc.
+        scope: The scope: read, write, execute or admin.
+    """
+
+    template = "{identity} may not call {operation}: its token lacks the scope {scope}"
+    advice = Hint.ADD_SCOPE
+    identity: str
+    operation: str
+    scope: str
+
+
+@dataclass(eq=False)
 class EngineClosedError(StateError):
     """The engine was closed, or is closing."""
 
