@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from dspex_persist import __version__
-from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, shells, tools, worker
+from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, shells, token, tools, worker
 from dspex_persist.cli.groups import HELP_OPTIONS
 from dspex_persist.cli.hints import ExplainedError, use_options_of
 from dspex_persist.cli.live import call as call_command
@@ -62,6 +62,7 @@ app.add_typer(programs.app, name="program", rich_help_panel=_LIVE)
 app.add_typer(maintenance.app, name="db")
 app.add_typer(session.app, name="session")
 app.add_typer(tools.app, name="tools")
+app.add_typer(token.app, name="token")
 app.add_typer(audit.app, name="audit")
 
 

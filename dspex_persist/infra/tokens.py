@@ -12,7 +12,9 @@ import hashlib
 import hmac
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,16 +104,69 @@ class Tokens:
         _log.info("read the token file", file=str(self._path), tokens=len(self._tokens))
 
 
+def add(path: Path, name: str, scopes: Iterable[str]) -> str:
+    """Add a new token to a file, which is created if missing, and return it: nothing else keeps it.
+
+    Args:
+        path: The file.
+        name: Whose it is; a name may have several.
+        scopes: What it may do.
+
+    Raises:
+        TokenFileError: The file cannot be used or written, or the name or a scope is wrong.
+    """
+    # With a letter first, so that no command takes it for an option.
+    token = f"dspex_{secrets.token_urlsafe(32)}"
+    line = f"{name} {','.join(scopes)} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    try:
+        _check_name(name)
+        _parsed(line.split())
+    except ValueError as error:
+        raise TokenFileError(str(path), str(error)) from error
+    text = _text(path) if path.exists() else ""
+    _replace(path, f"{text}{line}\n" if not text or text.endswith("\n") else f"{text}\n{line}\n")
+    return token
+
+
+def listed(path: Path) -> list[Identity]:
+    """Return whose tokens are in a file, one for each. Raise `TokenFileError` if a line, or the file, is wrong."""
+    tokens, faults = _read(path)
+    if faults:
+        raise TokenFileError(str(path), faults[0])
+    return [identity for _, identity in tokens]
+
+
+def revoke(path: Path, name: str) -> int:
+    """Remove all tokens of a name from a file, and return how many; raise `TokenFileError` if it cannot be used."""
+    lines = _text(path).splitlines(keepends=True)
+    kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
+    if len(kept) < len(lines):
+        _replace(path, "".join(kept))
+    return len(lines) - len(kept)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a file in the place of another at once, so that a server never reads half of it."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        status = path.stat() if path.exists() else None
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            if status is not None:
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+            file.flush()
+            os.fsync(descriptor)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise TokenFileError(str(path), f"cannot write it: {error.strerror or error}") from error
+
+
 def _read(path: Path) -> tuple[list[tuple[bytes, Identity]], list[str]]:
     """Return the tokens, and what is wrong with the other lines. Raises `TokenFileError` for the file as a whole."""
-    try:
-        with path.open("rb") as file:
-            _check_access(path, os.fstat(file.fileno()))
-            content = file.read().decode()
-    except OSError as error:
-        raise TokenFileError(str(path), f"cannot read it: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise TokenFileError(str(path), "it is not UTF-8") from error
+    content = _text(path)
     tokens: dict[bytes, Identity] = {}
     faults: list[str] = []
     for number, line in enumerate(content.splitlines(), 1):
@@ -131,12 +186,22 @@ def _read(path: Path) -> tuple[list[tuple[bytes, Identity]], list[str]]:
     return list(tokens.items()), faults
 
 
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            _check_access(path, os.fstat(file.fileno()))
+            return file.read().decode()
+    except OSError as error:
+        raise TokenFileError(str(path), f"cannot read it: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TokenFileError(str(path), "it is not UTF-8") from error
+
+
 def _parsed(text: list[str]) -> tuple[bytes, Identity]:
     if len(text) != 3:
         raise ValueError(_LINE)
     name, scopes, digest = text
-    if _NAME.fullmatch(name) is None:
-        raise ValueError("a name has at most 64 letters, digits and ._@:/-")
+    _check_name(name)
     given = scopes.split(",")
     unknown = [scope for scope in given if scope not in SCOPES]
     if unknown:
@@ -145,6 +210,11 @@ def _parsed(text: list[str]) -> tuple[bytes, Identity]:
     if match is None:
         raise ValueError(f"the last word is not sha256: and 64 hexadecimal digits; {_LINE}")
     return bytes.fromhex(match[1]), Identity(name, frozenset(given))
+
+
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise ValueError("a name has at most 64 letters, digits and ._@:/-")
 
 
 def _check_access(path: Path, status: os.stat_result) -> None:

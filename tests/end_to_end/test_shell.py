@@ -27,6 +27,7 @@ CODES = {int(code) for code in re.findall(r"^\| ([0-9]+) \|", (ROOT / "docs/exit
 COMMANDS: dict[str, list[str]] = {
     # A setting that cannot be: that it serves is another test's concern.
     "serve": ["--db", "DB", "--listen", "nowhere"],
+    "worker": ["--help"],
     "demo": ["--help"],
     "replay": ["DB.jsonl", "--tools", "nothing_here"],
     "get": ["é✓", "--db", "DB"],
@@ -48,6 +49,9 @@ COMMANDS: dict[str, list[str]] = {
     "session fork": ["é✓", "NEW", "--db", "DB"],
     "session migrate": ["nothing_here", "--db", "DB"],
     "tools list": ["--tools", "nothing_here"],
+    "token new": ["checkout", "--scopes", "read", "--token-file", "NEW"],
+    "token list": ["--token-file", "NEW"],
+    "token revoke": ["checkout", "--token-file", "NEW"],
     "audit compare": ["exec_1", "exec_2", "--db", "DB"],
     "audit history": ["é✓", "--db", "DB"],
     "audit executions": ["--db", "DB"],

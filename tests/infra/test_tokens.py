@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.infra.tokens import SCOPES, Identity, TokenFileError, Tokens
+from dspex_persist.infra.tokens import SCOPES, Identity, TokenFileError, Tokens, add, listed, revoke
 
 
 def line(name: str, scopes: str, token: str) -> str:
@@ -92,3 +92,25 @@ def test_a_token_is_revoked_by_editing_the_file(path: Path) -> None:
     assert tokens.find("one")
     path.unlink()
     assert tokens.find("one") is None
+
+
+def test_tokens_are_added_and_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    first = add(file, "a", ["read", "write"])
+    assert (file.stat().st_mode & 0o777, first in file.read_text()) == (0o600, False)
+    file.chmod(0o640)
+    file.write_text(file.read_text() + "# kept: a")
+    tokens = Tokens(file)
+    second, third = add(file, "b", ["admin"]), add(file, "a", ["execute"])
+    assert [tokens.find(each) for each in (first, second, third)] == listed(file)
+    assert [each.name for each in listed(file)] == ["a", "b", "a"]
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert (revoke(file, "a"), revoke(file, "a")) == (2, 0)
+    assert [tokens.find(each) for each in (first, second, third)] == [None, listed(file)[0], None]
+    assert "# kept: a" in file.read_text()
+    for name, scopes in (("a b", ["read"]), ("a", ["reed"]), ("", ["read"]), ("a\n", ["read"]), ("a#", ["read"])):
+        with pytest.raises(TokenFileError):
+            add(file, name, scopes)
+    assert [each.name for each in tmp_path.iterdir()] == ["tokens"]
+    with pytest.raises(TokenFileError, match="cannot write it: No such file"):
+        add(tmp_path / "missing" / "tokens", "a", ["read"])
