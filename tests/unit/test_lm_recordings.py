@@ -15,9 +15,12 @@ from dspex_persist import Context, ToolContext, tool
 from dspex_persist.state import errors
 from dspex_persist.state.abilities import Recordable
 from tests.deadline import within
-from tests.lms import Engine, ask, dspy, dummy, lm_calls, lm_on
+from tests.late import Late
+from tests.lms import Engine, ask, dspy, dummy, lm15, lm_calls, lm_on
 
 Ends = dict[str, dict[str, Any]]
+KEY, TOKEN, ADDRESS = "sk-secret-1", "token-of-a-header", "https://me:hunter22@host.example/v1"
+ours = Late("dspex_persist.dspy")
 
 
 @tool(record_lm=True)
@@ -49,7 +52,7 @@ def asks_in_recording(ctx: ToolContext) -> str:
 @pytest.fixture
 def ctx() -> Iterator[Context]:
     with (
-        Context("s", tools=[asks, asks_plainly, asks_later, asks_in_recording]) as ctx,
+        Context("s", tools=[asks, asks_plainly, asks_later, asks_in_recording, asks_a_bound_program]) as ctx,
         dspy.context(lm=dummy(*"abcdefghij")),
     ):
         ctx["x"] = 0
@@ -226,6 +229,55 @@ def test_a_block_that_fails_keeps_its_calls(ctx: Context) -> None:
     end = journal(ctx)[1][recording.execution_id]
     assert (end["status"], end["failure"]["type"]) == ("failed", "ZeroDivisionError")
     assert questions(ctx, recording.execution_id) == ["one"]
+
+
+@tool
+def asks_a_bound_program(ctx: ToolContext) -> None:
+    """Ask by a program that is bound to the tool's variables."""
+    ours.bind(dspy.Predict("question -> answer"), ctx, temperature="warmth")(question="x")
+
+
+@pytest.mark.parametrize("ends", ["recording", "asyncio", "transaction", "asks", "asks_a_bound_program"])
+def test_keys_are_removed_from_what_an_execution_failed_with(ends: str, ctx: Context) -> None:
+    ctx["warmth"] = 0.5
+    said = f"refused {KEY}, {TOKEN} and {ADDRESS}"
+    lm = lm_on(Engine(error=lm15.LM15Error(said)))
+    lm.kwargs |= {"api_key": KEY, "extra_headers": {"Authorization": f"Bearer {TOKEN}"}, "api_base": ADDRESS}
+    before = set(journal(ctx)[1])
+
+    def fail() -> None:
+        try:
+            ask("x")
+        except dspy.LMError as error:
+            # What a program makes of an error quotes it, too.
+            raise RuntimeError(f"no answer: {error}") from None
+
+    async def fail_later() -> None:
+        async with ctx.recording():
+            await dspy.Predict("question -> answer").acall(question="x")
+
+    def in_transaction() -> None:
+        with ctx.recording(), ctx.transaction():
+            fail()
+
+    def in_recording() -> None:
+        with ctx.recording():
+            fail()
+
+    blocks: dict[str, Callable[[], object]] = {
+        "recording": in_recording,
+        "asyncio": lambda: asyncio.run(fail_later()),
+        "transaction": in_transaction,
+    }
+    fails = blocks.get(ends, lambda: ctx.call(ends))
+    with dspy.context(lm=lm), pytest.raises((RuntimeError, dspy.LMError, errors.ToolFailedError)):
+        fails()
+    failed = [end for name, end in journal(ctx)[1].items() if name not in before]
+    assert failed
+    for end in failed:
+        text = json.dumps(end)
+        assert "refused ***" in text
+        assert not [secret for secret in (KEY, TOKEN, ADDRESS, "hunter22") if secret in text]
 
 
 def test_tools_that_a_block_calls_record_their_own(ctx: Context) -> None:
@@ -424,10 +476,9 @@ def test_each_outermost_call_of_a_bound_program_is_recorded(recording_ctx: Conte
 
 
 def test_a_context_that_does_not_say_so_records_nothing(ctx: Context) -> None:
-    from dspex_persist.dspy import bind
 
     ctx["temperature"] = 0.3
-    bind(dspy.Predict("question -> answer"), ctx, temperature="temperature")(question="one")
+    ours.bind(dspy.Predict("question -> answer"), ctx, temperature="temperature")(question="one")
     assert journal(ctx)[0] == {}
 
 

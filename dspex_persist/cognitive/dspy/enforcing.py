@@ -13,8 +13,10 @@ from dspy.lm15 import Request
 from dspex_persist.cognitive.dspy import choosing, refusals, request_options, snapshots
 from dspex_persist.cognitive.dspy.entering import Entry
 from dspex_persist.cognitive.dspy.options import check_for, synonyms, wire_name
+from dspex_persist.cognitive.dspy.requests import secrets_of
 from dspex_persist.cognitive.dspy.snapshots import LmOption, Scope, binding_of
 from dspex_persist.cognitive.errors import BoundValueError
+from dspex_persist.state.tools.failures import conceal
 
 # Calls of LMs
 
@@ -97,6 +99,8 @@ class _Call:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         _calling.reset(self._token)
+        if error is not None:
+            conceal(error, secrets_of(self._lm, self.kwargs))
         if isinstance(error, Exception) and self._changes:
             refusals.explain(error, self._lm, self._set_here())
 

@@ -45,6 +45,7 @@ from dspex_persist.cognitive.dspy.requests import (
 )
 from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.errors import BudgetExceededError
+from dspex_persist.state.tools.failures import conceal
 from dspex_persist.state.tools.session import LM_CALLS, ToolSession
 
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
@@ -267,7 +268,9 @@ class _Call:
         except GeneratorExit:
             raise
         except BaseException as error:
-            failed: dict[str, Any] = {"error": failure_of(error, secrets_of(self.lm, self.kwargs))}
+            secrets = secrets_of(self.lm, self.kwargs)
+            conceal(error, secrets)
+            failed: dict[str, Any] = {"error": failure_of(error, secrets)}
             # A provider may have charged for a call that failed here.
             used = {} if tracker is None else tracker.get_total_tokens()
             self._end({**failed, "usage": plain(used)} if used else failed, error)

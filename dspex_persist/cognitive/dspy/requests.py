@@ -2,14 +2,17 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel
 
 from dspex_persist.state.masking import hash_of
+from dspex_persist.state.tools.failures import hidden
 
 # fmt: off
 OPTIONS: Final = frozenset((
@@ -28,6 +31,8 @@ _TOOL_FIELDS: Final = frozenset(
 _DATA_URI: Final = re.compile(r"data:([^,;]*)[^,]*;base64,(.+)", re.DOTALL)
 _LONG: Final = 256
 _SHORTEST_SECRET: Final = 6
+_SHORTEST_PART: Final = 8
+_SEPARATORS: Final = re.compile(r"[\s,;]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,23 +180,36 @@ def _with_attributes(obj: Any) -> Any:
     return [_with_attributes(item) for item in obj] if isinstance(obj, list) else obj
 
 
-def failure_of(error: BaseException, secrets: Iterator[str]) -> dict[str, Any]:
+def failure_of(error: BaseException, secrets: Iterable[str]) -> dict[str, Any]:
     """Return the recorded form of an error, without secrets, as providers often repeat the request in errors."""
     try:
         message = plain(str(error))
     except Exception as fault:  # noqa: BLE001 -- the error's __str__ may raise anything
         message = f"it has no text: its __str__ raised {type(fault).__name__}"
-    for secret in secrets:
-        message = message.replace(secret, "***")
     kind = type(error)
-    return {"type": f"{kind.__module__}.{kind.__qualname__}", "message": message}
+    return {"type": f"{kind.__module__}.{kind.__qualname__}", "message": hidden(message, secrets)}
 
 
-def secrets_of(lm: Any, kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the texts in a call that may be secret: those in all options that are not kept."""
+def secrets_of(lm: Any, kwargs: Mapping[str, Any]) -> set[str]:
+    """Return the texts in a call that may be secret: those in all options that are not kept, and their parts."""
+    return {part for text in _secrets_of(lm, kwargs) for part in _parts_of(text) if len(part) >= _SHORTEST_SECRET}
+
+
+def _parts_of(text: str) -> Iterator[str]:
+    """Yield a text, and what is quoted of it alone: the token of a header, the host or the key in an address."""
+    yield text
+    yield from (word for word in _SEPARATORS.split(text) if len(word) >= _SHORTEST_PART)
+    if "://" in text:
+        with suppress(ValueError):
+            address = urlsplit(text)
+            values = (value for _, value in parse_qsl(address.query))
+            yield from filter(None, (address.netloc, address.hostname, address.username, address.password, *values))
+
+
+def _secrets_of(lm: Any, kwargs: Mapping[str, Any]) -> Iterator[str]:
     for options in (getattr(lm, "kwargs", {}), kwargs):
         others = {name: option for name, option in options.items() if name not in OPTIONS | {"messages", "prompt"}}
-        yield from (text for text in _texts(plain(others)) if len(text) >= _SHORTEST_SECRET)
+        yield from _texts(plain(others))
 
 
 def _texts(obj: Any) -> Iterator[str]:

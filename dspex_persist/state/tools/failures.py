@@ -5,10 +5,10 @@ import concurrent.futures
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dspex_persist.infra.traces import remove_marks
 from dspex_persist.state.errors import (
@@ -143,13 +143,71 @@ def _keep_users_frames(trace: traceback.TracebackException) -> None:
             _keep_users_frames(other)
 
 
+_SECRETS: Final = "_dspex_persist_secrets"
+_HIDDEN: Final = "***"
+
+
+class _Secrets:
+    """Texts that are not shown. It is an attribute of an error, and so it does not show them either."""
+
+    __slots__ = ("texts",)
+
+    def __init__(self, texts: frozenset[str]) -> None:
+        self.texts = texts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def conceal(error: BaseException, secrets: Iterable[str]) -> None:
+    """Keep texts out of the journal that an error may quote, such as the key of a request that a provider refused.
+
+    Args:
+        error: The error. The journal also hides the texts where it has errors that this one causes.
+        secrets: The texts.
+    """
+    texts = frozenset(secrets) | _secrets_of(error)
+    if texts:
+        with suppress(Exception):
+            # Some classes have no room for it.
+            vars(error)[_SECRETS] = _Secrets(texts)
+
+
+def hidden(text: str, secrets: Iterable[str]) -> str:
+    """Return a text in which asterisks replace secrets."""
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN)
+    return text
+
+
+def _secrets_of(error: BaseException) -> frozenset[str]:
+    secrets = getattr(error, "__dict__", {}).get(_SECRETS)
+    return secrets.texts if isinstance(secrets, _Secrets) else frozenset()
+
+
+def _secrets_in(error: BaseException | None) -> set[str]:
+    """Return the secrets of an error, and of those that have led to it."""
+    secrets: set[str] = set()
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            secrets |= _secrets_of(each)
+            left += (each.__cause__, each.__context__)
+            left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+    return secrets
+
+
 def failure_of(error: BaseException) -> Failure:
     """Return the type, the text and the traceback of an error, shortened, as the journal keeps them."""
+    secrets = _secrets_in(error)
     try:
         trace = _trace_of(error)
     except BaseException as fault:  # noqa: BLE001 -- it calls users' code
         trace = f"it has no traceback: to write it raised {type(fault).__name__}"
-    text = _text_of(error)
+    text, trace = hidden(_text_of(error), secrets), hidden(trace, secrets)
     fields = (type(error).__name__, _shortened(text, _MESSAGE_LENGTH), _shortened(trace, _TRACE_LENGTH))
     # A lone surrogate is not a character: no message can carry it.
     return Failure(*(each.encode(errors="backslashreplace").decode() for each in fields))
