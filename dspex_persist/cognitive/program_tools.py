@@ -8,6 +8,7 @@ from dspex_persist.cognitive.dspy.programs import Into
 from dspex_persist.cognitive.programs.documents import variable_of
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.cognitive.tools import Tool, tool
+from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import Isolation
 
 
@@ -40,7 +41,13 @@ def program_tool(
 
     Returns:
         The tool. Its parameters are `inputs`, a map, and `version`, the number of a version or a tag.
+
+    Raises:
+        InvalidArgumentError: `into` is none of these.
     """
+    if not callable(into):
+        reason = f"it must be a module, its class, or a function that makes one, not a {type(into).__name__}"
+        raise InvalidArgumentError("into", reason)
 
     @tool(
         name=variable_of(name) if tool_name is None else tool_name,

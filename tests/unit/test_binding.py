@@ -644,6 +644,8 @@ def test_what_is_not_a_module_or_a_context_is_refused(ctx: Context) -> None:
         for look in (ours.bindings, ours.unbind, ours.sync_dspy_parameters):
             with pytest.raises(BindingError, match=f"not a DSPy module, but {what}$"):
                 look(module)
+    with pytest.raises(BindingError, match="context must be a context, not dict"):
+        ours.sync_dspy_parameters(predict(), "", {})
     with pytest.raises(BindingError, match="ctx must be a context, not dict"):
         ours.bind(predict(), {}, temperature="temperature")
 

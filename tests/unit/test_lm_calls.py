@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from dspex_persist.cognitive.lm_guard import refusing
+from dspex_persist.state.errors import InvalidArgumentError
 from tests.lms import Engine, Ledger, Stuck, ask, dspy, dummy, lm15, lm_calls, lm_on, outputs, recorded, run_async
 
 SECRETS = ("sk-secret-1", "hunter22", "Bearer xyz", "acme-org")
@@ -160,6 +161,15 @@ def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Cal
     with lm_calls.playing(calls) as playback:
         way(silent)
     assert playback.divergences == []
+
+
+@pytest.mark.parametrize(
+    ("calls", "what"), [(3, "int"), ("exec_1", "str"), ({"lm": []}, "dict"), ([3], "int"), ([{"ordinal": 0}], "dict")]
+)
+def test_only_recorded_calls_are_played(calls: Any, what: str) -> None:
+    message = rf"calls: it must be recorded LM calls, as recorded_calls\(...\) returns them, not {what}$"
+    with pytest.raises(InvalidArgumentError, match=message), lm_calls.playing(calls):
+        raise AssertionError("never entered")
 
 
 def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:

@@ -15,7 +15,7 @@ from tests.late import Late
 from tests.lms import Engine, lm_on
 from tests.logs import capture_logs
 
-dspy, made = Late("dspy"), Late("tests.programs")
+dspy, made, ours = Late("dspy"), Late("tests.programs"), Late("dspex_persist.dspy")
 SECRET = "sk-planted-0123456789"
 
 
@@ -327,6 +327,13 @@ def test_an_lm_of_its_own_is_given_by_name_or_model(ctx: Context) -> None:
         ctx.programs.load("p", predict, lms=[other])
     with pytest.raises(InvalidArgumentError, match="lms: it must have an LM for each name, not str"):
         ctx.programs.save("p", program, lms={"cheap": "openai/m"})
+    with pytest.raises(InvalidArgumentError, match="adapters: it must have an adapter for each name, not str"):
+        ctx.programs.load("p", predict, adapters={"chat": "chat"})
+    for flag in ("strict", "bindings"):
+        with pytest.raises(InvalidArgumentError, match=f"{flag}: it must be True or False, not str"):
+            ctx.programs.load("p", predict, **{flag: "no"})
+    with pytest.raises(InvalidArgumentError, match="into: it must be a module, its class, or a function that makes"):
+        ours.program_tool("p", 3)
     mine = predict()
     mine.lm = other
     ctx.programs.save("none", predict())

@@ -43,13 +43,16 @@ from dspex_persist.cognitive.dspy.requests import (
     response_of,
     secrets_of,
 )
+from dspex_persist.state import arguments
 from dspex_persist.state.budgets import NO_BUDGET, Budget
-from dspex_persist.state.errors import BudgetExceededError
+from dspex_persist.state.errors import BudgetExceededError, InvalidArgumentError
 from dspex_persist.state.tools.failures import conceal
 from dspex_persist.state.tools.session import LM_CALLS, ToolSession
 
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
 _CARRIED: Final = frozenset((_RECORDER, _PLAYBACK))
+_FACTS: Final = {"ordinal", "hash", "model", "request"}
+"""What a recorded call has at least."""
 _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 
@@ -91,9 +94,13 @@ def playing(calls: Iterable[Mapping[str, Any]], *, live: bool = False) -> Iterat
     Args:
         calls: The recorded calls.
         live: Send every call to its LM instead, and compare the answers.
+
+    Raises:
+        InvalidArgumentError: These are no recorded calls.
     """
+    arguments.flag("live", live)
+    playback = Playback(_checked(calls), live=live)
     install()
-    playback = Playback(calls, live=live)
     with ExitStack() as stack:
         stack.enter_context(lm_guard.going_on(playback))  # for calls from unknown threads
         if not live and settings.lm is None and playback.calls:
@@ -105,6 +112,21 @@ def playing(calls: Iterable[Mapping[str, Any]], *, live: bool = False) -> Iterat
         finally:
             thread_local_overrides.reset(token)
             playback.finish()
+
+
+def _checked(calls: object) -> tuple[RecordedCall, ...]:
+    if isinstance(calls, str | Mapping) or not isinstance(calls, Iterable):
+        raise _no_calls(calls)
+    given = tuple(calls)
+    for each in given:
+        if not (isinstance(each, Mapping) and each.keys() >= _FACTS):
+            raise _no_calls(each)
+    return given
+
+
+def _no_calls(given: object) -> InvalidArgumentError:
+    reason = f"it must be recorded LM calls, as recorded_calls(...) returns them, not {type(given).__name__}"
+    return InvalidArgumentError("calls", reason)
 
 
 def _line() -> tuple[object, ...]:

@@ -1,6 +1,6 @@
 """Loading programs: holds a saved program against a module, and changes the module as a whole or not at all."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ from dspex_persist.cognitive.programs.documents import (
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.errors import DspexError
 from dspex_persist.spelling import closest, did_you_mean, printable, quote
+from dspex_persist.state import arguments
 from dspex_persist.state.errors import InvalidArgumentError
 
 _TOOL_NAME_FIELD: Final = "next_tool_name"
@@ -52,14 +53,18 @@ class Choices(NamedTuple):
     @classmethod
     def of(cls, lms: Mapping[str, Any] | None, adapters: Mapping[str, Any] | None = None) -> "Choices":
         """Return what was given; None for nothing."""
-        for name, given in (("lms", lms), ("adapters", adapters)):
-            if given is not None and not isinstance(given, Mapping):
-                reason = f"it must be a mapping, such as a dict, not {type(given).__name__}"
-                raise InvalidArgumentError(name, reason)
-        for each in (lms or {}).values():
-            if not is_lm(each):
-                raise InvalidArgumentError("lms", f"it must have an LM for each name, not {type(each).__name__}")
-        return cls(lms or {}, adapters or {})
+        return cls(
+            _choice("lms", lms, is_lm, "an LM"),
+            _choice("adapters", adapters, lambda each: isinstance(each, dspy.Adapter), "an adapter"),
+        )
+
+
+def _choice(field: str, given: Mapping[str, Any] | None, fits: Callable[[Any], bool], what: str) -> dict[str, Any]:
+    choice = {} if given is None else arguments.mapping(field, given)
+    for each in choice.values():
+        if not fits(each):
+            raise InvalidArgumentError(field, f"it must have {what} for each name, not {type(each).__name__}")
+    return choice
 
 
 @dataclass

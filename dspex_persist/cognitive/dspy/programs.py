@@ -160,6 +160,7 @@ class Programs(Catalog):
             ProgramMismatchError: It does not fit the module; the error says why.
             DamagedProgramError: It is no program that this release can read.
         """
+        arguments.flag("strict", strict)
         module = yield from self._module(name, into)
         loading = yield from self._loading(name, module, version, Choices.of(lms, adapters), bindings)
         report = loading.report
@@ -202,6 +203,7 @@ class Programs(Catalog):
         return (yield from self._loading(name, module, version, Choices.of(lms, adapters), bindings)).report
 
     def _loading(self, name: str, module: dspy.Module, version: At, choices: Choices, bindings: bool) -> Steps[Loading]:
+        arguments.flag("bindings", bindings)
         number, value = yield from self._find(name, version)
         saved = self._read(name, number, value)
         return (yield from work(Loading, saved, number, module, choices, self._owner if bindings else None))

@@ -325,6 +325,8 @@ def sync_dspy_parameters(module: Any, prefix: str = "", context: Variables | Non
     ctx = _context_of(checked_module(module)) if context is None else context
     if ctx is None:
         raise BindingError("no context is known that has the variables: context=")
+    if not isinstance(ctx, Variables):
+        raise BindingError(f"context must be a context, not {type(ctx).__name__}")
     wanted = {attr: f"{prefix}{attr}" for attr in _attrs_of(module)}
     there = run(ctx, _existing(ctx, tuple(wanted.values())))
     found = {attr: variable for attr, variable in wanted.items() if variable in there}
