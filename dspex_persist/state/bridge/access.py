@@ -67,6 +67,8 @@ _AUDIT: Final[Mapping[str, str]] = {
     "RemoveRule": WRITE,
     "ListRules": READ,
     "RecordInputs": WRITE,
+    # In an open transaction or recording, which takes "write".
+    "CheckBudget": WRITE,
     # It has all other writers of the session wait.
     "HoldSession": ADMIN,
 }
