@@ -146,10 +146,14 @@ class Recordable(Ability):
             SessionPrunedError: Parts of the session's history were pruned.
             InvalidArgumentError: No session with this id began with commit `started`.
         """
+        return self._hash_content(session_id, started).hexdigest()
+
+    def _hash_content(self, session_id: str, started: int | None) -> ContentHash:
+        """Read the whole history for its hash; a backend may do so without the parts of a recording."""
         content = ContentHash()
         for commit in self.record(session_id, started=started, reveal=True)[1]:
             content.add(commit)
-        return content.hexdigest()
+        return content
 
 
 class SessionImport(ABC):

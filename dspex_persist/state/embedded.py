@@ -25,7 +25,7 @@ from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
 from dspex_persist.state.store import created
 from dspex_persist.state.store.history import prune_plan, recordings
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -99,6 +99,13 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
             started = arguments.sequence("started", started)
         after, readers = arguments.sequence("after", after), self._store.readers
         return recordings.read_session(readers, session_id, started=started, reveal=reveal, after=after)
+
+    def _hash_content(self, session_id: str, started: int | None) -> ContentHash:
+        self.check_open()
+        session_id = arguments.text("session_id", session_id)
+        if started is not None:
+            started = arguments.sequence("started", started)
+        return recordings.hash_session(self._store.readers, session_id, started=started)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None

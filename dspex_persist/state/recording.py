@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from operator import is_
-from typing import Any, Final, TextIO, cast
+from typing import Any, Final, TextIO, TypeAlias, cast
 
 from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
@@ -191,13 +191,10 @@ class ContentHash:
 
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit."""
-        content = [
-            commit.at.isoformat(),
-            commit.actor,
-            commit.cause,
-            [_version_content(version) for version in commit.versions],
-            [[event.kind.value, anonymous(event.kind, event.body)] for event in commit.events],
-        ]
+        self.add_content(content_of(commit))
+
+    def add_content(self, content: "Content") -> None:
+        """Add what `content_of` says of the next commit."""
         self._hash.update(_CANONICAL.encode(content).encode() + b"\n")
         self.commits += 1
 
@@ -216,7 +213,22 @@ class ContentHash:
 _CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
-def _version_content(version: RecordedVersion) -> list[Any]:
+Content: TypeAlias = list[Any]
+
+
+def content_of(commit: RecordedCommit) -> Content:
+    """Return all that a commit says, but for its session's id, as `ContentHash` has it."""
+    return [
+        commit.at.isoformat(),
+        commit.actor,
+        commit.cause,
+        [content_of_version(version) for version in commit.versions],
+        [[event.kind.value, anonymous(event.kind, event.body)] for event in commit.events],
+    ]
+
+
+def content_of_version(version: RecordedVersion) -> Content:
+    """Return all that a version says."""
     value = version.value
     binary = value.binary.hex() if value is not None and value.binary is not None else None
     text, kind, source = (value.json if value is not None else None), version.kind.value, version.source.value

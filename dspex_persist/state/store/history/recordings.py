@@ -4,27 +4,40 @@ A recording is read page by page, each in a short snapshot, so that a server can
 commits up to when it was begun. Memory holds one page.
 """
 
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.clock import nearest_time
 from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
-from dspex_persist.state.events import RuleAdded, RuleRemoved, event_in, portable, without_secrets
+from dspex_persist.state.events import (
+    RuleAdded,
+    RuleRemoved,
+    anonymous,
+    event_in,
+    names_executions,
+    portable,
+    without_secrets,
+)
 from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import Dependency, EventKind, Rule, Value, Variable
 from dspex_persist.state.recording import (
+    Content,
+    ContentHash,
     Header,
     RecordedAnswer,
     RecordedCommit,
     RecordedEvent,
     RecordedVersion,
+    content_of,
+    content_of_version,
     renumbered,
 )
 from dspex_persist.state.rules import Rules
@@ -35,6 +48,8 @@ from dspex_persist.state.store.history.secrets import secrets_of
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_OF, SOURCE_OF, is_sensitive
 from dspex_persist.state.values.json_text import stored, stored_object
+
+T = TypeVar("T")
 
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 4 * 1024 * 1024
@@ -127,17 +142,33 @@ def read_session(
         SessionPrunedError: Part of the session was pruned. The iterator raises it, too, if that happens while it reads.
     """
     with snapshot(readers) as connection:
-        key = _find_session(connection, session_id, started)
-        marker = _first(connection, _MARKER, key)[0]
-        if marker is not None:
-            raise SessionPrunedError(session_id, marker)
-        count, last = _first(connection, _EXTENT, key)
+        key, count, last = _extent_of(connection, session_id, started)
         hidden = frozenset() if reveal else frozenset(row[0] for row in raw_rows(connection, _SENSITIVE, key))
         secrets = secrets_of(connection, key) if hidden else Secrets(())
         # An answer may quote a value that has to be left out.
         keys = deque[tuple[int, str]]() if hidden else deque(raw_rows(connection, _KEYS, key))
     header = Header(session_id, count, masked=bool(hidden))
-    return header, _Reading(readers, session_id, key, last, hidden, keys, secrets).commits(min(after, count))
+    return header, _Commits(readers, session_id, key, last, hidden, keys, secrets).read(min(after, count))
+
+
+def hash_session(readers: Engine, session_id: str, *, started: int | None = None) -> ContentHash:
+    """Read the log of a session for its hash: the one that its recording has; see `read_session`."""
+    with snapshot(readers) as connection:
+        key, _, last = _extent_of(connection, session_id, started)
+    content = ContentHash()
+    for each in _Contents(readers, session_id, key, last, frozenset(), deque(), Secrets(())).read():
+        content.add_content(each)
+    return content
+
+
+def _extent_of(connection: Connection, session_id: str, started: int | None) -> tuple[int, int, int]:
+    """Return the key of a session that was not pruned, how many commits it has, and the number of its last one."""
+    key = _find_session(connection, session_id, started)
+    marker = _first(connection, _MARKER, key)[0]
+    if marker is not None:
+        raise SessionPrunedError(session_id, marker)
+    count, last = _first(connection, _EXTENT, key)
+    return key, count, last
 
 
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -178,8 +209,8 @@ class _Merged:
         return found
 
 
-class _Reading:
-    """A recording being read, and how far it is."""
+class _Reading(ABC, Generic[T]):
+    """A recording being read, and how far it is. `T`: what is read of each commit."""
 
     def __init__(
         self,
@@ -204,13 +235,17 @@ class _Reading:
         self._began = array("q")
         self._numbers = array("q")
 
-    def commits(self, known: int) -> Iterator[RecordedCommit]:
+    def read(self, known: int = 0) -> Iterator[T]:
         """Yield the commits after the first `known` ones."""
         after = self._pass_over(known) if known else 0
         while after < self._last:
             with snapshot(self._readers) as connection, damage.reading(self._session_id):
                 after, page = self._read_page(connection, after)
             yield from page
+
+    @abstractmethod
+    def _read_commit(self, connection: Connection, row: Any, versions: Sequence[Any], events: Sequence[Any]) -> T:
+        """Read the commit in these rows."""
 
     def _pass_over(self, known: int) -> int:
         """Note what the later commits need to know of the first ones; return the number of the last of these."""
@@ -225,27 +260,23 @@ class _Reading:
                     self._keys.popleft()
         return sequence
 
-    def _read_page(self, connection: Connection, after: int) -> tuple[int, list[RecordedCommit]]:
+    def _read_page(self, connection: Connection, after: int) -> tuple[int, list[T]]:
         """Read the next commits; the number of the last one in the file, and the commits."""
-        page: list[RecordedCommit] = []
+        page: list[T] = []
         size_bytes = 0
         commits = list(raw_rows(connection, _COMMITS, self._key, after, self._last))
         versions_of, events_of = self._parts(connection, [row[0] for row in commits])
-        for sequence, actor, cause, created_at, marker in commits:
-            if marker is not None:
-                raise SessionPrunedError(self._session_id, marker)
+        for row in commits:
+            if row[-1] is not None:
+                raise SessionPrunedError(self._session_id, row[-1])
             self._number += 1
-            after = sequence
-            versions = tuple(map(self._version_of, versions_of(sequence)))
-            event_rows = list(events_of(sequence))
-            events = tuple(self._event_of(connection, *row) for row in event_rows)
-            answer = self._answer_by(connection, created_at)
-            facts = (self._number, nearest_time(created_at), actor, cause, versions, events, sequence, answer)
-            commit = RecordedCommit(*facts)
-            page.append(renumbered(commit, self._number_of))
-            size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
-            size_bytes += sum(len(body) for _, _, body in event_rows)
-            size_bytes += len(answer.result) if answer is not None else 0
+            after = row[0]
+            versions, events = list(versions_of(after)), list(events_of(after))
+            page.append(self._read_commit(connection, row, versions, events))
+            for version in versions:
+                size_bytes += sum(map(len, filter(None, version[7:11])))
+            for event in events:
+                size_bytes += len(event[-1])
             if size_bytes > _PAGE_BYTES:
                 break
         return after, page
@@ -259,6 +290,22 @@ class _Reading:
             _Merged(raw_rows(connection, _PAGE_VERSIONS, *ends, self._key)).rows_of,
             _Merged(raw_rows(connection, _PAGE_EVENTS, *ends)).rows_of,
         )
+
+    def _commit(
+        self, connection: Connection, row: Any, versions: Sequence[Any], events: Sequence[Any]
+    ) -> RecordedCommit:
+        sequence, actor, cause, created_at, _ = row
+        commit = RecordedCommit(
+            self._number,
+            nearest_time(created_at),
+            actor,
+            cause,
+            tuple(map(self._version_of, versions)),
+            tuple(self._event_of(connection, *each) for each in events),
+            sequence,
+            self._answer_by(connection, created_at),
+        )
+        return renumbered(commit, self._number_of)
 
     def _answer_by(self, connection: Connection, created_at: int) -> RecordedAnswer | None:
         """The next answer, if it was kept by then. The table has the time of its commit, and each has at most one."""
@@ -297,6 +344,42 @@ class _Reading:
     def _number_of(self, sequence: int) -> int | None:
         place = bisect_left(self._began, sequence)
         return self._numbers[place] if place < len(self._began) and self._began[place] == sequence else None
+
+
+class _Commits(_Reading[RecordedCommit]):
+    """Reads the commits of a recording."""
+
+    def _read_commit(
+        self, connection: Connection, row: Any, versions: Sequence[Any], events: Sequence[Any]
+    ) -> RecordedCommit:
+        return self._commit(connection, row, versions, events)
+
+
+class _Contents(_Reading[Content]):
+    """Reads what `ContentHash` needs of the commits, most of it without their objects."""
+
+    def _read_commit(self, connection: Connection, row: Any, versions: Sequence[Any], events: Sequence[Any]) -> Content:
+        _, actor, cause, created_at, _ = row
+        is_plain, bodies = not cause.startswith("exec_"), []
+        for _, kind, text in events:
+            body = portable(stored(text))
+            is_plain = is_plain and kind not in _NUMBERED and not names_executions(body)
+            bodies.append([kind, anonymous(EventKind(kind), body)])
+        if not is_plain:
+            # It says numbers of other commits, which are counted within the session.
+            return content_of(self._commit(connection, row, versions, events))
+        at = nearest_time(created_at).isoformat()
+        return [at, actor, cause, [self._content_of(each) for each in versions], bodies]
+
+    def _content_of(self, row: Any) -> Content:
+        _, _, variable_id, name, version, kind, source, inline, large, binary, large_binary, metadata = row
+        if binary is not None or large_binary is not None or metadata is not None:
+            return content_of_version(self._version_of(row))
+        text = inline if large is None else large.decode()
+        return [variable_id, name, version, KIND_OF[kind].value, SOURCE_OF[source].value, text]
+
+
+_NUMBERED: Final = frozenset({EventKind.SESSION_RESTORED.value, EventKind.EXECUTION_BEGAN.value})
 
 
 def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> ForkSession:
