@@ -65,7 +65,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"parts.{part}.{callers}" for part, _ in PARTS.values() for callers in (1, 64)),
         *(f"cognitive.{operation}.{backend}" for operation in ("get", "set") for backend in BACKENDS),
         *(f"cognitive.callbacks.{backend}" for backend in BACKENDS[1:4]),
-        *(f"cognitive.move.{moved}" for moved in ("variables", "versions")),
+        *(f"cognitive.move.{moved}" for moved in ("variables", "away", "versions")),
         *(f"dspy.{measured}" for measured in ("call", "bind.local", "bind.embedded")),
         *(f"dspy.record.{measured}" for measured in ("local", "embedded", "budget")),
         *(f"commits.{counted}.{callers}" for counted in ("wal", "written", "calls", "waits") for callers in (1, 64)),
