@@ -33,7 +33,7 @@ TESTS_fast := tests/unit tests/architecture
 TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_local.py tests/contract/test_documented.py \
 	tests/contract/test_audit.py tests/contract/test_value_types.py tests/property/test_audit_model.py \
 	tests/property/test_audit_alike.py tests/property/test_restore.py tests/property/test_rules.py
-TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/contract/test_pooled.py tests/contract/test_abilities.py tests/contract/test_alike.py \
+TESTS_bridge := tests/bridge tests/infra tests/workers tests/contract/test_bridged.py tests/contract/test_pooled.py tests/contract/test_abilities.py tests/contract/test_alike.py \
 	tests/contract/test_binding.py tests/contract/test_watching.py tests/property/test_watching.py \
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py

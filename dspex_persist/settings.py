@@ -1,13 +1,23 @@
 """Frozen settings, read once from flags, environment variables, a TOML file and the defaults, in this order."""
 
 import os
+import shlex
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -62,6 +72,11 @@ def _read_list(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _read_words(value: object) -> object:
+    """Read a command line: a list of words, or one text as a shell splits it."""
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
 def _refuse_bool(value: object) -> object:
@@ -135,6 +150,42 @@ class LimitSettings(BaseSettings):
     journal_size_bytes: Size = Field(
         ByteSize(_MIB), description="Size of what one execution logs and records in the journal."
     )
+
+
+class PoolSettings(BaseModel):
+    """A pool of workers, `[pools.NAME]` in the file: processes that serve the bridge protocol and run tools.
+
+    The pool called `tools` is that of this server's own tools; it has neither `command` nor `size` nor `tools`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: Annotated[tuple[str, ...], BeforeValidator(_read_words)] = Field(
+        (),
+        description="The command line of a worker. `{port}`: a free port; `{address}`: where it calls the server; "
+        "`{run_id}`, `{worker_id}`: who it is; `{ready_file}`: where it may write its port.",
+    )
+    size: Count | None = Field(None, description="How many workers; 2 by default.")
+    tools: tuple[str, ...] = Field((), description="Tools that its workers have, and clients may call.")
+    streaming: tuple[str, ...] = Field((), description="Tools that stream; they need not be in `tools` as well.")
+    binary: bool = Field(False, description="Pass binary parameters on. Old workers unpickle them.")
+    env: dict[str, str] = Field({}, description="Variables of its environment.")
+    cwd: Path | None = Field(None, description="Its working directory; by default that of the server.")
+    ready_timeout_s: Seconds = Field(30.0, description="How long a worker may take to start.")
+    stop_timeout_s: Seconds = Field(6.0, description="How long it may take to end; then it is killed.")
+    queue_size: Count = Field(1000, description="Calls that may wait for a worker.")
+    queue_timeout_s: Seconds = Field(5.0, description="How long each of them may wait.")
+    call_timeout_s: Seconds | None = Field(None, description="How long a call may take.")
+    affinity: Literal["hint", "strict_queue", "strict_fail_fast"] = Field(
+        "hint",
+        description="What a call does while its session's last worker is busy: take another one, wait, or fail.",
+    )
+    nesting: Count = Field(8, description="How deep calls from tool to tool may be, each in a worker of its own.")
+    health_interval_s: Seconds = Field(30.0, description="How often idle workers are pinged.")
+    max_requests: Count | None = Field(None, description="A worker is replaced after this many calls.")
+    max_rss_bytes: Size | None = Field(None, description="A worker with more memory in use after a call is replaced.")
+    kill_rss_bytes: Size | None = Field(None, description="A worker with more memory in use during a call is killed.")
+    max_age_s: Seconds | None = Field(None, description="An idle worker is replaced when it is older.")
 
 
 class Settings(LimitSettings):
@@ -214,6 +265,10 @@ class Settings(LimitSettings):
         description="Processes in which the tools run, so that they use several cores and cannot end the server "
         "(docs/workers.md); 0: they run in the server.",
     )
+    pools: dict[str, PoolSettings] = Field(
+        {},
+        description="Pools of workers by name, `[pools.NAME]`, in a file that is named (docs/workers.md).",
+    )
     remote_timeout_s: Seconds = Field(
         300.0, description="Timeout of a tool in another process, unless the tool or its caller sets one."
     )
@@ -277,6 +332,8 @@ def flag_of(setting: str) -> str:
     """The flag of a setting: `--session-ttl` for session_ttl_s; limits share `--limit`."""
     if setting in LimitSettings.model_fields:
         return f"--limit {setting}"
+    if setting == "pools":
+        return "--config"
     return f"--{setting.removesuffix('_s').replace('_', '-')}"
 
 
@@ -358,6 +415,12 @@ def _file(config: Path | None, *, may_ignore_tools: bool) -> _Source:
             f"yours, name it with --config {path}, or name the tools with --tools"
         )
         raise SettingsError("tools", reason, f"file {path}")
+    if not named_by and values.pop("pools", None) and not may_ignore_tools:
+        reason = (
+            "their commands run, so they are not taken from a file just because it is in this folder: if it is yours, "
+            f"name it with --config {path}"
+        )
+        raise SettingsError("pools", reason, f"file {path}")
     unknown = [key for key in values if key not in Settings.model_fields]
     if unknown:
         raise SettingsError(", ".join(unknown), _no_such_setting(unknown), f"file {path}")
@@ -400,6 +463,11 @@ def _explain(error: ValidationError, sources: Iterable[_Source]) -> SettingsErro
     if len(shown) > _SHOWN_LENGTH:
         shown = f"{shown[:_SHOWN_LENGTH]}...'"
     place = next((source.place_of(setting) for source in sources if setting in source.values), "")
+    if len(first["loc"]) > 1 and setting == "pools":
+        setting = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        if first["type"] == "extra_forbidden":
+            possible = ", ".join(sorted(PoolSettings.model_fields))
+            return SettingsError(setting, f"there is no such setting; a pool has {possible}", place)
     return SettingsError(setting, f"{shown} is invalid: {_sentence(first['type'], first['msg'])}", place)
 
 

@@ -25,7 +25,15 @@ from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.opening import Opening
-from dspex_persist.settings import CONFIG_VARIABLE, LimitSettings, Settings, SettingsError, flag_of, variable_of
+from dspex_persist.settings import (
+    CONFIG_VARIABLE,
+    LimitSettings,
+    PoolSettings,
+    Settings,
+    SettingsError,
+    flag_of,
+    variable_of,
+)
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
 from dspex_persist.state.limits import Limits
@@ -33,15 +41,14 @@ from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from dspex_persist.infra.tls import Certificates
     from dspex_persist.infra.tokens import Tokens
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
-    from dspex_persist.state.bridge.callbacks import Callbacks, Running
-    from dspex_persist.state.bridge.lending import Lending
+    from dspex_persist.state.bridge.pools import PoolPlan
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
     from dspex_persist.state.local import LocalState
@@ -59,7 +66,6 @@ _COLLECT_AFTER: Final = 20_000
 _ANSWER_FAILED_S: Final = 1.0
 # How long a worker lets code go on when the server ends it.
 _WORKER_GRACE_S: Final = 1.0
-_POOL: Final = "tools"
 _WORKERS_SETTINGS: Final = (*LimitSettings.model_fields, "max_message_bytes")
 # Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
@@ -564,10 +570,12 @@ async def _serve(settings: Settings, certificates: "Certificates | None", tokens
     here = Path.cwd()
     # Before the file is opened: importing them takes time, and may fail.
     tools = _load_tools(settings)
+    plans = _plans(settings, here)
+    _check_names(plans, tools)
     # Opening locks the file. A second server on it fails here, before it binds its address.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here)
+        await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here, plans)
     finally:
         _close(engine, settings.db)
     if end.failure is not None:
@@ -640,13 +648,13 @@ async def _serve_bridge(
     tools: "Mapping[str, ToolCode]",
     end: "_End",
     here: Path,
+    plans: "list[PoolPlan]",
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.audit_service import AuditServicer
-    from dspex_persist.state.bridge.callbacks import Callbacks, Running
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
-    from dspex_persist.state.bridge.lending import Lending
+    from dspex_persist.state.bridge.pools import Pools
     from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.servicer import BridgeServicer
@@ -678,7 +686,7 @@ async def _serve_bridge(
         limits=limits,
     )
     home = asyncio.get_running_loop()
-    lending = Lending(_POOL, limits) if settings.workers and tools else None
+    pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(
         engine,
         tools,
@@ -686,7 +694,9 @@ async def _serve_bridge(
         limits=limits,
         budget=Budget(settings.max_tokens, settings.max_cost),
         remote=remote,
-        pool=lending,
+        pool=pools.own,
+        passed=pools.passed,
+        pools=pools.ports,
         home=home,
     )
     servicer = BridgeServicer(
@@ -707,9 +717,6 @@ async def _serve_bridge(
         auditor.drain()
         await servicer.drain()
 
-    def callbacks(worker: Running) -> Callbacks:
-        return Callbacks(worker, servicer, auditor)
-
     end.on_signals()
     async with contextlib.AsyncExitStack() as stack:
         # Called in the opposite order.
@@ -718,8 +725,7 @@ async def _serve_bridge(
         stack.push_async_callback(remote.close)
         # The process may go on, with handlers of its own.
         stack.callback(interrupts.take_from_loop)
-        if lending is not None:
-            await stack.enter_async_context(_workers(settings, here, lending, callbacks))
+        await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor))
         await server.serve(
             server.ServerOptions(
                 listen,
@@ -740,38 +746,51 @@ async def _serve_bridge(
         )
 
 
-@contextlib.asynccontextmanager
-async def _workers(
-    settings: Settings, here: Path, lending: "Lending", callbacks: "Callable[[Running], Callbacks]"
-) -> "AsyncIterator[None]":
-    """Keep the workers running in which the tools run.
+def _plans(settings: Settings, here: Path) -> "list[PoolPlan]":
+    """Return the pools that the settings ask for."""
+    from dspex_persist.infra.pool import PoolOptions
+    from dspex_persist.infra.worker import WorkerCommand
+    from dspex_persist.state.bridge.existing import ENVIRONMENT
+    from dspex_persist.state.bridge.pools import OWN, PoolPlan
 
-    Args:
-        settings: The tools, and how many workers.
-        here: The working directory, before the import of tools may have changed it.
-        lending: Is given the workers.
-        callbacks: Makes what answers a worker.
-    """
-    from dspex_persist.infra.orphans import Run
-    from dspex_persist.infra.pool import PoolOptions, WorkerPool
-    from dspex_persist.state.bridge.lending import WorkerContact
+    given = dict(settings.pools)
+    own = given.pop(OWN, PoolSettings.model_validate({}))
+    for name in ("command", "size", "tools", "streaming"):
+        if getattr(own, name):
+            reason = "it is the pool of this server's own tools: see the settings tools and workers"
+            raise SettingsError(f"pools.{OWN}.{name}", reason)
 
-    run = Run(str(here / settings.db))
-    try:
-        # It looks at every process of this machine.
-        await asyncio.to_thread(run.sweep)
-        pool = WorkerPool(
-            lending.name,
-            _worker_command(settings, here),
-            lambda worker: WorkerContact(worker, run.directory, callbacks, int(settings.max_message_bytes)),
-            run=run,
-            options=PoolOptions(size=settings.workers),
-        )
-        async with pool:
-            lending.use(pool)
-            yield
-    finally:
-        await asyncio.to_thread(run.close)
+    def options(pool: PoolSettings, size: int) -> PoolOptions:
+        names = [each.name for each in dataclasses.fields(PoolOptions) if each.name in PoolSettings.model_fields]
+        given = {name: getattr(pool, name) for name in names if name in pool.model_fields_set}
+        return PoolOptions(**{**given, "size": size})
+
+    def timeouts(pool: PoolSettings) -> dict[str, Any]:
+        return {"ready_timeout_s": pool.ready_timeout_s, "stop_timeout_s": pool.stop_timeout_s}
+
+    plans: list[PoolPlan] = []
+    if settings.workers and settings.tools:
+        command = dataclasses.replace(_worker_command(settings, here), **timeouts(own))
+        plans.append(PoolPlan(OWN, command, options(own, settings.workers)))
+    for name, pool in given.items():
+        if not pool.command:
+            raise SettingsError(f"pools.{name}.command", "name the command line that starts a worker")
+        env = {**ENVIRONMENT, **pool.env}
+        command = WorkerCommand(pool.command, env=env, cwd=pool.cwd or here, **timeouts(pool))
+        names = tuple(dict.fromkeys((*pool.tools, *pool.streaming)))
+        more: Any = {"streaming": frozenset(pool.streaming), "takes_binary": pool.binary}
+        plans.append(PoolPlan(name, command, options(pool, pool.size or 2), names, **more))
+    return plans
+
+
+def _check_names(plans: "Iterable[PoolPlan]", tools: "Iterable[str]") -> None:
+    """Refuse two tools of one name."""
+    known = dict.fromkeys(tools, "tools")
+    for plan in plans:
+        for name in plan.tools:
+            if name in known:
+                raise SettingsError(f"pools.{plan.name}.tools", f"there is a tool {name!r} in {known[name]} already")
+            known[name] = f"pools.{plan.name}"
 
 
 def _worker_command(settings: Settings, here: Path) -> "WorkerCommand":

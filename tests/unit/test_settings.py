@@ -15,6 +15,7 @@ from dspex_persist.settings import (
     CONFIG_VARIABLE,
     DEFAULT_CONFIG,
     LimitSettings,
+    PoolSettings,
     Settings,
     SettingsError,
     flag_of,
@@ -74,7 +75,7 @@ def test_a_named_file_is_read_instead_of_the_default_one(
     assert load_settings(config=Path("from_flag.toml")).watchers == 3
 
 
-@pytest.mark.parametrize("setting", Settings.model_fields)
+@pytest.mark.parametrize("setting", [name for name in Settings.model_fields if name != "pools"])
 def test_every_setting_has_its_environment_variable(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings(), setting)
     text, expected = ("a.pem", Path("a.pem")) if setting in FILES else _other_value(default)
@@ -233,6 +234,7 @@ def test_serve_has_a_flag_for_every_setting() -> None:
     app.command()(serve.serve)
     options = {option.name: option.opts for option in typer.main.get_command(app).params}
     expected = {name: [flag_of(name)] for name in Settings.model_fields if name not in LimitSettings.model_fields}
+    assert expected.pop("pools") == ["--config"]
     assert options == {**expected, "limit": ["--limit"], "config": ["--config"]}
 
 
@@ -247,7 +249,7 @@ def _row(setting: str) -> str:
 
 
 def _shown(default: object) -> str:
-    if default in (None, ()):
+    if default in (None, (), {}):
         return "none"
     if isinstance(default, bool):
         return str(default).lower()
@@ -292,3 +294,36 @@ def test_a_path_with_an_unknown_home_is_a_clear_error(monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", "")
     with pytest.raises(SettingsError, match="write the whole path"):
         load_settings({"db": "~no-such-user/s.db"})
+
+
+def test_pools_are_read_from_a_file_that_is_named(working_directory: Path) -> None:
+    file = working_directory / "dspex-persist.toml"
+    file.write_text('[pools.old]\ncommand = "python worker.py --port {port}"\nsize = 3\n')
+    pool = load_settings(config=file, runs_tools=True).pools["old"]
+    assert (pool.command, pool.size, pool.queue_timeout_s) == (("python", "worker.py", "--port", "{port}"), 3, 5)
+    with pytest.raises(SettingsError, match=r"setting pools .*their commands run.*--config"):
+        load_settings(runs_tools=True)
+    assert load_settings().pools == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("sise = 3", r"setting pools\.old\.sise .*there is no such setting; a pool has affinity, "),
+        ("size = 0", r"setting pools\.old\.size .*'0' is invalid: "),
+        ("affinity = 'none'", r"setting pools\.old\.affinity .*'none' is invalid: "),
+    ],
+)
+def test_a_wrong_setting_of_a_pool_is_named(working_directory: Path, line: str, sentence: str) -> None:
+    file = working_directory / "pools.toml"
+    file.write_text(f"[pools.old]\n{line}\n")
+    with pytest.raises(SettingsError, match=sentence):
+        load_settings(config=file)
+
+
+def test_the_document_lists_every_setting_of_a_pool() -> None:
+    rows = re.findall(r"^\| `.*$", DOCUMENT.with_name("workers.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [
+        f"| `{name}` | {_shown(field.default)} | {field.description} |"
+        for name, field in PoolSettings.model_fields.items()
+    ]

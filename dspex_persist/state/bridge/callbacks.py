@@ -8,9 +8,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
+from dspex_persist import clock
 from dspex_persist.infra import server
 from dspex_persist.state.bridge.audit_service import AuditServicer
-from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, value_of
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, timestamp_of, value_of
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ACTOR, BINARY, EXECUTION_ID, REASON, SOURCE
@@ -95,20 +96,30 @@ class Callbacks:
             await asyncio.wait((self._serving,))
 
     def _services(self) -> list[server.Service]:
-        own: dict[str, Method] = {
-            "SetVariable": self._set_variable,
-            "RecordInputs": self._record_inputs,
-            "CheckBudget": self._check_budget,
-        }
-        own |= {name: self._refusal(name) for name in _OF_SESSIONS}
+        own = self._own()
         bridge, audit = _Methods(), _Methods()
         for method in BRIDGE_SERVICE.methods:
             run = own.get(method.name) or getattr(self._bridge, method.name, None)
             if run is not None:
                 setattr(bridge, method.name, self._within(run))
+        for name, always in self._always().items():
+            setattr(bridge, name, always)
         for name in (*(rpc.name for rpc in beside.RPCS), "RecordInputs", "CheckBudget"):
             setattr(audit, name, self._within(own.get(name) or getattr(self._audit, name)))
         return [server.Service(BRIDGE_SERVICE, bridge), server.Service(AUDIT_SERVICE, audit)]
+
+    def _own(self) -> dict[str, Method]:
+        """What is answered otherwise than at the server's own address."""
+        own: dict[str, Method] = {
+            "SetVariable": self._set_variable,
+            "RecordInputs": self._record_inputs,
+            "CheckBudget": self._check_budget,
+        }
+        return own | {name: self._refusal(name) for name in _OF_SESSIONS}
+
+    def _always(self) -> dict[str, Method]:
+        """What is answered even if the worker runs nothing."""
+        return {"Ping": self._bridge.Ping}
 
     def _within(self, run: Method) -> Method:
         async def method(request: Any, context: Context) -> Any:
@@ -184,6 +195,53 @@ class Callbacks:
             raise UnsupportedError(f"{rpc} by a worker, at its own address")
 
         return refuse
+
+
+class ExistingCallbacks(Callbacks):
+    """The same for a worker that was made for another coordinator, whose sessions begin and end with it.
+
+    Args:
+        worker: The worker.
+        bridge: Answers the calls of the bridge protocol.
+        audit: Answers those of the second service.
+        pool: The name of the pool.
+    """
+
+    def __init__(self, worker: Running, bridge: BridgeServicer, audit: AuditServicer, pool: str) -> None:
+        super().__init__(worker, bridge, audit)
+        self._pool = pool
+
+    def _own(self) -> dict[str, Method]:
+        return super()._own() | {
+            "InitializeSession": self._initialize_session,
+            "CleanupSession": self._cleanup_session,
+            "RegisterTools": self._register_tools,
+        }
+
+    def _always(self) -> dict[str, Method]:
+        return {**super()._always(), "Heartbeat": self._heartbeat}
+
+    async def _initialize_session(self, request: pb.InitializeSessionRequest, context: Context) -> Any:
+        """The session is there, or nothing would run in it: it neither begins here nor begins again."""
+        self._check_session(request.session_id, context)
+        tools = await self._bridge.available_tools(request.session_id, context)
+        return pb.InitializeSessionResponse(success=True, available_tools=tools)
+
+    async def _cleanup_session(self, request: pb.CleanupSessionRequest, context: Context) -> Any:
+        """A worker sends this when its code is done with the session, whose client may not be."""
+        self._check_session(request.session_id, context)
+        return pb.CleanupSessionResponse(success=True)
+
+    async def _register_tools(self, request: pb.RegisterToolsRequest, context: Context) -> Any:
+        self._check_session(request.session_id, context)
+        return await self._bridge.register_for_pool(self._pool, request, context)
+
+    async def _heartbeat(self, _request: pb.HeartbeatRequest, _context: Context) -> Any:
+        """A worker sends them for every session that it has ever seen: they keep none alive."""
+        return pb.HeartbeatResponse(server_time=timestamp_of(clock.now()), session_valid=True)
+
+    def _check_session(self, session_id: str, context: Context) -> None:
+        self._running_session(context).execution.check_is_of(session_id)
 
 
 class _Methods:

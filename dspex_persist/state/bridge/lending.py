@@ -5,9 +5,9 @@ them there, so a pool that is full never waits for itself.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Final
+from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 import grpc
@@ -58,23 +58,25 @@ _ERRORS: Final[Mapping[type[pool_errors.PoolError], Callable[[str, str], ToolPoo
 def error_of_pool(tool: str, error: pool_errors.PoolError) -> StateError:
     """Return the error with which an execution ends when its pool fails it."""
     kind = _ERRORS.get(type(error))
-    return RemoteToolError(tool, f"pool {error.pool}", str(error)) if kind is None else kind(tool, str(error))
+    # The size of this server's own pool has a setting of its own.
+    reason = str(error).replace("pools.tools.size", "workers (--workers)")
+    return RemoteToolError(tool, f"pool {error.pool}", reason) if kind is None else kind(tool, reason)
 
 
 class WorkerContact(Contact, Running):
-    """How the server talks to one worker of ours, and what that worker runs.
+    """How the server talks to one worker, and what that worker runs.
 
     Args:
-        worker: The id of the worker.
-        directory: Where the socket of its callbacks is made.
-        callbacks: Makes what answers its callbacks.
+        listen: Where its callbacks are answered.
+        callbacks: Makes what answers them.
         max_message_bytes: The largest message.
+
+    Attributes:
+        callback: The address of its callbacks, once it is open.
     """
 
-    def __init__(
-        self, worker: str, directory: Path, callbacks: Callable[[Running], Callbacks], max_message_bytes: int
-    ) -> None:
-        self._listen = f"unix:{directory / worker}.back"
+    def __init__(self, listen: str, callbacks: Callable[[Running], Callbacks], max_message_bytes: int) -> None:
+        self.callback = listen
         self._callbacks = callbacks(self)
         self._max_message_bytes = max_message_bytes
         self._channel: grpc.aio.Channel | None = None
@@ -90,8 +92,10 @@ class WorkerContact(Contact, Running):
 
     async def open(self) -> Mapping[str, str]:
         """See `Contact`: serves the callbacks."""
-        await self._callbacks.serve(self._listen, self._max_message_bytes)
-        return {"callback": self._listen}
+        port = await self._callbacks.serve(self.callback, self._max_message_bytes)
+        if port:
+            self.callback = f"{self.callback.rpartition(':')[0]}:{port}"
+        return {"callback": self.callback, "address": self.callback}
 
     async def connect(self, address: str) -> None:
         """See `Contact`."""
@@ -148,46 +152,51 @@ class WorkerContact(Contact, Running):
             await self._is_quiet.wait()
 
 
-OurPool = WorkerPool[WorkerContact]
+Leases = WeakKeyDictionary[ToolSession, Lease[Any]]
+"""The leases by the session of the execution that has them, of all pools."""
 
 
-class Lending:
-    """The tools' way into a pool of workers of ours. Used on one event loop.
+class Lender(ABC):
+    """The tools' way into a pool. Used on one event loop.
 
     Args:
         name: The name of the pool.
         limits: The limits of results.
+        leases: The leases; several pools share them, because tools call those of other pools.
     """
 
-    def __init__(self, name: str, limits: Limits) -> None:
-        self.name = name
-        self._limits = limits
-        self._pool: OurPool | None = None
-        self._leases: WeakKeyDictionary[ToolSession, Lease[WorkerContact]] = WeakKeyDictionary()
+    runs_beside: ClassVar[bool]
+    """Whether a worker can run what its code calls, while that waits for it."""
 
-    def use(self, pool: OurPool) -> None:
+    def __init__(self, name: str, limits: Limits, leases: Leases) -> None:
+        self.name = name
+        self.pool: WorkerPool[WorkerContact] | None = None
+        self._limits = limits
+        self._leases = leases
+
+    def use(self, pool: WorkerPool[WorkerContact]) -> None:
         """Use a pool, which is started. Before that, no tool can run."""
-        self._pool = pool
+        self.pool = pool
 
     async def run(self, spec: ToolSpec, session: ToolSession) -> Value:
         """See `PoolPort.run`."""
-        if self._pool is None:
+        if self.pool is None:
             raise RemoteToolError(spec.name, f"pool {self.name}", "it has not started")
         try:
-            lease = self._lease_around(session)
-            if lease is not None:
-                return await self._run_beside(lease, spec, session)
-            async with self._pool.lend(session.session_id) as lease:
+            around = self._lease_around(session)
+            if around is not None and self.runs_beside and around.pool is self.pool:
+                return await self._run_beside(around, spec, session)
+            async with self.pool.lend(session.session_id, parent=around) as lease:
                 self._leases[session] = lease
                 try:
-                    return await self._call(lease.contact, spec, session)
+                    return await self._call(lease, spec, session)
                 finally:
                     if lease.contact.executions:
                         lease.release_when(lease.contact.quiet(), SETTLE_S)
         except pool_errors.PoolError as error:
             raise error_of_pool(spec.name, error) from None
 
-    def _lease_around(self, session: ToolSession) -> Lease[WorkerContact] | None:
+    def _lease_around(self, session: ToolSession) -> Lease[Any] | None:
         """Return the lease of the execution that waits for this one, directly or not; None if none does."""
         asker = session.asker
         while asker is not None:
@@ -201,14 +210,26 @@ class Lending:
         """Run a tool in the worker whose code waits for it."""
         self._leases[session] = lease
         try:
-            return await self._call(lease.contact, spec, session)
+            return await self._call(lease, spec, session)
         except grpc.aio.AioRpcError as error:
             reason = lease.contact.lost(error)
             if not reason:
                 raise
             raise await lease.lost(reason) from None
 
-    async def _call(self, contact: WorkerContact, spec: ToolSpec, session: ToolSession) -> Value:
+    @abstractmethod
+    async def _call(self, lease: Lease[WorkerContact], spec: ToolSpec, session: ToolSession) -> Value:
+        """Run a tool in a worker that is lent to the execution, or to one that waits for it."""
+
+
+class Lending(Lender):
+    """The tools' way into a pool of workers of ours."""
+
+    runs_beside = True
+    takes_binary = True
+
+    async def _call(self, lease: Lease[WorkerContact], spec: ToolSpec, session: ToolSession) -> Value:
+        contact = lease.contact
         has_ended = False
         contact.began(session)
         try:

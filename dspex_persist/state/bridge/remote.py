@@ -97,8 +97,7 @@ class RemoteTools:
             chunks = connection.channel.stub.ExecuteStreamingTool(request, **options)
             try:
                 while (chunk := await connection.response(chunks.read())) is not grpc.aio.EOF:
-                    # The last chunk often only marks the end.
-                    if not (chunk.is_final and chunk.data in _NOTHING):
+                    if not says_nothing(chunk):
                         await emit(self._chunk(call, chunk))
             finally:
                 chunks.cancel()
@@ -177,22 +176,38 @@ class RemoteTools:
 
     def _result(self, call: RemoteCall, wire: Any) -> Value:
         try:
-            value = codec.value_of("result", wire, limits=self._limits)
-            values.parse_json(value.json, name="result", limits=self._limits)
+            return result_in(wire, self._limits)
         except StateError as error:
             raise _failed(call, f"its result is not a value: {error}") from error
-        return value
 
     def _chunk(self, call: RemoteCall, chunk: pb.ToolChunk) -> Value:
-        content = chunk.data or b"null"
         try:
-            values.parse_json(content, name="chunk", limits=self._limits)
-        except InvalidValueError:
-            # Workers may send plain text or bytes, but clients accept only JSON.
-            return values.encode(_plain(content), name="chunk")
+            return chunk_in(chunk, self._limits)
         except StateError as error:
             raise _failed(call, f"a chunk is not a value: {error}") from error
-        return Value(content.decode())
+
+
+def result_in(wire: Any, limits: Limits) -> Value:
+    """Return the result in a worker's answer; `StateError` if it is not a value, or exceeds a limit."""
+    value = codec.value_of("result", wire, limits=limits)
+    values.parse_json(value.json, name="result", limits=limits)
+    return value
+
+
+def chunk_in(chunk: pb.ToolChunk, limits: Limits) -> Value:
+    """Return a worker's chunk, which may be text or bytes instead of JSON; `StateError` if it exceeds a limit."""
+    content = chunk.data or b"null"
+    try:
+        values.parse_json(content, name="chunk", limits=limits)
+    except InvalidValueError:
+        # Workers may send plain text or bytes, but clients accept only JSON.
+        return values.encode(_plain(content), name="chunk")
+    return Value(content.decode())
+
+
+def says_nothing(chunk: pb.ToolChunk) -> bool:
+    """Whether a chunk only marks the end of the stream, as the last one often does."""
+    return bool(chunk.is_final and chunk.data in _NOTHING)
 
 
 def _plain(content: bytes) -> object:

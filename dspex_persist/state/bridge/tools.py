@@ -17,8 +17,9 @@ from dspex_persist.state.bridge.lent import RAISED
 from dspex_persist.state.bridge.rpcs import tools as rpcs
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
-from dspex_persist.state.model import ToolOutcome, Value
+from dspex_persist.state.model import RegisteredTool, ToolOutcome, Value
 from dspex_persist.state.tools.chunks import Emit
+from dspex_persist.state.tools.pooled import POOL
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.with_tools import WithTools
@@ -71,6 +72,29 @@ class ToolRpcs(Calls):
         else:
             tools = [codec.tool_message(tool.spec, tool.where) for tool in self._exposed()]
         return rpcs.LIST_TOOLS.response_of(tools, call)
+
+    async def register_for_pool(self, pool: str, request: pb.RegisterToolsRequest, context: Context) -> Message:
+        """Register what a worker of a pool has for a session, in the name of the pool: any of its workers may run it.
+
+        Workers register again with each call: nothing is written unless something is new.
+        """
+        call = self._call(context)
+        command = rpcs.REGISTER_TOOLS.command_of(request, call)
+        worker = f"{POOL}{pool}"
+        tools = tuple(
+            RegisteredTool(tool.spec, worker, worker)
+            for tool in command.tools
+            if tool.spec.name not in self._runner.tools
+        )
+        known = await self._read(commands.ListTools(request.session_id), call)
+        if any(known.get(tool.spec.name) != tool for tool in tools):
+            await self._submit(replace(command, worker_id=worker, tools=tools), call.origin("RegisterTools"))
+        ids = {each.name: f"{request.session_id}:{each.name}" for each in request.tools}
+        return pb.RegisterToolsResponse(success=True, tool_ids=ids)
+
+    async def available_tools(self, session_id: str, context: Context) -> dict[str, pb.ToolSpec]:
+        """Return all tools that a session can execute, by name."""
+        return await self._available_tools(session_id, self._call(context))
 
     # Execution
 

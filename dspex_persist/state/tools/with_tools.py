@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Final, TypeVar, Unpack
@@ -24,15 +24,24 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import PART, RECORDING, RECORDING_ID, TRANSACTION, Isolation, Origin, ToolSpec
+from dspex_persist.state.model import (
+    PART,
+    RECORDING,
+    RECORDING_ID,
+    TRANSACTION,
+    Isolation,
+    Origin,
+    RegisteredTool,
+    ToolSpec,
+)
 from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider, SubmitHere, Who, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
 from dspex_persist.state.tools.local import local_tools
-from dspex_persist.state.tools.pooled import PoolPort, pooled_tools
-from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
+from dspex_persist.state.tools.pooled import POOL, PassedTool, PoolPort, pooled_tools
+from dspex_persist.state.tools.ports import RemotePort, RunnableTool, ToolCode, check_tools
 from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.runner import ToolRunner
@@ -56,6 +65,8 @@ class WithTools(Around, StreamsTools, Transacts):
         budget: What the recorded LM calls of each session may use.
         remote: Calls the tools that workers have registered for their sessions; without it these cannot be executed.
         pool: Where the code of the tools runs; by default in this process.
+        passed: Tools that only the workers of pools have.
+        pools: The pools, by the name under which their workers register tools.
         home: The event loop that runs the executions and their timeouts; by default a separate loop on a thread.
 
     Raises:
@@ -72,6 +83,8 @@ class WithTools(Around, StreamsTools, Transacts):
         budget: Budget = NO_BUDGET,
         remote: RemotePort | None = None,
         pool: PoolPort | None = None,
+        passed: Iterable[RunnableTool] = (),
+        pools: Mapping[str, PoolPort] | None = None,
         home: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         check_count("tool_threads", threads)
@@ -80,15 +93,22 @@ class WithTools(Around, StreamsTools, Transacts):
         limits = limits or Limits()
         self._home = Home(home)
         self._invoker = Invoker(self._home, threads, limits)
+        own = tools or {}
+        runnable = local_tools(own, self._invoker) if pool is None else pooled_tools(own, self._invoker, pool)
+
+        def registered(tool: RegisteredTool) -> RunnableTool:
+            at = (pools or {}).get(tool.address.removeprefix(POOL)) if tool.address.startswith(POOL) else None
+            return RemoteTool(tool, remote, limits) if at is None else PassedTool(tool, at, limits)
+
         self.runner = ToolRunner(
             provider,
             self._home,
-            local_tools(tools or {}, self._invoker) if pool is None else pooled_tools(tools or {}, self._invoker, pool),
-            registered=lambda tool: RemoteTool(tool, remote, limits),
+            runnable | {tool.spec.name: tool for tool in passed},
+            registered=registered,
             limits=limits,
             budget=budget,
         )
-        self._can_execute = bool(tools) or remote is not None
+        self._can_execute = bool(self.runner.tools) or remote is not None
         # The commands that do not simply go to the provider.
         self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {}
         if self._can_execute:

@@ -1,0 +1,166 @@
+"""Workers that were made for another coordinator of the bridge protocol: how they are called.
+
+They know nothing of executions. What they call back belongs to the execution that they are lent to, because it arrives
+at an address that only they have been told.
+"""
+
+import asyncio
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import grpc
+
+from dspex_persist.infra.pool import Lease
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import EXECUTION_ID
+from dspex_persist.state.bridge.lending import Leases, Lender, WorkerContact
+from dspex_persist.state.bridge.lent import RaisedThereError
+from dspex_persist.state.bridge.remote import chunk_in, result_in, says_nothing
+from dspex_persist.state.errors import RemoteToolError, StateError, ToolFailedError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Failure, ToolSpec, Value
+from dspex_persist.state.tools.chunks import Chunks
+from dspex_persist.state.tools.failures import RaisedError
+from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY
+from dspex_persist.state.tools.results import NOTHING, checked
+from dspex_persist.state.tools.session import ToolSession
+
+CALLBACK: Final = "x-dspex-callback"
+"""Metadata of a request: the address of the worker's callbacks."""
+_BINARY: Final = ".binary"
+
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "SNAKEPIT_GRPC_ADDRESS": "{address}",
+    "SNAKEPIT_ELIXIR_ADDRESS": "{address}",
+    # The system ends a worker when its server ends, and the pool pings it.
+    "SNAKEPIT_HEARTBEAT_CONFIG": '{"enabled": false}',
+    # Otherwise newer ones print a line for each call.
+    "SNAKEPIT_OTEL_CONSOLE": "false",
+}
+"""What such workers are told by their environment, unless the settings say otherwise."""
+
+
+class ExistingLending(Lender):
+    """The tools' way into a pool of such workers.
+
+    Args:
+        name: The name of the pool.
+        limits: The limits of results.
+        leases: See `Lender`.
+        takes_binary: Whether parameters may have binary content: old workers unpickle it.
+    """
+
+    # Some do one call at a time.
+    runs_beside = False
+
+    def __init__(self, name: str, limits: Limits, leases: Leases, *, takes_binary: bool = False) -> None:
+        super().__init__(name, limits, leases)
+        self.takes_binary = takes_binary
+
+    async def _call(self, lease: Lease[WorkerContact], spec: ToolSpec, session: ToolSession) -> Value:
+        request = _request(session, lease.contact.callback)
+        lease.contact.began(session)
+        if spec.streaming:
+            return await self._stream(lease, request, session)
+        # It goes on if its caller does not wait for it any more: until it has ended, so may its callbacks.
+        asking = asyncio.ensure_future(self._answer(lease.contact, request, session))
+        asking.add_done_callback(lambda _: lease.contact.ended(session.execution_id))
+        response = await asyncio.shield(asking)
+        if not response.success:
+            raise _raised(response.error_message)
+        wire = response.result
+        if not (wire.type_url or wire.value):
+            return NOTHING
+        try:
+            return checked(spec.name, _result(wire, self._limits), self._limits)
+        except StateError as error:
+            raise ToolFailedError(session.execution_id, f"its result is not a value: {error}") from error
+
+    @staticmethod
+    async def _answer(contact: WorkerContact, request: pb.ExecuteToolRequest, session: ToolSession) -> Any:
+        try:
+            response = await contact.stub.ExecuteTool(request, metadata=((EXECUTION_ID, session.execution_id),))
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(contact, session, error) from None
+        if response is None:
+            raise RemoteToolError(request.tool_name, contact.callback, "its answer is not a message of the protocol")
+        return response
+
+    async def _stream(self, lease: Lease[WorkerContact], request: pb.ExecuteToolRequest, session: ToolSession) -> Value:
+        contact, chunks = lease.contact, Chunks(request.tool_name, self._limits)
+        request.stream = True
+        call = contact.stub.ExecuteStreamingTool(request, metadata=((EXECUTION_ID, session.execution_id),))
+        has_ended = False
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                if message is None:
+                    raise ToolFailedError(session.execution_id, "a chunk is not a message of the protocol")
+                session.execution.check_running()
+                if says_nothing(message):
+                    continue
+                try:
+                    chunk = chunks.add(chunk_in(message, self._limits))
+                except StateError as error:
+                    raise ToolFailedError(session.execution_id, f"a chunk is not a value: {error}") from error
+                if session.outlet is not None:
+                    await session.outlet.hand_out(chunk)
+            has_ended = True
+        except grpc.aio.AioRpcError as error:
+            has_ended = True
+            raise _error_of(contact, session, error) from None
+        finally:
+            call.cancel()
+            if not has_ended:
+                # The thread behind the stream of an old worker would never end.
+                lease.discard("its stream was given up")
+            contact.ended(session.execution_id)
+        return chunks.result()
+
+
+def _request(session: ToolSession, callback: str) -> pb.ExecuteToolRequest:
+    request = session.request
+    metadata = {name: text for name, text in session.metadata.items() if name != IDEMPOTENCY_KEY}
+    return pb.ExecuteToolRequest(
+        session_id=session.session_id,
+        tool_name=request.tool,
+        parameters={name: codec.loose_any_of(value, request.style) for name, value in request.parameters.items()},
+        metadata={**metadata, EXECUTION_ID: session.execution_id, CALLBACK: callback},
+        binary_parameters={
+            name: value.binary for name, value in request.parameters.items() if value.binary is not None
+        },
+    )
+
+
+def _result(wire: Any, limits: Limits) -> Value:
+    if wire.type_url.endswith(_BINARY):
+        # Pickled, as a rule: whoever trusts the worker may unpickle it, and nobody here does.
+        opaque = {"type_url": wire.type_url, "raw_data_base64": base64.b64encode(wire.value).decode()}
+        return Value(json.dumps(opaque))
+    return result_in(wire, limits)
+
+
+def _error_of(contact: WorkerContact, session: ToolSession, error: grpc.aio.AioRpcError) -> Exception:
+    if contact.lost(error):
+        return error
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        reason = "the worker does not serve this rpc"
+        return RemoteToolError(session.request.tool, contact.callback, reason)
+    return _raised(error.details() or error.code().name)
+
+
+def _raised(text: str) -> Exception:
+    """Return the error that a worker reports: as text or, if it is a newer one, as JSON."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or "message" not in said:
+        failure = Failure("ToolError", text or "the tool failed without a message")
+        return RaisedError(ToolFailedError("", failure.message, ""), failure)
+    kind, message = str(said.get("type") or "ToolError"), str(said["message"])
+    traced = said.get("stacktrace") or said.get("traceback") or ""
+    trace = "\n".join(map(str, traced)) if isinstance(traced, list) else str(traced)
+    return RaisedError(RaisedThereError(message), Failure(kind, message, trace))

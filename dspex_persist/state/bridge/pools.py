@@ -1,0 +1,132 @@
+"""Pools: the pools of a server, from what the settings say to what the runner uses."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from dspex_persist.infra.orphans import Run
+from dspex_persist.infra.pool import PoolOptions, PoolStatistics, WorkerPool
+from dspex_persist.infra.worker import WorkerCommand
+from dspex_persist.state.bridge.audit_service import AuditServicer
+from dspex_persist.state.bridge.callbacks import Callbacks, ExistingCallbacks, Running
+from dspex_persist.state.bridge.existing import ExistingLending
+from dspex_persist.state.bridge.lending import Leases, Lender, Lending, WorkerContact
+from dspex_persist.state.bridge.servicer import BridgeServicer
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import RegisteredTool, ToolSpec
+from dspex_persist.state.tools.pooled import POOL, PassedTool, PoolPort
+
+OWN: Final = "tools"
+"""The name of the pool of workers of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """A pool to start.
+
+    Attributes:
+        name: Its name. The one called `OWN` has workers of ours.
+        command: How each worker is started.
+        options: Its size and limits.
+        tools: The tools that are passed on to it, whether its workers register them or not.
+        streaming: Which of them stream.
+        takes_binary: Whether parameters of these tools may have binary content.
+    """
+
+    name: str
+    command: WorkerCommand
+    options: PoolOptions
+    tools: tuple[str, ...] = ()
+    streaming: frozenset[str] = field(default_factory=frozenset)
+    takes_binary: bool = False
+
+
+class Pools:
+    """The pools of a server. Used on one event loop.
+
+    Args:
+        plans: The pools to start.
+        limits: The limits of parameters and results.
+        max_message_bytes: The largest message.
+
+    Attributes:
+        own: The pool of workers of ours; None without one.
+        ports: The other pools, by name.
+        passed: The tools that are passed on to these.
+    """
+
+    def __init__(self, plans: Iterable[PoolPlan], limits: Limits, max_message_bytes: int) -> None:
+        self._plans = tuple(plans)
+        self._max_message_bytes = max_message_bytes
+        self._lenders: dict[str, Lender] = {}
+        self.own: PoolPort | None = None
+        self.passed: list[PassedTool] = []
+        leases = Leases()
+        others: dict[str, PoolPort] = {}
+        for plan in self._plans:
+            if plan.name == OWN:
+                self.own = self._lenders[plan.name] = Lending(plan.name, limits, leases)
+                continue
+            lending = ExistingLending(plan.name, limits, leases, takes_binary=plan.takes_binary)
+            self._lenders[plan.name] = others[plan.name] = lending
+            for name in plan.tools:
+                spec = ToolSpec(name, f"A tool of the workers of pool {plan.name}.", streaming=name in plan.streaming)
+                address = f"{POOL}{plan.name}"
+                self.passed.append(PassedTool(RegisteredTool(spec, address, address), lending, limits))
+        self.ports: Mapping[str, PoolPort] = others
+
+    @asynccontextmanager
+    async def running(self, subject: str, bridge: BridgeServicer, audit: AuditServicer) -> AsyncIterator[None]:
+        """Keep all workers running.
+
+        Args:
+            subject: See `Run`.
+            bridge: Answers their callbacks.
+            audit: Answers those of the second service.
+
+        Raises:
+            PoolStartError: No worker of a pool starts.
+        """
+        if not self._plans:
+            yield
+            return
+        run = Run(subject)
+        try:
+            # It looks at every process of this machine.
+            await asyncio.to_thread(run.sweep)
+            pools = {plan.name: self._pool(plan, run, bridge, audit) for plan in self._plans}
+            async with AsyncExitStack() as stack:
+                for pool in pools.values():
+                    stack.push_async_callback(pool.close)
+                await asyncio.gather(*(pool.start() for pool in pools.values()))
+                for name, pool in pools.items():
+                    self._lenders[name].use(pool)
+                yield
+        finally:
+            await asyncio.to_thread(run.close)
+
+    def statistics(self) -> tuple[PoolStatistics, ...]:
+        """Return what each pool does now."""
+        pools = (lender.pool for lender in self._lenders.values())
+        return tuple(pool.statistics() for pool in pools if pool is not None)
+
+    def _pool(
+        self, plan: PoolPlan, run: Run, bridge: BridgeServicer, audit: AuditServicer
+    ) -> WorkerPool[WorkerContact]:
+        def contact(worker: str) -> WorkerContact:
+            if plan.name == OWN:
+                return WorkerContact(
+                    f"unix:{run.directory / worker}.back",
+                    lambda running: Callbacks(running, bridge, audit),
+                    self._max_message_bytes,
+                )
+
+            def callbacks(running: Running) -> Callbacks:
+                return ExistingCallbacks(running, bridge, audit, plan.name)
+
+            # They know only hosts and ports.
+            return WorkerContact("127.0.0.1:0", callbacks, self._max_message_bytes)
+
+        return WorkerPool(plan.name, plan.command, contact, run=run, options=plan.options)

@@ -1,0 +1,188 @@
+"""Existing workers of two generations in pools of a real server, and our own workers beside them: what they write is
+part of the transactions of the tools that they run."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state import errors
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.model import ExecutionStatus, ToolOutcome
+from dspex_persist.state.values import BinaryValue
+from tests.deadline import within
+from tests.end_to_end.gates import DEADLINE_S
+from tests.end_to_end.old_style import ROOT, STUBS, serve, target_of
+
+POOL = """
+[pools.{generation}]
+command = ["{python}", "-m", "tests.workers.stand_in", "--generation", "{generation}", "--port", "{{port}}",
+  "--elixir-address", "{{address}}", "--snakepit-run-id", "{{run_id}}"]
+size = 1
+tools = ["{generation}_is_there"]
+nesting = 2
+env = {{ PYTHONPATH = "{path}" }}
+"""
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ServerProcess]]:
+    """A server for each kind, because the tools of all have the same names."""
+    made: dict[str, ServerProcess] = {}
+    names = "increase fail hold late below crash pickled nonsense"
+    for generation in ("old", "new"):
+        folder = tmp_path_factory.mktemp(generation)
+        text = POOL.format(generation=generation, python=sys.executable, path=f"{ROOT}:{STUBS}")
+        listed = json.dumps(names.split())
+        text = text.replace(f'["{generation}_is_there"]', f'{listed}\nstreaming = ["count", "count_and_fail"]')
+        (folder / "pools.toml").write_text(text)
+        made[generation] = serve(folder / "sessions.db", "--config", str(folder / "pools.toml"))
+    made["ours"] = serve(
+        tmp_path_factory.mktemp("ours") / "sessions.db", "--tools", "tests.workers.own_tools", "--workers", "1"
+    )
+    yield made
+    for server in made.values():
+        server.close()
+
+
+@pytest.fixture(params=["old", "new", "ours"])
+def generation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def provider(servers: dict[str, ServerProcess], generation: str) -> Iterator[BridgedState]:
+    with BridgedState(target_of(servers[generation]), timeout_s=DEADLINE_S) as provider:
+        yield provider
+
+
+@pytest.fixture
+def session(provider: BridgedState, request: pytest.FixtureRequest) -> str:
+    name = str(request.node.name)
+    provider.initialize_session(name)
+    provider.register_variable(name, "a", "integer", 0)
+    return name
+
+
+def execute(provider: BridgedState, session: str, tool: str, /, **parameters: Any) -> ToolOutcome:
+    return provider.execute_tool(session, tool, parameters)
+
+
+def result_of(outcome: ToolOutcome) -> Any:
+    assert outcome.success, outcome
+    assert outcome.result is not None
+    return json.loads(outcome.result.json)
+
+
+def until_there(path: Path) -> str:
+    deadline = time.monotonic() + within(10)
+    while not path.exists() or not (path.read_text() or path.suffix == ".at"):
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)
+    return path.read_text()
+
+
+def commits(provider: BridgedState, session: str) -> int:
+    _, commits = provider.record(session)
+    return len(list(commits))
+
+
+def test_what_it_writes_is_one_commit_with_the_executions_name(provider: BridgedState, session: str) -> None:
+    assert result_of(execute(provider, session, "increase", amount=2)) == 2
+    done = execute(provider, session, "increase", amount=3)
+    assert result_of(done) == 5
+    versions = provider.get_variable_history(session, "a")
+    assert [version.version for version in versions] == [2, 1, 0]
+    with provider.audit() as audit:
+        detail = audit.execution(done.execution_id)
+    assert dict(detail.writes) == {"a": 2}
+    assert [read.name for read in detail.reads] == ["a"]
+
+
+@pytest.mark.parametrize("generation", ["old", "new"], indirect=True)
+def test_it_registers_once_and_ends_no_session(provider: BridgedState, session: str) -> None:
+    execute(provider, session, "increase", amount=1)
+    before = commits(provider, session)
+    for _ in range(3):
+        execute(provider, session, "increase", amount=1)
+    # Each has its beginning and its end.
+    assert commits(provider, session) == before + 6
+    assert {"increase", "extra"} <= {spec.name for spec in provider.list_tools(session)}
+    # It only exists since the worker has registered it.
+    assert result_of(execute(provider, session, "extra")) == "extra"
+
+
+def test_a_failure_writes_nothing(provider: BridgedState, session: str, generation: str) -> None:
+    failed = execute(provider, session, "fail")
+    assert (failed.status, failed.error_code) == (ExecutionStatus.FAILED, "TOOL_FAILED")
+    assert "it went wrong" in str(failed.error)
+    assert provider.get_variable(session, "a").version == 0
+    with provider.audit() as audit:
+        failure = audit.execution(failed.execution_id).failure
+    assert failure is not None
+    if generation == "new":
+        assert (failure.type, failure.message, failure.traceback) == ("ValueError", "it went wrong", "in the worker")
+
+
+def test_a_conflict_is_one(provider: BridgedState, session: str, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with ThreadPoolExecutor() as threads:
+        holding = threads.submit(execute, provider, session, "hold", gate=str(gate))
+        until_there(tmp_path / "gate.at")
+        provider.set_variable(session, "a", 10)
+        gate.touch()
+        outcome = holding.result()
+    assert outcome.status is ExecutionStatus.CONFLICT
+    assert provider.get_variable(session, "a").version == 1
+
+
+def test_it_writes_nothing_after_its_callers_time(provider: BridgedState, session: str, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    outcome = provider.execute_tool(session, "late", {"gate": str(gate)}, timeout_s=1.0)
+    assert outcome.status is ExecutionStatus.TIMED_OUT
+    until_there(tmp_path / "gate.at")
+    gate.touch()
+    assert until_there(tmp_path / "gate.late") == "FAILED_PRECONDITION"
+    assert provider.get_variable(session, "a").version == 0
+    # It got no other call until then.
+    assert result_of(execute(provider, session, "increase", amount=1)) == 1
+
+
+def test_a_call_back_into_the_pool_gets_a_worker(provider: BridgedState, session: str) -> None:
+    assert result_of(execute(provider, session, "below", amount=4)) == [4, 4]
+
+
+def test_a_worker_that_ends_is_replaced(provider: BridgedState, session: str) -> None:
+    died = execute(provider, session, "crash")
+    assert died.error_code == "WORKER_EXIT"
+    assert "exit code 9" in str(died.error)
+    assert "last words" in str(died.error)
+    assert provider.get_variable(session, "a").version == 0
+    assert result_of(execute(provider, session, "increase", amount=1)) == 1
+
+
+def test_chunks_come_and_errors_within_them_are_read(provider: BridgedState, session: str, generation: str) -> None:
+    assert list(provider.stream_tool(session, "count", {"to": 3})) == [0, 1, 2]
+    assert provider.get_variable(session, "a").version == 3
+    failing = provider.stream_tool(session, "count_and_fail")
+    assert next(failing) == 1
+    with pytest.raises(errors.ToolFailedError, match="half way"):
+        next(failing)
+
+
+@pytest.mark.parametrize("generation", ["old", "new"], indirect=True)
+def test_nothing_is_pickled_or_unpickled(provider: BridgedState, session: str) -> None:
+    opaque = result_of(execute(provider, session, "pickled"))
+    assert opaque == {"type_url": "type.googleapis.com/snakepit.tensor.binary", "raw_data_base64": "gARLAS4="}
+    tensor = BinaryValue({"shape": [1], "dtype": "float32", "binary_format": "float32", "type": "tensor"}, b"\0\0\0\0")
+    refused = execute(provider, session, "increase", amount=tensor)
+    assert (refused.status, refused.error_code) == (None, "INVALID_PARAMETERS")
+    assert "unpickle" in str(refused.error)
+    strange = execute(provider, session, "nonsense")
+    assert (strange.status, strange.error_code) == (ExecutionStatus.FAILED, "TOOL_FAILED")
