@@ -33,6 +33,7 @@ from benchmarks import (
     memory,
     moving,
     parts,
+    pool,
     programs,
     rpc,
     startup,
@@ -95,6 +96,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
     jobs: dict[SectionName, list[_Job]] = {
         "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
         "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
+        "pool": [_Job(pool.measure, (plan, folder))],
         "watchers": [_Job(watchers.measure, (plan, folder))],
         "connections": [_Job(connections.measure, (plan, folder))],
         "engine": [_Job(engine.measure, (plan, folder))],

@@ -1,6 +1,7 @@
 """The tools of the benchmarks: `dspex-persist serve --tools benchmarks.tools`."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 from dspex_persist import ToolContext, tool
@@ -43,6 +44,21 @@ _slow = _Slow()
 @tool
 def noop() -> None:
     """Do nothing."""
+
+
+@tool
+def compute() -> int:
+    """Compute for 5 ms of this thread's time."""
+    until, count = time.thread_time() + 0.005, 0
+    while time.thread_time() < until:
+        count += 1
+    return count
+
+
+@tool
+def pause() -> None:
+    """Wait for 5 ms."""
+    time.sleep(0.005)
 
 
 @tool

@@ -43,6 +43,7 @@ from dspex_persist.state.provider import Progress, StateProvider, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from dspex_persist.infra.pool import PoolStatistics
     from dspex_persist.infra.tls import Certificates
     from dspex_persist.infra.tokens import Tokens
     from dspex_persist.infra.worker import WorkerCommand
@@ -192,6 +193,24 @@ def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: 
         return maintenance.open_audit(place, reveal=reveal)
     state = _bridged(place, **options)
     return state.audit(reveal=reveal, on_close=state.close)
+
+
+def list_workers(url: str, *, timeout_s: float = 30.0) -> "tuple[PoolStatistics, ...]":
+    """Return the pools of a server with their workers, as they are now.
+
+    Args:
+        url: The address of the server, as for `connect`.
+        timeout_s: How long to wait for the answer, in seconds.
+
+    Raises:
+        InvalidArgumentError: It is not the address of a server.
+        UnavailableError: The server cannot be reached.
+    """
+    place = _place_of(url)
+    if isinstance(place, Path):
+        raise InvalidArgumentError("url", f"{quote(url)} is a file, and only servers have workers")
+    with _bridged(place, timeout_s=timeout_s) as state:
+        return state.list_workers()
 
 
 @contextlib.contextmanager
@@ -711,6 +730,7 @@ async def _serve_bridge(
         prune=settings.audit_prune,
         stall_timeout_s=settings.stall_timeout_s,
         max_message_bytes=int(settings.max_message_bytes),
+        pools=pools.statistics,
     )
 
     async def drain() -> None:

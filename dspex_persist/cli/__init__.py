@@ -10,7 +10,19 @@ from typing import Annotated, Any, Final
 import typer
 
 from dspex_persist import __version__
-from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, shells, token, tools, worker
+from dspex_persist.cli import (
+    audit,
+    demo,
+    maintenance,
+    replay,
+    serve,
+    session,
+    shells,
+    token,
+    tools,
+    worker,
+    workers,
+)
 from dspex_persist.cli.groups import HELP_OPTIONS
 from dspex_persist.cli.hints import ExplainedError, use_options_of
 from dspex_persist.cli.live import call as call_command
@@ -49,6 +61,7 @@ app = typer.Typer(
 )
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
 app.command("worker", help=worker.HELP, epilog=worker.EPILOG)(worker.worker)
+app.command("workers", help=workers.HELP, epilog=workers.EPILOG)(workers.workers)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
 app.command("replay", help=replay.HELP, epilog=replay.EPILOG)(replay.replay)
 app.command("get", help=get_command.HELP, epilog=get_command.EPILOG, rich_help_panel=_LIVE)(get_command.get)

@@ -91,7 +91,7 @@ def end_below(ctx: ToolContext) -> None:
     ctx.call("end_process", how="kill")
 
 
-@tool(timeout_s=0.4)
+@tool(timeout_s=2)
 def hang(ctx: ToolContext, gate: str) -> None:
     """Never return, whatever happens."""
     ctx["a"] = -1

@@ -57,6 +57,8 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"rpc.{rpc}.{in_flight}" for rpc in RPCS for in_flight in QUICK.in_flight),
         *(f"tools.{name}.{in_flight}" for name in EXECUTED for in_flight in QUICK.in_flight),
         *(f"tools.chunks.{streams}" for streams in QUICK.streams),
+        *(f"pool.{tool}.{count}" for tool in ("compute", "pause") for count in (0, 1, 2)),
+        *("pool.call.0", "pool.call.1", "pool.start.8", "pool.refill"),
         *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
         *(f"watchers.{name}.{count}" for name in WATCHED for count in (0, QUICK.watchers)),
         *(f"connections.p99.{rpc}.{count}" for rpc in RPCS[:3] for count in (0, QUICK.idle_connections)),

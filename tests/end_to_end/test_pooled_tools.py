@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from dspex_persist.state.model import ExecutionStatus, ToolOutcome
 from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
+from tests.end_to_end.old_style import environment
 from tests.infra.test_helpers import is_gone
 
 TOOLS = "tests.end_to_end.pool_tools"
@@ -61,6 +64,11 @@ def result_of(outcome: ToolOutcome) -> Any:
 def detail_of(provider: BridgedState, execution_id: str) -> ExecutionDetail:
     with provider.audit() as audit:
         return audit.execution(execution_id)
+
+
+def shown_by(served: ServedDatabase, *flags: str) -> str:
+    argv = [sys.executable, "-m", "dspex_persist", "workers", "--target", served.target, *flags]
+    return subprocess.run(argv, env=environment(), capture_output=True, text=True, check=True).stdout
 
 
 def until_there(path: Path) -> str:
@@ -156,6 +164,19 @@ def test_code_that_goes_on_writes_nothing_into_the_next_execution(
     assert result_of(execute(provider, session, "hold", gate=str(gate))) == "held"
     assert until_there(tmp_path / "gate.late") == "ExecutionEndedError"
     assert provider.get_variable(session, "a").version == 0
+
+
+def test_a_running_server_lists_its_workers(served: ServedDatabase, provider: BridgedState, session: str) -> None:
+    ran = result_of(execute(provider, session, "pid"))
+    (pool,) = provider.list_workers()
+    assert (pool.pool, pool.state, pool.size, pool.busy) == ("tools", "running", 1, 0)
+    assert [(each.pid, each.state) for each in pool.workers] == [(ran, "idle")]
+    assert pool.requests > 0
+    document = shown_by(served, "--json")
+    assert [each["pid"] for each in json.loads(document)["pools"][0]["workers"]] == [ran]
+    table = shown_by(served)
+    assert "tools: running, 0 of 1 worker busy" in table
+    assert str(ran) in table
 
 
 def test_calls_below_each_other_need_one_worker(provider: BridgedState, session: str) -> None:

@@ -71,6 +71,7 @@ _AUDIT: Final[Mapping[str, str]] = {
     "CheckBudget": WRITE,
     # It has all other writers of the session wait.
     "HoldSession": ADMIN,
+    "ListWorkers": READ,
 }
 SCOPE_OF: Final[Mapping[str, str]] = {
     **{f"snakepit.bridge.BridgeService.{name}": scope for name, scope in _BRIDGE.items()},

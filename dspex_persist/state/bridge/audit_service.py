@@ -6,7 +6,7 @@ rest of the server down, and no query waits for the whole list of another.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.infra.pool import PoolStatistics
 from dspex_persist.state.abilities import (
     Auditable,
     Forkable,
@@ -32,7 +33,7 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.hold_service import HoldRpcs
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
-from dspex_persist.state.bridge.rpcs import beside, recordings
+from dspex_persist.state.bridge.rpcs import beside, recordings, workers
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.recordings import RESTORED, batch_of, fork_message, lines_of
@@ -66,6 +67,7 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
         prune: Whether clients may prune.
         stall_timeout_s: How long a stream waits for a client that does not read, before it ends.
         max_message_bytes: The largest message.
+        pools: Returns what the pools of the server do now.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
         prune: bool = False,
         stall_timeout_s: float = 30.0,
         max_message_bytes: int = 100 * 1024 * 1024,
+        pools: Callable[[], Sequence[PoolStatistics]] = tuple,
     ) -> None:
         TransactionRpcs.__init__(self, provider)
         HoldRpcs.__init__(self, provider, stall_timeout_s)
@@ -87,6 +90,7 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
         self._calls = Calls(provider, max_message_bytes) if isinstance(provider, WithTools) else None
         self._batch_bytes = min(_BATCH_BYTES, max_message_bytes // 2)
         self._draining = False
+        self._pools = pools
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
         # One thread each: two that read at the same time would double the delay of every other call.
         self._lists = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-lists")
@@ -106,6 +110,9 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
         for threads in (self._lists, self._answers, self._pruner, self._imports):
             threads.shutdown(cancel_futures=True)
         self.close_holders()
+
+    async def ListWorkers(self, _request: pb.ListWorkersRequest, _context: Context) -> pb.ListWorkersResponse:
+        return workers.response_of(self._pools())
 
     # Pruning
 

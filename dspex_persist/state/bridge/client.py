@@ -10,6 +10,7 @@ from weakref import WeakSet
 import grpc
 
 from dspex_persist.infra.futures import failed, settled
+from dspex_persist.infra.pool import PoolStatistics
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
@@ -31,6 +32,7 @@ from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
 from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedHold, BridgedImport
 from dspex_persist.state.bridge.cache import MAX_AGE_S, MAX_BYTES, ValueCache
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
@@ -53,6 +55,7 @@ from dspex_persist.state.bridge.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
+from dspex_persist.state.bridge.rpcs.workers import pools_in
 from dspex_persist.state.bridge.secure import PathLike, Peer
 from dspex_persist.state.bridge.status import error_of_call
 from dspex_persist.state.bridge.transaction_client import BridgedTransaction
@@ -332,6 +335,15 @@ class BridgedState(
                 call.cancel()
                 here.close()
                 self._forget(session_id)
+
+    def list_workers(self) -> tuple[PoolStatistics, ...]:
+        """Return the pools of the server with their workers, as they are now."""
+        self.check_open()
+        self._line.admit()
+        try:
+            return pools_in(self._beside.ListWorkers(audit_pb.ListWorkersRequest(), timeout=self._timeout_s))
+        except grpc.RpcError as error:
+            raise error_of_call(error, self._target) from None
 
     def audit(self, *, reveal: bool = False, on_close: Callable[[], None] = _nothing) -> BridgedAudit:
         """Return an object for audit queries to the server.

@@ -189,6 +189,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.HoldSessionRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.HoldSessionResponse.FromString,
                 _registered_method=True)
+        self.ListWorkers = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/ListWorkers',
+                request_serializer=dspex__persist__audit__pb2.ListWorkersRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ListWorkersResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -435,6 +440,13 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListWorkers(self, request, context):
+        """The processes in which tools run, pool by pool, as they are now (docs/workers.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -582,6 +594,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.HoldSession,
                     request_deserializer=dspex__persist__audit__pb2.HoldSessionRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.HoldSessionResponse.SerializeToString,
+            ),
+            'ListWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkers,
+                    request_deserializer=dspex__persist__audit__pb2.ListWorkersRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ListWorkersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1377,6 +1394,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/HoldSession',
             dspex__persist__audit__pb2.HoldSessionRequest.SerializeToString,
             dspex__persist__audit__pb2.HoldSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ListWorkers',
+            dspex__persist__audit__pb2.ListWorkersRequest.SerializeToString,
+            dspex__persist__audit__pb2.ListWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

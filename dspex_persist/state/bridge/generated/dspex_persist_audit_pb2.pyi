@@ -2991,3 +2991,187 @@ class HoldSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HoldSessionResponse: _TypeAlias = HoldSessionResponse  # noqa: Y015
+
+@_typing.final
+class ListWorkersRequest(_message.Message):
+    """-- Workers --"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkersRequest: _TypeAlias = ListWorkersRequest  # noqa: Y015
+
+@_typing.final
+class ListWorkersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerPool]: ...
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___WorkerPool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkersResponse: _TypeAlias = ListWorkersResponse  # noqa: Y015
+
+@_typing.final
+class WorkerPool(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    SATURATED_FIELD_NUMBER: _builtins.int
+    QUEUE_TIMEOUTS_FIELD_NUMBER: _builtins.int
+    CALL_TIMEOUTS_FIELD_NUMBER: _builtins.int
+    EXITS_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    START_FAILURES_FIELD_NUMBER: _builtins.int
+    CRASHED_FIELD_NUMBER: _builtins.int
+    RECYCLED_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    """its name"""
+    state: _builtins.str
+    """starting, running, failing, draining or closed"""
+    size: _builtins.int
+    """how many workers it is to have"""
+    idle: _builtins.int
+    busy: _builtins.int
+    starting: _builtins.int
+    spares: _builtins.int
+    """workers beyond the size, for nested calls"""
+    queued: _builtins.int
+    """calls that wait"""
+    requests: _builtins.int
+    """calls that got a worker; this and what follows: since the start of the server"""
+    errors: _builtins.int
+    """of these, those that ended with an error, without those counted below"""
+    saturated: _builtins.int
+    """calls that were refused because too many waited"""
+    queue_timeouts: _builtins.int
+    """calls that waited in vain"""
+    call_timeouts: _builtins.int
+    """calls that did not end in time"""
+    exits: _builtins.int
+    """calls during which the worker ended"""
+    started: _builtins.int
+    """workers that got ready"""
+    start_failures: _builtins.int
+    """workers that did not"""
+    crashed: _builtins.int
+    """workers that ended by themselves"""
+    recycled: _builtins.int
+    """workers that were replaced because of their calls, memory or age"""
+    replaced: _builtins.int
+    """workers that were replaced because they did not answer, or did not end a call"""
+    last_failure: _builtins.str
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProcess]: ...
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        state: _builtins.str = ...,
+        size: _builtins.int = ...,
+        idle: _builtins.int = ...,
+        busy: _builtins.int = ...,
+        starting: _builtins.int = ...,
+        spares: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        saturated: _builtins.int = ...,
+        queue_timeouts: _builtins.int = ...,
+        call_timeouts: _builtins.int = ...,
+        exits: _builtins.int = ...,
+        started: _builtins.int = ...,
+        start_failures: _builtins.int = ...,
+        crashed: _builtins.int = ...,
+        recycled: _builtins.int = ...,
+        replaced: _builtins.int = ...,
+        last_failure: _builtins.str = ...,
+        workers: _abc.Iterable[Global___WorkerProcess] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "call_timeouts", b"call_timeouts", "crashed", b"crashed", "errors", b"errors", "exits", b"exits", "idle", b"idle", "last_failure", b"last_failure", "pool", b"pool", "queue_timeouts", b"queue_timeouts", "queued", b"queued", "recycled", b"recycled", "replaced", b"replaced", "requests", b"requests", "saturated", b"saturated", "size", b"size", "spares", b"spares", "start_failures", b"start_failures", "started", b"started", "starting", b"starting", "state", b"state", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerPool: _TypeAlias = WorkerPool  # noqa: Y015
+
+@_typing.final
+class WorkerProcess(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SPARE_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    RSS_BYTES_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    pid: _builtins.int
+    address: _builtins.str
+    state: _builtins.str
+    """idle, busy, or settling: its call was given up, but has not ended"""
+    spare: _builtins.bool
+    requests: _builtins.int
+    """the calls that it has done"""
+    age_s: _builtins.float
+    rss_bytes: _builtins.int
+    """the memory that it has in use; 0 if the system does not say"""
+    busy_s: _builtins.float
+    """how long it has had its call"""
+    key: _builtins.str
+    """the session of that call"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        address: _builtins.str = ...,
+        state: _builtins.str = ...,
+        spare: _builtins.bool = ...,
+        requests: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+        rss_bytes: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_s", b"age_s", "busy_s", b"busy_s", "id", b"id", "key", b"key", "pid", b"pid", "requests", b"requests", "rss_bytes", b"rss_bytes", "spare", b"spare", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerProcess: _TypeAlias = WorkerProcess  # noqa: Y015
