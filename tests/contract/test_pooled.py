@@ -12,4 +12,9 @@ __all__ = ["served"]
 class TestPooledTools(Bridged, ToolContract, StreamContract):
     """The contract of tools, also of those that stream, on a server with two workers."""
 
-    settings: ClassVar[dict[str, Any]] = {"tools": "dspex_persist.testing.contract_tools", "workers": 2}
+    settings: ClassVar[dict[str, Any]] = {
+        "tools": "dspex_persist.testing.contract_tools",
+        "workers": 2,
+        # Each write is a call here: as many as by default would take seconds.
+        "execution_writes": 1_000,
+    }

@@ -5,6 +5,7 @@ that nothing can be written after the end of an execution.
 """
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -81,9 +82,11 @@ class Callbacks:
         """
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
-        self._serving = asyncio.create_task(
-            server.serve(options, self._services(), status_of=status_of, on_ready=ready.set_result, stop=self._stop)
+        serving = server.serve(
+            options, self._services(), status_of=status_of, on_ready=ready.set_result, stop=self._stop
         )
+        # Of its own: the call for which a worker is started is not around what that one does later.
+        self._serving = asyncio.create_task(serving, context=contextvars.Context())
         await asyncio.wait((ready, self._serving), return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             self._serving.result()
