@@ -477,6 +477,8 @@ def check_place(place: object) -> None:
     if isinstance(place, bytes) or not isinstance(place, str | os.PathLike):
         kind = "None" if place is None else type(place).__name__
         reason = f'it must be "{LOCAL}", a path, the URL of a server, or a provider, not {kind}'
+        if isinstance(place, BackendView):
+            reason = f"{reason}: to share that of another context, pass its ctx.backend.provider"
         raise InvalidArgumentError("backend", reason)
     meant = _MEANT[place_meant(place)] if isinstance(place, str) else ""
     if meant:

@@ -535,3 +535,13 @@ def test_what_a_backend_says(tmp_path: Path) -> None:
     capabilities = Context().backend.capabilities
     assert "audit" in capabilities
     assert not capabilities & {"durable", "pruning", "remote", "distributed"}
+
+
+def test_the_backend_of_another_context_is_shared_by_its_provider() -> None:
+    with Context("s") as one:
+        view: Any = one.backend
+        with pytest.raises(InvalidArgumentError, match=r"BackendView.*pass its ctx\.backend\.provider"):
+            Context("s", view)
+        with Context("s", one.backend.provider) as other:
+            other["x"] = 1
+        assert one["x"] == 1

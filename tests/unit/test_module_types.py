@@ -595,3 +595,10 @@ def test_what_is_refused(program: Any, resolver: Any, ctx: Context, receiver: Re
         ours.bind(dspy.Predict(SIGNATURE), ctx, module_type="strategy")
     with pytest.raises(BindingError, match="context must be a context, not str"):
         ours.ModuleVariableResolver("session")
+
+
+def test_a_type_that_lacks_arguments_says_how_to_pass_them(resolver: Any, ctx: Context) -> None:
+    resolver.register_module("Lacking", dspy.ReAct)
+    ctx["strategy"] = "Lacking"
+    with pytest.raises(InvalidArgumentError, match=r"'Lacking' made no module .*tools.*register_module\('Lacking', "):
+        resolver.create_module("strategy", SIGNATURE)

@@ -79,7 +79,12 @@ class ModuleTypes:
 
     def make(self, name: str, signature: Any) -> Any:
         """Return a new module of a type."""
-        module = self._factories[name](signature)
+        try:
+            module = self._factories[name](signature)
+        except TypeError as error:
+            reason = f"{name!r} made no module of the signature {signature.signature!r}: {error}"
+            advice = f"register_module({name!r}, ..., ARGUMENT=...) passes further arguments"
+            raise InvalidArgumentError("factory", f"{reason}; {advice}") from error
         if not isinstance(module, dspy.Module):
             reason = f"{name!r} made a {type(module).__name__}, not a dspy.Module"
             raise InvalidArgumentError("factory", reason)
