@@ -12,34 +12,15 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    audit,
-    beside_slow,
-    callbacks,
-    cognitive,
-    commits,
-    compare,
-    connections,
-    engine,
-    executing,
-    growth,
-    memory,
-    moving,
-    parts,
-    pool,
-    programs,
-    rpc,
-    startup,
-    versions,
-    watchers,
-)
+from benchmarks import compare
 from benchmarks.disk import IN_MEMORY, filesystem_of, sync_times_s
 from benchmarks.interpreter import describe_build
 from benchmarks.load import percentile_ms
@@ -67,10 +48,15 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A function of a section with its arguments, run in a separate process."""
+    """A function of a module here with its arguments, run in a separate process, which imports that module alone."""
 
-    function: Callable[..., list[Row] | None]
+    function: str
     arguments: tuple[Any, ...]
+
+    def run(self) -> list[Row]:
+        module, _, name = self.function.partition(".")
+        rows: list[Row] | None = getattr(import_module(f"benchmarks.{module}"), name)(*self.arguments)
+        return rows or []
 
 
 def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_Job]:
@@ -79,14 +65,14 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
     The longest come first, after the one that measures memory, which needs a fresh process.
     """
     jobs: dict[SectionName, list[_Job]] = {
-        "memory": [_Job(memory.measure, (plan, folder)), _Job(memory.measure_idle, (plan, folder))],
-        "startup": [_Job(startup.prepare, (folder, count)) for count in sorted(plan.session_counts, reverse=True)],
-        "versions": [_Job(versions.prepare, (plan, folder / "versions.db"))],
-        "commits": [_Job(commits.measure, (plan, folder))],
-        "growth": [_Job(growth.measure, (plan, folder))],
-        "rpc": [_Job(rpc.prepare, (plan, folder / "rpc.db"))],
-        "tools": [_Job(executing.prepare, (plan, folder / "tools.db"))],
-        "audit": [_Job(audit.prepare, (folder / f"audit{count}.db", count)) for count in plan.audit_versions[::-1]],
+        "memory": [_Job("memory.measure", (plan, folder)), _Job("memory.measure_idle", (plan, folder))],
+        "startup": [_Job("startup.prepare", (folder, count)) for count in sorted(plan.session_counts, reverse=True)],
+        "versions": [_Job("versions.prepare", (plan, folder / "versions.db"))],
+        "commits": [_Job("commits.measure", (plan, folder))],
+        "growth": [_Job("growth.measure", (plan, folder))],
+        "rpc": [_Job("rpc.prepare", (plan, folder / "rpc.db"))],
+        "tools": [_Job("executing.prepare", (plan, folder / "tools.db"))],
+        "audit": [_Job("audit.prepare", (folder / f"audit{count}.db", count)) for count in plan.audit_versions[::-1]],
     }
     return [job for name, own in jobs.items() if name in names for job in own]
 
@@ -94,18 +80,18 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
 def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_Job]:
     """Return the jobs that measure times, which run one after the other, with nothing else on the machine."""
     jobs: dict[SectionName, list[_Job]] = {
-        "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
-        "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
-        "pool": [_Job(pool.measure, (plan, folder))],
-        "watchers": [_Job(watchers.measure, (plan, folder))],
-        "connections": [_Job(connections.measure, (plan, folder))],
-        "engine": [_Job(engine.measure, (plan, folder))],
-        "parts": [_Job(parts.measure, (plan, folder))],
-        "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
-        "cognitive": [_Job(each.measure, (plan, folder)) for each in (cognitive, callbacks, moving)],
-        "dspy": [_Job(programs.measure, (plan, folder))],
-        "startup": [_Job(startup.measure, (plan, folder))],
-        "audit": [_Job(audit.measure, (plan, *(folder / f"audit{count}.db" for count in plan.audit_versions)))],
+        "rpc": [_Job("rpc.measure", (plan, folder / "rpc.db"))],
+        "tools": [_Job(each, (plan, folder / "tools.db")) for each in ("executing.measure", "beside_slow.measure")],
+        "pool": [_Job("pool.measure", (plan, folder))],
+        "watchers": [_Job("watchers.measure", (plan, folder))],
+        "connections": [_Job("connections.measure", (plan, folder))],
+        "engine": [_Job("engine.measure", (plan, folder))],
+        "parts": [_Job("parts.measure", (plan, folder))],
+        "versions": [_Job("versions.measure", (plan, folder / "versions.db"))],
+        "cognitive": [_Job(f"{each}.measure", (plan, folder)) for each in ("cognitive", "callbacks", "moving")],
+        "dspy": [_Job("programs.measure", (plan, folder))],
+        "startup": [_Job("startup.measure", (plan, folder))],
+        "audit": [_Job("audit.measure", (plan, *(folder / f"audit{count}.db" for count in plan.audit_versions)))],
     }
     return [job for name, own in jobs.items() if name in names for job in own]
 
@@ -120,8 +106,8 @@ def run_jobs(jobs: Sequence[_Job], at_once: int, *, a_process: int | None = None
     """
     # Not forked: a fork after gRPC has started is not safe.
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=a_process) as pool:
-        futures = [pool.submit(job.function, *job.arguments) for job in jobs]
-        return [row for future in futures for row in future.result() or ()]
+        futures = [pool.submit(job.run) for job in jobs]
+        return [row for future in futures for row in future.result()]
 
 
 def measure(plan: Plan, directory: Path, names: Sequence[SectionName]) -> list[Row]:
@@ -130,8 +116,7 @@ def measure(plan: Plan, directory: Path, names: Sequence[SectionName]) -> list[R
         folder = Path(place)
         print("making the files, measuring sizes", file=sys.stderr, flush=True)
         rows = run_jobs(untimed_jobs(plan, folder, names), os.cpu_count() or 1)
-        # One a process: what a section leaves behind (threads, caches, a large heap) must not slow the next one.
-        rows += run_jobs(timed_jobs(plan, folder, names), 1, a_process=1)
+        rows += run_jobs(timed_jobs(plan, folder, names), 1, a_process=plan.jobs_a_process)
     order: list[str] = list(SECTIONS)
     return sorted(rows, key=lambda row: order.index(row.section))
 
