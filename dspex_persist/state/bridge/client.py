@@ -94,6 +94,8 @@ _BREAKER: Final = Breaker()
 # A channel that has lost its server retries often at first, to notice a restart at once. Despite its name, the second
 # option also sets how long an attempt may take: on a loaded machine a tenth of a second is too short.
 _RECONNECTING: Final = [
+    # Otherwise the clients of one process share connections, and a new one waits out the pause of an old one's retries.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2000),
