@@ -219,9 +219,7 @@ class WithTools(Around, StreamsTools, Transacts):
     ) -> Future[Transaction]:
         """See `Transacts.submit_transaction`."""
         try:
-            self.provider.check_open()
-            if self._closed:
-                raise EngineClosedError()
+            self._check_open()
             request, level = self.transaction_request(session_id, isolation, timeout_s, or_empty(metadata), origin)
             return self.runner.start(self._begin(request, level, _asker_id()))
         except StateError as error:
@@ -237,9 +235,7 @@ class WithTools(Around, StreamsTools, Transacts):
     ) -> Future[Transaction]:
         """See `Transacts.submit_recording`."""
         try:
-            self.provider.check_open()
-            if self._closed:
-                raise EngineClosedError()
+            self._check_open()
             request, level = self.transaction_request(
                 session_id, Isolation.SNAPSHOT, None, or_empty(metadata), origin, recording=name
             )
@@ -301,6 +297,9 @@ class WithTools(Around, StreamsTools, Transacts):
             # The provider's own error says why.
             self.provider.run(command)
             raise UnsupportedError(self.lacking, self.instead)
+        self._check_open()
+
+    def _check_open(self) -> None:
         self.provider.check_open()
         if self._closed:
             raise EngineClosedError()
