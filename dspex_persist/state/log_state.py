@@ -57,6 +57,8 @@ from dspex_persist.state.writer import GAP_S, LoopWrites, Writer
 R = TypeVar("R")
 
 _READ_THREADS: Final = 4
+_CURRENT: Final = (Reads.CURRENT, Reads.LOADED)
+"""What reads of a session in memory say that they read."""
 _POLL_S: Final = 0.002
 """How often a hold looks whether a tool is still running, in seconds."""
 _WATCHING: Final = Origin("", "WatchVariables")
@@ -243,7 +245,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
 
     def _state_for(self, command: Command[Any]) -> SessionState | None:
         """The published state that the command can read at once, if it is in memory and that does not take long."""
-        if command.reads not in (Reads.CURRENT, Reads.LOADED):
+        if command.reads not in _CURRENT:
             return None
         state = self._groups.find_loaded(command.session_id)
         return None if state is None or command.takes_long(state) else state
@@ -300,7 +302,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         command.read_ahead(values.ReadAhead(self.limits, strict=strict), facts.find, find_type)
 
     def _read_on_thread(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
-        if state is not None and command.reads in (Reads.CURRENT, Reads.LOADED):
+        if state is not None and command.reads in _CURRENT:
             return cast(R, self._groups.read_current(command, origin, state))
         return cast(R, self._groups.read_stored(command, origin, state))
 
