@@ -86,6 +86,11 @@ def did_you_mean(*meant: str | None, spell: Callable[[str], str] = quote) -> str
     return f"did you mean {', '.join(names)}?" if names else ""
 
 
+def shorten(text: str, width: int) -> str:
+    """Return at most `width` characters of `text`; one that is longer ends in "..."."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
 def printable(text: str) -> str:
     """Return `text` on one line, with escapes for characters that cannot be printed."""
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

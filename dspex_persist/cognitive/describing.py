@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, Final
 
 from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
+from dspex_persist.spelling import shorten
 from dspex_persist.state.model import SENSITIVE
 from dspex_persist.state.values import is_number
 
@@ -143,7 +144,7 @@ class History(list[HistoryEntry]):
         body = []
         for each in self:
             value = "" if each.record.value is None else MASKED if masked else each.record.value.json
-            value = value if len(value) <= _WIDTH else f"{value[: _WIDTH - 3]}..."
+            value = shorten(value, _WIDTH)
             when = f"{each.at:%Y-%m-%d %H:%M:%S}"
             facts = (str(each.version), value, str(each.kind), when, each.actor, each.reason or "")
             body.append(_row(map(escape, facts)))

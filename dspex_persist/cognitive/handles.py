@@ -10,6 +10,7 @@ from dspex_persist.cognitive.describing import History
 from dspex_persist.cognitive.records import VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
 from dspex_persist.cognitive.watching import Changes, Watchers
+from dspex_persist.spelling import shorten
 from dspex_persist.state import arguments
 from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError
 
@@ -242,5 +243,4 @@ def _cached_adapter(kind: Any) -> Any:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{text[:57]}..." if len(text) > 60 else text
+    return shorten(repr(value), 60)

@@ -12,6 +12,7 @@ from dspex_persist.cli.live.opening import Place
 from dspex_persist.cli.live.options import Actor, Reveal, Session, Target, Why
 from dspex_persist.cli.output import counted, plain, say
 from dspex_persist.cli.places import Db
+from dspex_persist.spelling import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -230,7 +231,7 @@ def _show_predictor(path: str, predictor: "SavedPredictor") -> None:
         say(f"  {counted(len(predictor.demos), 'demo')}")
     for demo in predictor.demos:
         text = _facts({field: plain_value(value) for field, value in demo.values})
-        say(f"    {text if len(text) <= _WIDTH else f'{text[: _WIDTH - 3]}...'}")
+        say(f"    {shorten(text, _WIDTH)}")
 
 
 def _facts(facts: "Mapping[str, Any]") -> str:

@@ -30,7 +30,7 @@ from dspex_persist.cognitive.programs.documents import (
 )
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.errors import DspexError
-from dspex_persist.spelling import closest, did_you_mean, printable, quote
+from dspex_persist.spelling import closest, did_you_mean, printable, quote, shorten
 from dspex_persist.state import arguments
 from dspex_persist.state.errors import InvalidArgumentError
 
@@ -516,8 +516,7 @@ def _listed(names: Any) -> str:
 
 def _brief(text: str) -> str:
     """Return a text of the store on one line, shortened."""
-    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    return printable(short)
+    return printable(shorten(text, _LONGEST))
 
 
 def _is_alike(value: float | None, other: float | None) -> bool:

@@ -21,7 +21,7 @@ import dspy
 from pydantic import BaseModel, TypeAdapter
 
 from dspex_persist.cognitive.dspy.program_types import Classes, class_name, is_named_tuple, label_of
-from dspex_persist.spelling import quote
+from dspex_persist.spelling import quote, shorten
 
 _KIND: Final = "$"
 _VALUE: Final = "value"
@@ -336,5 +336,4 @@ def _read_dataclass(kind: Any, fields: dict[str, Any]) -> Any:
 
 
 def _brief(thing: object) -> str:
-    text = " ".join((str(thing) if isinstance(thing, BaseException) else repr(thing)).split())
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return shorten(" ".join((str(thing) if isinstance(thing, BaseException) else repr(thing)).split()), 120)

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, Final, NamedTuple, TypeVar
 
 from dspex_persist.cognitive.programs.documents import SavedDemo, SavedField, SavedPredictor, SavedProgram
+from dspex_persist.spelling import shorten
 
 T = TypeVar("T")
 
@@ -296,4 +297,4 @@ def _text_diff(before: str, after: str) -> Iterator[str]:
 def _brief(thing: Any) -> str:
     text = thing if isinstance(thing, str) else json.dumps(thing, ensure_ascii=False)
     text = json.dumps(text, ensure_ascii=False) if not text.isprintable() else text
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+    return shorten(text, _WIDTH)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dspex_persist.cognitive.programs.errors import DamagedProgramError
+from dspex_persist.spelling import shorten
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.json_text import RefusedError, canonical
@@ -302,5 +303,4 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _brief(thing: object) -> str:
-    text = thing if isinstance(thing, str) and thing.isprintable() else repr(thing)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(thing if isinstance(thing, str) and thing.isprintable() else repr(thing), 60)
