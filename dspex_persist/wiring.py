@@ -673,12 +673,14 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.audit_service import AuditServicer
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+    from dspex_persist.state.bridge.denials import Denials
     from dspex_persist.state.bridge.pools import Pools
     from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.budgets import Budget
+    from dspex_persist.state.denials import DenialLog
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
@@ -704,6 +706,7 @@ async def _serve_bridge(
         allow=_allowed_of(settings),
         limits=limits,
     )
+    denials = Denials(DenialLog().note)
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(
@@ -762,7 +765,7 @@ async def _serve_bridge(
             stop=end.stop,
             on_drain=drain,
             belongs=servicer.belongs,
-            **({} if tokens is None else {"admit": Access(tokens).admit}),
+            **({} if tokens is None else {"admit": Access(tokens, denials).admit}),
         )
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dspex_persist.infra.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Tokens
+from dspex_persist.infra.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Identity, Tokens
+from dspex_persist.state.bridge.denials import Denials
 from dspex_persist.state.errors import PermissionDeniedError, UnauthenticatedError
 
 _OPEN: Final = ""
@@ -90,10 +91,12 @@ class Access:
 
     Args:
         tokens: The tokens.
+        denials: Notes the calls that are refused.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, denials: Denials | None = None) -> None:
         self._tokens = tokens
+        self._denials = denials or Denials()
 
     def admit(self, rpc: str, context: Any) -> None:
         """Admit a call, or raise.
@@ -109,12 +112,21 @@ class Access:
         scope = SCOPE_OF.get(rpc, ADMIN)
         if scope == _OPEN:
             return
+        try:
+            identity = self._identity_of(context)
+        except UnauthenticatedError as error:
+            self._denials.note(rpc, context, error.reason)
+            raise
+        CALLER.set(identity)
+        if scope != _ANY and not identity.may(scope):
+            self._denials.note(rpc, context, f"scope {scope}")
+            raise PermissionDeniedError(identity.name, rpc.rpartition(".")[2], scope)
+
+    def _identity_of(self, context: Any) -> Identity:
         identity = self._tokens.find(_token_of(context))
         if identity is None:
             raise UnauthenticatedError("the token is not valid here: it is wrong, or was revoked")
-        if scope != _ANY and not identity.may(scope):
-            raise PermissionDeniedError(identity.name, rpc.rpartition(".")[2], scope)
-        CALLER.set(identity)
+        return identity
 
 
 def _token_of(context: Any) -> str:

@@ -1,0 +1,39 @@
+"""Notes the calls that a server refuses because of who made them."""
+
+from typing import Any, Final
+
+from dspex_persist.infra.tokens import CALLER
+from dspex_persist.state.denials import NoteDenial, Refused
+
+_UNIX: Final = "unix"
+
+
+class Denials:
+    """Notes refusals, for the log and for audits.
+
+    Args:
+        note: Takes each of them; see `DenialLog.note`.
+    """
+
+    def __init__(self, note: NoteDenial = lambda _: None) -> None:
+        self._note = note
+
+    def note(self, rpc: str, context: Any, missing: str, session_id: str = "") -> None:
+        """Note that a call is refused. The caller of this method raises the error.
+
+        Args:
+            rpc: The full name of the rpc.
+            context: gRPC's context of the call.
+            missing: What the caller lacks, in a few words: `scope write`, `rule for read of x`. Never a token or a
+                value, and nothing that the caller can make up, as each text has an entry of its own.
+            session_id: The session that the call is about, if the call may know of it or has named it.
+        """
+        caller = CALLER.get()
+        self._note(Refused("" if caller is None else caller.name, host_of(context), rpc, session_id, missing))
+
+
+def host_of(context: Any) -> str:
+    """Return where a call comes from, without the port, which identifies nothing; a Unix socket has no host."""
+    peer: str = context.peer()
+    kind, _, rest = peer.partition(":")
+    return _UNIX if kind.startswith(_UNIX) else f"{kind}:{rest.rpartition(':')[0]}"
