@@ -12,6 +12,7 @@ from typing import Any, Final
 from dspex_persist.infra.traces import trace_of
 
 DEBUG: Final = logging.DEBUG
+INFO: Final = logging.INFO
 FIELDS: Final = "dspex_fields"
 """The attribute of a log record with the fields of an event."""
 LINES: Final = ("traceback", "exception")

@@ -165,6 +165,11 @@ class Variable(NamedTuple):
     updated_at: datetime
     optimization: Optimization | None = None
 
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether its value is not to be shown."""
+        return self.metadata.get(SENSITIVE, "").lower() == "true"
+
 
 class VariableVersion(NamedTuple):
     """One entry of a variable's history. `value` is None for a deletion; `metadata` is that of the change, with its
@@ -565,6 +570,7 @@ class ToolOutcome:
         streamed: Whether the result is the list of the values that the tool yielded.
         result_type: "float" if the tool declares that it returns or yields floats. JSON represents NaN and the
             infinities by their names, which are decoded as floats then.
+        quotable: Of a failure: the values of variables that its error may quote, for those who mask them.
     """
 
     status: ExecutionStatus | None
@@ -577,6 +583,7 @@ class ToolOutcome:
     repeated: bool = False
     streamed: bool = False
     result_type: str = ""
+    quotable: tuple[Value, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def success(self) -> bool:

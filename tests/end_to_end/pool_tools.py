@@ -64,6 +64,12 @@ def broken(ctx: ToolContext, word: str) -> None:
 
 
 @tool
+def quote(ctx: ToolContext, word: str) -> None:
+    """Raise an error that quotes what it was given and what it has read."""
+    raise LookupError(f"no {word} with {ctx['token']} at {ctx['place']}, and the answer is 42")
+
+
+@tool
 async def everything_later(ctx: ToolContext) -> list[Any]:
     """Do some of this in a coroutine."""
     ctx.log("begins")

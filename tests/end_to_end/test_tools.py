@@ -352,7 +352,7 @@ def test_a_tool_can_ask_the_server_that_runs_it(tmp_path: Path, first: str, more
         client.close()
 
 
-def test_the_log_has_the_kind_of_an_error_and_not_its_message(tmp_path: Path) -> None:
+def test_the_log_has_the_kind_and_the_text_of_an_error(tmp_path: Path) -> None:
     with serve(tmp_path / "logged.db", "--tools", "tests.end_to_end.served_tools", "--log-level", "info") as process:
         client = OldClient(target_of(process), "logged")
         assert client.execute("fail").code == "TOOL_FAILED"
@@ -362,13 +362,20 @@ def test_the_log_has_the_kind_of_an_error_and_not_its_message(tmp_path: Path) ->
         process.terminate(DEADLINE_S)
         logs = process.stderr_tail
     lines = [json.loads(line) for line in logs.splitlines() if line.startswith("{")]
-    failed = [(line["tool"], line["code"], line["error"]) for line in lines if line["event"] == "tool failed"]
-    assert failed == [
+    failed = [line for line in lines if line["event"] == "tool failed"]
+    assert [(line["tool"], line["code"], line["error"]) for line in failed] == [
         ("fail", "TOOL_FAILED", "ValueError"),
         ("slow", "TIMED_OUT", "ToolTimedOutError"),
         ("describe", "INVALID_PARAMETERS", "ToolArgumentError"),
     ]
-    assert "it went wrong" not in logs
+    assert [line["reason"].partition(":")[0] for line in failed] == [
+        "it went wrong",
+        "timed out",
+        "invalid parameter 'city' of tool 'describe'",
+    ]
+    assert {line["session_id"] for line in failed} == {"logged"}
+    assert [bool(line["execution_id"]) for line in failed] == [True, True, False]
+    assert all(line["duration_s"] > 0 for line in failed)
 
 
 @pytest.mark.parametrize(("tool", "words"), [("leave", "end the process"), ("no_json", "object")])

@@ -1,12 +1,14 @@
 """The rpcs of tools that do not simply run a command on the provider: execute, stream, list."""
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import Message
 
+from dspex_persist.infra.logs import INFO, get_logger
 from dspex_persist.state import commands, values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.calls import Calls
@@ -16,13 +18,19 @@ from dspex_persist.state.bridge.incoming import Call, Context
 from dspex_persist.state.bridge.lent import RAISED
 from dspex_persist.state.bridge.rpcs import tools as rpcs
 from dspex_persist.state.bridge.rpcs.base import Rpc
+from dspex_persist.state.bridge.status import text_of
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import RegisteredTool, ToolOutcome, Value
 from dspex_persist.state.tools.chunks import Emit
 from dspex_persist.state.tools.pooled import POOL
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.with_tools import WithTools
+
+_MUCH_BYTES: Final = 20_000
+_REASON_LENGTH: Final = 1_000
+_logger: Final = get_logger(__name__)
 
 _ExecuteRpc: TypeAlias = Rpc[commands.ExecuteTool, ToolOutcome]
 
@@ -124,18 +132,27 @@ class ToolRpcs(Calls):
             outcome = await self._runner.execute_within(within, request, plainly=plainly)
         else:
             outcome = await self._runner.execute(request, emit, asker_id=call.header(ASKED_BY))
-        if not outcome.success or self._logs_details:
-            self._log_outcome(request, outcome, call)
+        if self._logs_details or (not outcome.success and _logger.is_on(INFO)):
+            await self._log_outcome(request, outcome, call)
         return outcome
 
-    def _log_outcome(self, request: ToolRequest, outcome: ToolOutcome, call: Call) -> None:
+    async def _log_outcome(self, request: ToolRequest, outcome: ToolOutcome, call: Call) -> None:
         log = self._log(request.origin.cause, request.session_id, call)
-        facts = {"tool": request.tool, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
-        if outcome.success:
+        facts = {
+            "tool": request.tool,
+            "execution_id": outcome.execution_id,
+            "attempts": outcome.attempts,
+            "duration_s": round(time.monotonic() - call.began, 6),
+        }
+        if outcome.error is None:
             log.debug("tool executed", **facts)
+            return
+        error, quotable = outcome.error, (*request.parameters.values(), *outcome.quotable)
+        if sum(value.size_bytes for value in quotable) < _MUCH_BYTES:
+            reason = _reason_of(error, quotable)
         else:
-            # Only the code and the type of the error, because its text may quote a value.
-            log.info("tool failed", code=outcome.error_code, error=_kind_of(outcome.error), **facts)
+            reason = await asyncio.to_thread(_reason_of, error, quotable)
+        log.info("tool failed", code=outcome.error_code, error=_kind_of(error), reason=reason, **facts)
 
     def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
@@ -186,6 +203,16 @@ def _refusal(error: StateError) -> ToolOutcome:
     return ToolOutcome(None, None, error, error.error_code)
 
 
-def _kind_of(error: Exception | None) -> str:
+def _reason_of(error: Exception, quotable: Iterable[Value]) -> str:
+    """The text of an error without its type, in which none of the values is quoted."""
+    text = text_of(error)
+    if isinstance(error, ToolFailedError) and error.kind:
+        text = text.removeprefix(f"{error.kind}: ")
+    # Masked first: half a value could not be found.
+    masked = str(Secrets(quotable).masked(text))
+    return masked if len(masked) <= _REASON_LENGTH else f"{masked[:_REASON_LENGTH]}..."
+
+
+def _kind_of(error: Exception) -> str:
     """The type of an error; for a `ToolFailedError`, the type of what the tool's code raised."""
     return (error.kind if isinstance(error, ToolFailedError) else "") or type(error).__name__

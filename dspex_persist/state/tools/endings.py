@@ -99,7 +99,8 @@ class Endings:
             del reply
         session.execution.correct(final.status.value)
         self._note_end(session, final.sequence)
-        return _outcome(final, raised)
+        outcome = _outcome(final, raised)
+        return outcome if raised is None else replace(outcome, quotable=session.execution.quotable())
 
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
         """End an execution that writes nothing and whose caller has gone, or hears of the end in another way."""

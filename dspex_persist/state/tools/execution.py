@@ -22,6 +22,7 @@ from dspex_persist.state.model import (
     Isolation,
     Origin,
     Seen,
+    Value,
     Variable,
 )
 from dspex_persist.state.tools.overlay import Overlay
@@ -188,6 +189,13 @@ class Execution:
             for variable in published:
                 self.overlay.rebase(variable)
             self.published.append((published[0].name, published[0].version))
+
+    def quotable(self) -> tuple[Value, ...]:
+        """Return the values that an error may quote: those that it, or an execution around it, has seen or written.
+
+        Those of sensitive variables are always among them.
+        """
+        return self.overlay.quotable()
 
     def undo(self) -> None:
         """Discard everything that it, and the executions it called, have staged."""

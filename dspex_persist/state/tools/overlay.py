@@ -24,6 +24,7 @@ from dspex_persist.state.model import (
     JournalEntry,
     Origin,
     Seen,
+    Value,
     Variable,
     VariableVersion,
 )
@@ -158,6 +159,21 @@ class Overlay:
         """Whether the execution itself has written the variable."""
         staged = (change.variable for change in self.unit.versions)
         return any(identifier in (variable.name, variable.id) for variable in staged)
+
+    def quotable(self) -> tuple[Value, ...]:
+        """Return the values of sensitive variables, and those that have been read, matched or written here."""
+        with self.lock:
+            matched = {seen.variable_id for found in self.matched.values() for seen in found}
+            committed = (
+                variable.value
+                for variable in self.snapshot.variables.values()
+                if variable.is_sensitive
+                or variable.id in matched
+                or variable.name in self.checked
+                or variable.id in self.checked
+            )
+            staged = (change.version.value for change in self.unit.versions)
+            return tuple(value for value in (*committed, *staged) if value is not None)
 
     def rebase(self, variable: Variable) -> None:
         """Base the execution on a version that it has made by publishing: it sees that version, without a conflict."""

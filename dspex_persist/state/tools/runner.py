@@ -277,7 +277,8 @@ class ToolRunner:
             raised, failure = raised_of(error)
             is_plain = plainly and isinstance(raised, StateError)
             reported = cast(StateError, raised) if is_plain else reported_error(execution_id, raised, failure)
-            return ToolOutcome(status_of(raised), None, reported, reported.error_code, execution_id)
+            quotable = parent.execution.quotable()
+            return ToolOutcome(status_of(raised), None, reported, reported.error_code, execution_id, quotable=quotable)
         return ToolOutcome(
             ExecutionStatus.COMMITTED,
             result,
