@@ -43,6 +43,7 @@ from dspex_persist.state.provider import Progress, StateProvider, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from dspex_persist.infra.notify import Notifier
     from dspex_persist.infra.pool import PoolStatistics
     from dspex_persist.infra.tls import Certificates
     from dspex_persist.infra.tokens import Tokens
@@ -67,6 +68,9 @@ _COLLECT_AFTER: Final = 20_000
 _ANSWER_FAILED_S: Final = 1.0
 # How long a worker lets code go on when the server ends it.
 _WORKER_GRACE_S: Final = 1.0
+# For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
+_STARTING_S: Final = 3_600.0
+_ENDING_S: Final = 600.0
 _WORKERS_SETTINGS: Final = (*LimitSettings.model_fields, "max_message_bytes")
 # Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
@@ -420,8 +424,8 @@ def _bridged(target: str, **options: Any) -> "BridgedState":
 def serve(settings: Settings) -> None:
     """Serve the database at `settings.db` until SIGTERM or SIGINT, then drain and return.
 
-    Prints `GRPC_READY:<port>` on stdout when it is ready (port 0: a Unix socket); logs go to stderr. A second signal
-    ends the process at once.
+    Prints `GRPC_READY:<port>` on stdout when it is ready (port 0: a Unix socket), and tells the service manager if
+    there is one (`infra.notify`); logs go to stderr. A second signal ends the process at once.
 
     Raises:
         SettingsError: The address is invalid, or can be reached from other machines without `insecure`.
@@ -429,13 +433,32 @@ def serve(settings: Settings) -> None:
         ListenError: The address is in use, or cannot be bound.
         StorageFailedError: The storage failed while the server was running.
     """
-    _check_listen(settings, has_tls=settings.tls_cert is not None)
-    certificates, tokens = _certificates_of(settings), _tokens_of(settings)
-    _allowed_of(settings)
-    _quiet(settings)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, certificates, tokens))
+    from dspex_persist.infra.notify import Notifier
+
+    notifier = Notifier.of_process()
+    try:
+        _check_listen(settings, has_tls=settings.tls_cert is not None)
+        _refuse_passed_sockets()
+        certificates, tokens = _certificates_of(settings), _tokens_of(settings)
+        _allowed_of(settings)
+        _quiet(settings)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(settings, certificates, tokens, notifier))
+    except (DspexError, SettingsError) as error:
+        notifier.status(str(error))
+        raise
+
+
+def _refuse_passed_sockets() -> None:
+    from dspex_persist.infra.notify import passed_sockets
+
+    if passed_sockets():
+        reason = (
+            "the service manager has opened a socket for this server (socket activation), which gRPC cannot use: let "
+            "the server open its own, and systemd-socket-proxyd pass connections on to it"
+        )
+        raise SettingsError("listen", reason, "environment variable LISTEN_FDS")
 
 
 def _quiet(settings: Settings) -> None:
@@ -583,23 +606,90 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return new_event_loop
 
 
-async def _serve(settings: Settings, certificates: "Certificates | None", tokens: "Tokens | None") -> None:
+async def _serve(
+    settings: Settings, certificates: "Certificates | None", tokens: "Tokens | None", notifier: "Notifier"
+) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
     here = Path.cwd()
-    # Before the file is opened: importing them takes time, and may fail.
-    tools = _load_tools(settings)
-    plans = _plans(settings, here)
-    _check_names(plans, tools)
-    # Opening locks the file. A second server on it fails here, before it binds its address.
-    engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
-    try:
-        await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here, plans)
-    finally:
-        _close(engine, settings.db)
+    # Started here and not where the time is needed, as starting and ending are not in one block.
+    starting, ending = contextlib.ExitStack(), contextlib.ExitStack()
+    with starting, ending:
+        starting.enter_context(notifier.taking_long(_STARTING_S))
+        # Before the file is opened: importing them takes time, and may fail.
+        if settings.tools:
+            notifier.status(f"importing the tools of {', '.join(settings.tools)}")
+        tools = _load_tools(settings)
+        plans = _plans(settings, here)
+        _check_names(plans, tools)
+        # Opening locks the file. A second server on it fails here, before it binds its address.
+        notifier.status(f"opening {settings.db}: recovery, and an upgrade if an older release wrote it")
+        engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
+        life = _Life(notifier, settings, engine, starting, ending)
+        try:
+            await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here, plans, life)
+        finally:
+            life.closing()
+            _close(engine, settings.db)
     if end.failure is not None:
         raise end.failure
     _log.info("stopped", db=str(settings.db))
+
+
+class _Life:
+    """Tells the service manager how far the server is."""
+
+    def __init__(
+        self,
+        notifier: "Notifier",
+        settings: Settings,
+        engine: "SqliteState",
+        starting: contextlib.ExitStack,
+        ending: contextlib.ExitStack,
+    ) -> None:
+        self._notifier = notifier
+        self._settings = settings
+        self._engine = engine
+        self._starting, self._ending = starting, ending
+        self._is_ending = False
+        self._watching: asyncio.Task[None] | None = None
+
+    def serving(self, address: str) -> None:
+        """Say that the server is ready, and from now on that it is alive."""
+        from dspex_persist.infra.traffic import traffic_of
+
+        traffic = traffic_of(asyncio.get_running_loop())
+
+        def status() -> str:
+            if self._is_ending:
+                return self._draining(traffic.calls)
+            what = f"serving {self._settings.db} at {address}"
+            return f"{what}: commit {self._engine.head_sequence}, {_calls(traffic.calls)}"
+
+        self._starting.close()
+        self._notifier.ready(status())
+        self._watching = asyncio.create_task(self._notifier.watch(lambda: self._engine.silent_s, status))
+
+    def draining(self) -> None:
+        """Say that calls in progress may finish."""
+        from dspex_persist.infra.traffic import traffic_of
+
+        self._is_ending = True
+        self._notifier.stopping(self._draining(traffic_of(asyncio.get_running_loop()).calls))
+        self._ending.enter_context(self._notifier.taking_long(_ENDING_S))
+
+    def closing(self) -> None:
+        """Say that only the file is left to be closed."""
+        if self._watching is not None:
+            self._watching.cancel()
+        self._notifier.status(f"closing {self._settings.db}")
+
+    def _draining(self, calls: int) -> str:
+        return f"shutting down: {_calls(calls)}, which may take {self._settings.grace_s:g} s"
+
+
+def _calls(count: int) -> str:
+    return "1 call in progress" if count == 1 else f"{count:,} calls in progress"
 
 
 def _check_places(settings: Settings) -> tuple[Path, str]:
@@ -668,6 +758,7 @@ async def _serve_bridge(
     end: "_End",
     here: Path,
     plans: "list[PoolPlan]",
+    life: "_Life",
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.access import Access
@@ -686,7 +777,9 @@ async def _serve_bridge(
     def on_ready(port: int) -> None:
         _spare_the_collector(had_tools=bool(tools))
         scheme = "" if certificates is None else "grpcs://"
-        engine.announce(f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen)
+        address = f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen
+        engine.announce(address)
+        life.serving(address)
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:
             # The parent process may not wait for that line, and clients can be served without it.
@@ -737,6 +830,7 @@ async def _serve_bridge(
     )
 
     async def drain() -> None:
+        life.draining()
         auditor.drain()
         await servicer.drain()
 

@@ -4,6 +4,7 @@
 """
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -137,6 +138,8 @@ class Groups(Generic[S_co]):
         # Sessions whose writers wait, by id.
         self.held: dict[str, Held] = {}
         self._last_at = log.last_at
+        self.alive_at = time.monotonic()
+        """When a group, or a page of an import, was begun last, as `time.monotonic` counts."""
         # Executions that were running when the store was closed, or when its process died, do not run any more.
         self._stale = dict(log.unfinished())
         self._interrupt_stale()
@@ -391,6 +394,7 @@ class Groups(Generic[S_co]):
 
     def moment(self) -> GroupMoment:
         """Return the current moment, as far as the log is concerned."""
+        self.alive_at = time.monotonic()
         return GroupMoment.after(self._last_at)
 
     def had(self, state: SessionState, identifier: str) -> bool:

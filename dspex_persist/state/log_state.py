@@ -138,6 +138,11 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         """The number of the last commit."""
         return self._groups.log.sequence
 
+    @property
+    def silent_s(self) -> float:
+        """For how many seconds the writer has not shown that it makes progress. An idle one shows it each second."""
+        return time.monotonic() - max(self._writer.alive_at, self._groups.alive_at)
+
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Submit a command; see `StateProvider.submit`. A read of a cached session is done when this returns."""
         fault = fault_of(command, origin)

@@ -169,6 +169,8 @@ class Writer:
         self._cost_s = 0.0
         # Whether there is a `NEWS` in the queue, which does not count as a job.
         self._news_queued = False
+        self.alive_at = time.monotonic()
+        """When it last made progress, as `time.monotonic` counts. An idle one does about every second."""
         # Groups run in the same context on every thread.
         self._context = contextvars.Context()
         self._awaited = 0
@@ -328,6 +330,7 @@ class Writer:
     def _loop(self, waiting: list[_Queued]) -> None:
         last_idle = last_check = self._last_end = time.monotonic()
         while True:
+            self.alive_at = time.monotonic()
             more = self._gather(waiting)
             if waiting:
                 # After the lead is released, so that a caller can lead as soon as it has its result. No local variable
@@ -417,7 +420,8 @@ class Writer:
         began = time.monotonic()
         with forks.busy():
             outcomes = self._context.run(self._write_group, jobs, wait=wait)
-        self._last_took_s = time.monotonic() - began
+        self.alive_at = time.monotonic()
+        self._last_took_s = self.alive_at - began
         if len(jobs) == 1:
             self._note_cost(self._last_took_s)
         assert len(outcomes) == len(jobs), "each job has an outcome"
