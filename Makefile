@@ -35,7 +35,7 @@ TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_l
 	tests/property/test_audit_alike.py tests/property/test_restore.py tests/property/test_rules.py
 TESTS_bridge := tests/bridge tests/infra tests/workers tests/contract/test_bridged.py tests/contract/test_pooled.py tests/contract/test_abilities.py tests/contract/test_alike.py \
 	tests/contract/test_binding.py tests/contract/test_watching.py tests/property/test_watching.py \
-	tests/end_to_end/test_audit_service.py tests/end_to_end/test_old_client.py \
+	tests/end_to_end/test_audit_service.py tests/end_to_end/test_metrics.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
 TESTS_replay := tests/contract/test_programs.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \
 	tests/unit/test_binding.py tests/unit/test_program_options.py tests/unit/test_lm_accounts.py tests/unit/test_lm_budgets.py \

@@ -213,6 +213,11 @@ class Settings(LimitSettings):
     token_file: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
         None, description="Demand of every call one of the tokens in this file, with the scope that it takes."
     )
+    metrics_listen: Annotated[str | None, BeforeValidator(_read_none)] = Field(
+        None,
+        description="Serve metrics for Prometheus at `http://HOST:PORT/metrics` (port 0: any free port); needs the "
+        "extra `[metrics]` (docs/metrics.md).",
+    )
     durability: Literal["full", "normal"] = Field(
         "full",
         description="`full`: acknowledged writes survive a power cut. `normal`: faster, but they survive only a crash "

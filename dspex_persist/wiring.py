@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
 from dspex_persist.infra.interrupts import interrupts
-from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen, prepare, settled
+from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.opening import Opening
 from dspex_persist.settings import (
@@ -35,14 +35,21 @@ from dspex_persist.settings import (
     variable_of,
 )
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
-from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
+from dspex_persist.state.errors import (
+    CheckpointError,
+    FileChangedError,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    StateError,
+)
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from dspex_persist.infra.exposition import MetricsServer, Source
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.infra.pool import PoolStatistics
     from dspex_persist.infra.tls import Certificates
@@ -441,6 +448,7 @@ def serve(settings: Settings) -> None:
         _refuse_passed_sockets()
         certificates, tokens = _certificates_of(settings), _tokens_of(settings)
         _allowed_of(settings)
+        _check_metrics(settings, has_tls=certificates is not None)
         _quiet(settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -550,6 +558,33 @@ def _check_listen(settings: Settings, *, has_tls: bool) -> None:
             "that with --insecure"
         )
         raise SettingsError("listen", reason)
+
+
+def _check_metrics(settings: Settings, *, has_tls: bool) -> None:
+    """Refuse to serve metrics where `_check_listen` would refuse to serve, and without what is needed for them."""
+    listen = settings.metrics_listen
+    if listen is None:
+        return
+    try:
+        address = parse_listen(listen)
+        is_open = not (settings.insecure or has_tls or is_loopback(listen))
+    except ListenError as error:
+        raise SettingsError("metrics_listen", f"{listen!r} is invalid: {error.reason}") from error
+    if isinstance(address, UnixAddress):
+        raise SettingsError("metrics_listen", f"{listen!r} is a Unix socket, and Prometheus asks hosts: use HOST:PORT")
+    if is_open:
+        reason = (
+            f"{listen!r} can be reached from other machines, and metrics tell the names of tools and models, and what "
+            "these cost: listen on 127.0.0.1, serve TLS with --tls-cert and --tls-key, or accept that with --insecure"
+        )
+        raise SettingsError("metrics_listen", reason)
+    try:
+        import dspex_persist.infra.exposition  # noqa: F401
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        reason = "metrics need prometheus-client, which is not installed: pip install 'dspex-persist[metrics]'"
+        raise SettingsError("metrics_listen", reason) from None
 
 
 def _certificates_of(settings: Settings) -> "Certificates | None":
@@ -701,6 +736,8 @@ def _check_places(settings: Settings) -> tuple[Path, str]:
 
     path, address = maintenance.refuse_owned(settings.db), parse_listen(settings.listen)
     prepare(address)
+    if settings.metrics_listen is not None:
+        prepare(parse_listen(settings.metrics_listen))
     return path, str(settled(address))
 
 
@@ -761,6 +798,7 @@ async def _serve_bridge(
     life: "_Life",
 ) -> None:
     from dspex_persist.infra import server
+    from dspex_persist.infra.metrics import CallMeter
     from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.audit_service import AuditServicer
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
@@ -834,6 +872,15 @@ async def _serve_bridge(
         auditor.drain()
         await servicer.drain()
 
+    def unfit() -> str:
+        if end.stop.is_set():
+            return "draining"
+        try:
+            engine.check_open()
+        except StateError as error:
+            return str(error)
+        return ""
+
     end.on_signals()
     async with contextlib.AsyncExitStack() as stack:
         # Called in the opposite order.
@@ -842,6 +889,10 @@ async def _serve_bridge(
         stack.push_async_callback(remote.close)
         # The process may go on, with handlers of its own.
         stack.callback(interrupts.take_from_loop)
+        meter = None
+        if settings.metrics_listen is not None:
+            meter = CallMeter()
+            stack.enter_context(_serve_metrics(settings, certificates, tokens, [meter.families], unfit))
         await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor))
         await server.serve(
             server.ServerOptions(
@@ -859,8 +910,45 @@ async def _serve_bridge(
             stop=end.stop,
             on_drain=drain,
             belongs=servicer.belongs,
+            meter=meter,
             **({} if tokens is None else {"admit": Access(tokens, denials).admit}),
         )
+
+
+def _serve_metrics(
+    settings: Settings,
+    certificates: "Certificates | None",
+    tokens: "Tokens | None",
+    sources: "Sequence[Source]",
+    unfit: Callable[[], str],
+) -> "MetricsServer":
+    """Begin to serve metrics; `unfit` returns why this server cannot do its work, or ""."""
+    from dspex_persist import __version__
+    from dspex_persist.infra.exposition import MetricsServer
+    from dspex_persist.infra.metrics import Family, Sample
+    from dspex_persist.infra.tokens import READ, Tokens
+
+    def build() -> list[Family]:
+        samples = (Sample((__version__,), 1),)
+        return [Family("dspex_persist_build_info", "gauge", "The version of the server.", ("version",), samples)]
+
+    def admit(token: str) -> bool:
+        identity = own.find(token) if own is not None else None
+        return identity is not None and identity.may(READ)
+
+    # One for each thread.
+    own = None if tokens is None else Tokens(tokens.path)
+    address = parse_listen(settings.metrics_listen or "")
+    assert isinstance(address, TcpAddress), "other addresses were refused"
+    metrics = MetricsServer(
+        address,
+        [build, *sources],
+        health=unfit,
+        tls=None if certificates is None else certificates.files,
+        admit=None if own is None else admit,
+    )
+    _log.info("serving metrics", url=metrics.url)
+    return metrics
 
 
 def _plans(settings: Settings, here: Path) -> "list[PoolPlan]":

@@ -89,6 +89,9 @@ ClientCa = _option(
 TokenFile = _option(
     _NETWORK, "--token-file", "PATH", "none", "Demand of every call a token of this file. Read again when it changes."
 )
+MetricsListen = _option(
+    _NETWORK, "--metrics-listen", "HOST:PORT", "none", "Serve metrics for Prometheus at http://HOST:PORT/metrics."
+)
 MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
 Reflection = _option(
     _NETWORK,
@@ -177,6 +180,7 @@ def serve(
     tls_key: Annotated[str | None, TlsKey] = None,
     client_ca: Annotated[str | None, ClientCa] = None,
     token_file: Annotated[str | None, TokenFile] = None,
+    metrics_listen: Annotated[str | None, MetricsListen] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,
     audit_reveal: Annotated[bool | None, Reveal] = None,

@@ -35,6 +35,7 @@ from dspex_persist.infra.listen import (
     prepare,
 )
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.metrics import CallMeter, RpcMeter
 from dspex_persist.infra.tls import Certificates, Material
 from dspex_persist.infra.tokens import CALLER
 from dspex_persist.infra.traffic import traffic_of
@@ -61,6 +62,8 @@ _LONGEST_QUIET_S: Final = 1.0
 # Clients may refuse trailing metadata above 8 KiB, and then report RESOURCE_EXHAUSTED instead of the status.
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
+# How a call ended, for a meter.
+_OK, _GIVEN_UP, _TOO_LATE = "OK", "CANCELLED", "DEADLINE_EXCEEDED"
 
 _log: Final = get_logger(__name__)
 
@@ -164,6 +167,7 @@ async def serve(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
     admit: Admit = _admit_all,
+    meter: CallMeter | None = None,
 ) -> None:
     """Serve until `stop` is set, then drain; returns when no call is left.
 
@@ -180,6 +184,7 @@ async def serve(
         belongs: Whether a late call belongs to a call in progress, which may be waiting for it, and so is accepted.
         admit: Called first for each call, also of health and reflection, with the full name of the rpc; what it raises
             refuses the call.
+        meter: Counts all calls, also those that are refused.
 
     Raises:
         ListenError: The address is not available.
@@ -193,8 +198,8 @@ async def serve(
     calls, own_calls = _Calls(status_of, draining, belongs, admit), _Calls(status_of, admit=admit)
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
-    handlers = [_handler_of(service, calls) for service in services]
-    handlers += [_handler_of(service, own_calls) for service in _own_services(options, services, draining)]
+    handlers = [_handler_of(service, calls, meter) for service in services]
+    handlers += [_handler_of(service, own_calls, meter) for service in _own_services(options, services, draining)]
     server.add_generic_rpc_handlers(tuple(handlers))
     port = _bind(server, address, options.certificates)
     sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
@@ -467,12 +472,12 @@ def _fitting_trailers(metadata: tuple[Metadatum, ...]) -> tuple[Metadatum, ...]:
 # --- From descriptors to handlers ---
 
 
-def _handler_of(service: Service, calls: _Calls) -> grpc.GenericRpcHandler:
-    handlers = {method.name: _handler(method, service.servicer, calls) for method in service.descriptor.methods}
+def _handler_of(service: Service, calls: _Calls, meter: CallMeter | None) -> grpc.GenericRpcHandler:
+    handlers = {method.name: _handler(method, service.servicer, calls, meter) for method in service.descriptor.methods}
     return grpc.method_handlers_generic_handler(service.descriptor.full_name, handlers)
 
 
-def _handler(method: MethodDescriptor, servicer: object, calls: _Calls) -> Handler:
+def _handler(method: MethodDescriptor, servicer: object, calls: _Calls, meter: CallMeter | None) -> Handler:
     run = getattr(servicer, method.name, None) or _unimplemented(method)
     _check_kind(method, run)
     rpc = _Rpc(
@@ -481,10 +486,16 @@ def _handler(method: MethodDescriptor, servicer: object, calls: _Calls) -> Handl
         parse=_parser(GetMessageClass(method.input_type)),
         serialize=GetMessageClass(method.output_type).SerializeToString,
         calls=calls,
+        meter=None if meter is None else _meter_of(method, meter),
     )
     if method.client_streaming:
         return _stream_stream(rpc)
     return _unary_stream(rpc) if method.server_streaming else _unary_unary(rpc)
+
+
+def _meter_of(method: MethodDescriptor, meter: CallMeter) -> RpcMeter:
+    streams = {"streams_requests": method.client_streaming, "streams_answers": method.server_streaming}
+    return meter.rpc(method.containing_service.full_name, method.name, **streams)
 
 
 def _check_kind(method: MethodDescriptor, run: Callable[..., Any]) -> None:
@@ -526,6 +537,7 @@ class _Rpc:
     parse: Callable[[bytes], Message]
     serialize: Callable[[Any], bytes]
     calls: _Calls
+    meter: RpcMeter | None
 
 
 def _unary_unary(rpc: _Rpc) -> Handler:
@@ -543,14 +555,16 @@ def _unary_unary(rpc: _Rpc) -> Handler:
         finally:
             calls.leave()
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return grpc.unary_unary_rpc_method_handler(handle if rpc.meter is None else _metered(handle, rpc.meter))
 
 
 def _unary_stream(rpc: _Rpc) -> Handler:
+    answer = _answer_with_stream if rpc.meter is None else _metered_stream
+
     async def handle(request: bytes, context: Context) -> None:
         received = [request]
         request = b""
-        await _answer_with_stream(rpc, context, received, lambda: rpc.parse(received.pop()))
+        await answer(rpc, context, received, lambda _: rpc.parse(received.pop()))
 
     def serialize(message: Any) -> bytes:
         # A message for many streams is already serialized, once for all of them.
@@ -560,8 +574,10 @@ def _unary_stream(rpc: _Rpc) -> Handler:
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:
+    answer = _answer_with_stream if rpc.meter is None else _metered_stream
+
     async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
-        await _answer_with_stream(rpc, context, [], lambda: _messages_of(rpc, context))
+        await answer(rpc, context, [], lambda context: _messages_of(rpc, context))
 
     return grpc.stream_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
 
@@ -573,7 +589,7 @@ async def _messages_of(rpc: _Rpc, context: Context) -> AsyncIterator[Any]:
 
 
 async def _answer_with_stream(
-    rpc: _Rpc, context: Context, received: list[bytes], request: Callable[[], object]
+    rpc: _Rpc, context: Context, received: list[bytes], request: Callable[[Context], object]
 ) -> None:
     """Send what the servicer's method yields, or let it write by itself (`context.write` serializes).
 
@@ -582,7 +598,7 @@ async def _answer_with_stream(
     """
     try:
         rpc.calls.enter(rpc.name, context)
-        answer = rpc.run(request(), context)
+        answer = rpc.run(request(context), context)
         if inspect.isasyncgen(answer):
             # Closed here, because otherwise the clean-up after a client has gone would wait for the garbage collector.
             async with aclosing(answer):
@@ -595,6 +611,78 @@ async def _answer_with_stream(
         await rpc.calls.fail(rpc.name, context, error)
     finally:
         rpc.calls.leave()
+
+
+# --- Counting calls ---
+
+
+def _metered(
+    handle: Callable[[bytes, Context], Awaitable[bytes]], meter: RpcMeter
+) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def metered(request: bytes, context: Context) -> bytes:
+        began, code = meter.begin(), _OK
+        meter.received += 1
+        received = [request]
+        request = b""
+        try:
+            answer = await handle(received.pop(), context)
+            meter.sent += 1
+            return answer
+        except BaseException:
+            code = _code_of(context)
+            raise
+        finally:
+            meter.end(began, code)
+
+    return metered
+
+
+async def _metered_stream(
+    rpc: _Rpc, context: Context, received: list[bytes], request: Callable[[Context], object]
+) -> None:
+    meter = rpc.meter
+    assert meter is not None, "its handler is made for a meter"
+    began, code = meter.begin(), _OK
+    meter.received += len(received)
+    metered: Any = _MeteredContext(context, meter)
+    try:
+        await _answer_with_stream(rpc, metered, received, request)
+    except BaseException:
+        code = _code_of(context)
+        raise
+    finally:
+        meter.end(began, code)
+
+
+def _code_of(context: Context) -> str:
+    """Return the name of the status with which a call ends that has raised."""
+    code: Any = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    left_s: Any = context.time_remaining()
+    return _TOO_LATE if left_s is not None and left_s <= 0 else _GIVEN_UP
+
+
+class _MeteredContext:
+    """A context that counts the messages of a stream."""
+
+    def __init__(self, context: Context, meter: RpcMeter) -> None:
+        self._context = context
+        self._meter = meter
+        self._write = context.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def write(self, message: Any) -> Awaitable[None]:
+        self._meter.sent += 1
+        return self._write(message)
+
+    async def read(self) -> Any:
+        message = await self._context.read()
+        if message is not grpc.aio.EOF:
+            self._meter.received += 1
+        return message
 
 
 # --- Health and reflection ---

@@ -155,12 +155,15 @@ class Certificates:
     Args:
         files: The files.
 
+    Attributes:
+        files: The files.
+
     Raises:
         TlsError: They cannot be used. Files that become unusable later are only logged, and what was read before stays.
     """
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files = files
+        self.files = files
         self._lock = threading.Lock()
         self._seen = self._signature()
         self.material = read_material(files)
@@ -168,7 +171,7 @@ class Certificates:
     @property
     def asks_clients(self) -> bool:
         """Whether clients have to show a certificate."""
-        return self._files.ca is not None
+        return self.files.ca is not None
 
     def changed(self) -> Material | None:
         """Return the contents of the files if they changed since the last call, and can be used."""
@@ -177,7 +180,7 @@ class Certificates:
             if now == self._seen:
                 return None
             try:
-                material = read_material(self._files)
+                material = read_material(self.files)
             except TlsError as error:
                 # Certificate and key are replaced one after the other: this may be the moment in between.
                 self._seen = now
@@ -188,13 +191,11 @@ class Certificates:
             if now != self._signature():
                 return None  # They are being replaced: the next connection looks again.
             self._seen, self.material = now, material
-        _log.info("read the new certificate", file=str(self._files.cert))
+        _log.info("read the new certificate", file=str(self.files.cert))
         return material
 
     def _signature(self) -> Signature:
-        return tuple(
-            _signature(path) for path in (self._files.cert, self._files.key, self._files.ca) if path is not None
-        )
+        return tuple(_signature(path) for path in (self.files.cert, self.files.key, self.files.ca) if path is not None)
 
 
 def _signature(path: Path) -> tuple[int, int, int]:

@@ -65,13 +65,16 @@ class Tokens:
     Args:
         path: The file. It belongs to the user of this process, or to root; others may neither read nor change it.
 
+    Attributes:
+        path: The file.
+
     Raises:
         TokenFileError: It cannot be used. If it becomes unusable later, no token is valid any longer; of lines that
             are wrong, only those tokens.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._seen = _signature(path)
         self._tokens, faults = _read(path)
         if faults:
@@ -89,19 +92,19 @@ class Tokens:
         return found
 
     def _refresh(self) -> None:
-        now = _signature(self._path)
+        now = _signature(self.path)
         if now == self._seen:
             return
         self._seen = now
         try:
-            self._tokens, faults = _read(self._path)
+            self._tokens, faults = _read(self.path)
         except TokenFileError as error:
             self._tokens = []
             _log.error("no token is valid until the file can be used", file=error.path, reason=error.reason)
             return
         for fault in faults:
-            _log.error("a line of the token file was left out", file=str(self._path), reason=fault)
-        _log.info("read the token file", file=str(self._path), tokens=len(self._tokens))
+            _log.error("a line of the token file was left out", file=str(self.path), reason=fault)
+        _log.info("read the token file", file=str(self.path), tokens=len(self._tokens))
 
 
 def add(path: Path, name: str, scopes: Iterable[str]) -> str:

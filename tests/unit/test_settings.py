@@ -25,6 +25,7 @@ from dspex_persist.settings import (
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store.session_store import StoreOptions
 
+ADDRESSES = ("metrics_listen",)
 FILES = ("tls_cert", "tls_key", "client_ca", "token_file")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 MIB = 1024 * 1024
@@ -79,6 +80,7 @@ def test_a_named_file_is_read_instead_of_the_default_one(
 def test_every_setting_has_its_environment_variable(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     default = getattr(Settings(), setting)
     text, expected = ("a.pem", Path("a.pem")) if setting in FILES else _other_value(default)
+    expected = text if setting in ADDRESSES else expected
     monkeypatch.setenv(variable_of(setting), text)
     assert getattr(load_settings(), setting) == expected != default
 

@@ -1,0 +1,323 @@
+"""Serves metrics over HTTP, in the formats of Prometheus, on threads of its own: a busy event loop delays no scrape.
+
+It is the only module that knows prometheus_client, which is an extra: import it where metrics are wanted.
+"""
+
+import contextlib
+import gzip
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from math import inf
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from dspex_persist.infra import forks
+from dspex_persist.infra.listen import ListenError, TcpAddress
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.metrics import Counter, Family
+from dspex_persist.infra.threads import on_new_thread
+from dspex_persist.infra.tls import Certificates, TlsFiles
+from dspex_persist.infra.traces import trace_of
+
+Source = Callable[[], Iterable[Family]]
+"""Returns families of metrics; called on any thread, once for each scrape."""
+
+_MOST_CONNECTIONS: Final = 16
+_TIMEOUT_S: Final = 10.0
+"""How long a client may take to send its request, and to take the answer."""
+_PAUSE_S: Final = 0.1
+_TEXT: Final = "text/plain; charset=utf-8"
+_log: Final = get_logger(__name__)
+
+
+class MetricsServer:
+    """An HTTP server with two pages: `/metrics`, and `/healthz`, which says whether the process can do its work.
+
+    Args:
+        address: Where to listen; port 0 takes a free one.
+        sources: What `/metrics` shows. If one of them fails, that is logged, and the others are shown.
+        health: Returns why the process cannot do its work, or "".
+        tls: The files for TLS, which are read again when they change; None to serve without encryption.
+        admit: Returns whether a token may read the metrics; None to demand no token. Nobody needs one for `/healthz`.
+
+    Attributes:
+        port: The port.
+
+    Raises:
+        ListenError: The address is not available.
+        TlsError: The files for TLS cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: TcpAddress,
+        sources: Sequence[Source],
+        *,
+        health: Callable[[], str],
+        tls: TlsFiles | None = None,
+        admit: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.scheme = "http" if tls is None else "https"
+        self._address = address
+        self._tls = None if tls is None else _Tls(tls)
+        self._pages = _Pages(sources, health, admit)
+        self._slots = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._listener = _listen(address)
+        self.port: int = self._listener.getsockname()[1]
+        self._wake, self._woken = socket.socketpair()
+        forks.register(self)
+        self._ended = on_new_thread(self._accept, "dspex-persist-metrics")
+
+    @property
+    def url(self) -> str:
+        """The address of the metrics."""
+        return f"{self.scheme}://{TcpAddress(self._address.host, self.port)}/metrics"
+
+    def close(self) -> None:
+        """Stop listening, and return when that is over; answers that are being sent may end later."""
+        self._wake.send(b"x")
+        self._ended.result()
+        forks.unregister(self)
+
+    def __enter__(self) -> "MetricsServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.ForkListener`: a child must neither occupy the address, nor keep connections open."""
+        forks.blank_sockets(self.port)
+
+    def _accept(self) -> None:
+        with self._listener, self._wake, self._woken, selectors.DefaultSelector() as selector:
+            for each in (self._listener, self._woken):
+                selector.register(each, selectors.EVENT_READ)
+            while True:
+                ready = [key.fileobj for key, _ in selector.select()]
+                if self._woken in ready:
+                    return
+                try:
+                    connection, peer = self._listener.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    # No descriptor is left, for one; the connection waits.
+                    _log.warning("a connection for metrics was not accepted", reason=str(error))
+                    time.sleep(_PAUSE_S)
+                    continue
+                if self._slots.acquire(blocking=False):
+                    on_new_thread(partial(self._answer, connection, peer), "dspex-persist-scrape")
+                else:
+                    connection.close()
+
+    def _answer(self, connection: socket.socket, peer: Any) -> None:
+        try:
+            with connection:
+                connection.settimeout(_TIMEOUT_S)
+                if self._tls is None:
+                    self._handle(connection, peer)
+                else:
+                    with self._tls.context().wrap_socket(connection, server_side=True) as secured:
+                        self._handle(secured, peer)
+        except OSError:
+            # The client has gone, or does not speak TLS.
+            return
+        finally:
+            self._slots.release()
+
+    def _handle(self, connection: socket.socket, peer: Any) -> None:
+        # What the handler calls its server is only passed on.
+        server: Any = self._pages
+        _Handler(connection, peer, server)
+
+
+def _listen(address: TcpAddress) -> socket.socket:
+    reason = "the host has no address"
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ListenError(str(address), str(error)) from error
+    for family, _, _, _, name in found:
+        both = family is socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
+        try:
+            listener = socket.create_server(name[:2], family=family, dualstack_ipv6=both)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            continue
+        # A client may be gone before it is accepted.
+        listener.setblocking(False)
+        return listener
+    raise ListenError(str(address), reason)
+
+
+class _Tls:
+    """The context of TLS for new connections, with the files as they are now."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._certificates = Certificates(files)
+        self._context = self._made()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for a connection."""
+        if self._certificates.changed() is not None:
+            # They may be changing again; then the next connection finds that.
+            with contextlib.suppress(OSError):
+                self._context = self._made()
+        return self._context
+
+    def _made(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._files.cert, self._files.key)
+        if self._files.ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self._files.ca)
+        return context
+
+
+class _Page:
+    """What is answered to a request."""
+
+    def __init__(
+        self, status: HTTPStatus, content: bytes | str, kind: str = _TEXT, headers: dict[str, str] | None = None
+    ) -> None:
+        self.status = status
+        self.content = content if isinstance(content, bytes) else content.encode()
+        self.headers = {"Content-Type": kind, "Content-Length": str(len(self.content)), **(headers or {})}
+
+
+class _Pages:
+    """What is at which path. Usable from any thread."""
+
+    def __init__(
+        self, sources: Sequence[Source], health: Callable[[], str], admit: Callable[[str], bool] | None
+    ) -> None:
+        self._health = health
+        self._admit = admit
+        # One at a time: several scrapes at once would only take longer.
+        self._turn = forks.Lock()
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Families(sources))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+
+    def answer(self, request: "_Handler") -> _Page:
+        """Return the page for a request."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            reason = self._health()
+            return _Page(HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK, f"{reason or 'ok'}\n")
+        if path != "/metrics":
+            return _Page(HTTPStatus.NOT_FOUND, "there is only /metrics and /healthz\n")
+        scheme, _, token = (request.headers.get("Authorization") or "").partition(" ")
+        with self._turn:
+            if self._admit is not None and not (scheme.lower() == "bearer" and self._admit(token.strip())):
+                challenge = {"WWW-Authenticate": "Bearer"}
+                return _Page(HTTPStatus.UNAUTHORIZED, "this takes a token with the scope read\n", headers=challenge)
+            return self._metrics(request)
+
+    def _metrics(self, request: "_Handler") -> _Page:
+        encode, kind = choose_encoder(request.headers.get("Accept") or "")
+        content = encode(self._registry)
+        headers = {"Vary": "Accept, Accept-Encoding"}
+        if gzip_accepted(request.headers.get("Accept-Encoding") or ""):
+            content = gzip.compress(content, 1)
+            headers["Content-Encoding"] = "gzip"
+        return _Page(HTTPStatus.OK, content, kind, headers)
+
+
+class _Families(Collector):
+    """Our families, as prometheus_client wants them."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._errors = Counter(
+            "dspex_persist_scrape_errors_total", "Parts of the metrics that could not be read; the log has the reason."
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        for source in self._sources:
+            try:
+                families = list(source())
+            except Exception as error:  # noqa: BLE001 -- a boundary: the other metrics are needed most when one fails
+                self._errors.add()
+                _log.error("metrics could not be read", traceback=trace_of(error))
+                continue
+            for family in families:
+                # Lets other threads run: making the text of all of them takes longer than an event loop may wait.
+                time.sleep(0)
+                yield _metric_of(family)
+        yield _metric_of(self._errors.family())
+
+
+def _metric_of(family: Family) -> Metric:
+    if family.kind == "histogram":
+        histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+        for labels, buckets, total in family.distributions:
+            histogram.add_metric(labels, [(_bound(bound), count) for bound, count in buckets], total)
+        return histogram
+    kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    metric = kind(family.name, family.help, labels=family.labels)
+    for labels, value in family.samples:
+        metric.add_metric(labels, value)
+    return metric
+
+
+def _bound(bound: float) -> str:
+    return "+Inf" if bound == inf else str(float(bound))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request of one connection."""
+
+    timeout = _TIMEOUT_S
+
+    def version_string(self) -> str:
+        """Return what the header Server says."""
+        return "dspex-persist"
+
+    def do_GET(self) -> None:
+        """Answer a request."""
+        self._send(body=True)
+
+    def do_HEAD(self) -> None:
+        """Answer a request for the headers only."""
+        self._send(body=False)
+
+    def _send(self, *, body: bool) -> None:
+        pages: Any = self.server
+        try:
+            page: _Page = pages.answer(self)
+        except Exception as error:  # noqa: BLE001 -- the last boundary: logs every error
+            _log.error("a request for metrics failed", traceback=trace_of(error))
+            page = _Page(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the log has the reason\n")
+        self.send_response(page.status)
+        for name, value in page.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(page.content)
+
+    def log_message(self, format: str, *_: Any) -> None:
+        """Log nothing: requests come every few seconds."""
