@@ -3,7 +3,10 @@
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+ENV_PREFIX: Final = "DSPEX_PERSIST_"
+"""How the environment variables begin that say what is not said in a call."""
 
 R = TypeVar("R")
 

@@ -26,9 +26,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.spelling import closest, did_you_mean
 
-ENV_PREFIX: Final = "DSPEX_PERSIST_"
 CONFIG_VARIABLE: Final = f"{ENV_PREFIX}CONFIG"
 DEFAULT_CONFIG: Final = Path("dspex-persist.toml")
 

@@ -6,12 +6,10 @@ Heavy modules are imported where they are used: a client needs no SQL, a databas
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import inspect
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -20,19 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspex_persist.errors import DspexError
-from dspex_persist.infra import forks, streams
+from dspex_persist.infra import streams
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
+from dspex_persist.infra.stopping import End, loop_factory, spare_the_collector
 from dspex_persist.opening import Opening
 from dspex_persist.settings import (
-    CONFIG_VARIABLE,
-    LimitSettings,
     PoolSettings,
     Settings,
     SettingsError,
     flag_of,
-    variable_of,
 )
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import (
@@ -64,21 +60,16 @@ if TYPE_CHECKING:
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.store.maintenance.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
+    from dspex_persist.working import Options as WorkerOptions
 
 EXIT_STORAGE_FAILED: Final = 70
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 # How often Python switches threads, in seconds (Python's default is 0.005).
 SWITCH_INTERVAL_S: Final = 0.005
-# After how many new objects the garbage collector looks for cycles.
-_COLLECT_AFTER: Final = 20_000
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
 _ANSWER_FAILED_S: Final = 1.0
-# How long a worker lets code go on when the server ends it.
-_WORKER_GRACE_S: Final = 1.0
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
 _STARTING_S: Final = 3_600.0
 _ENDING_S: Final = 600.0
-_WORKERS_SETTINGS: Final = (*LimitSettings.model_fields, "max_message_bytes")
 # Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
 
@@ -451,7 +442,7 @@ def serve(settings: Settings) -> None:
         _check_metrics(settings, has_tls=certificates is not None)
         _quiet(settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_serve(settings, certificates, tokens, notifier))
     except (DspexError, SettingsError) as error:
         notifier.status(str(error))
@@ -483,67 +474,6 @@ def _quiet(settings: Settings) -> None:
     # Alembic logs each of its plugins at INFO. Only the upgrade of a file is worth reporting.
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
     logging.getLogger("alembic.runtime.migration").addFilter(lambda record: str(record.msg).startswith("Running"))
-    # gRPC logs a traceback whenever headers in another encoding are read.
-    logging.getLogger("grpc._cython.cygrpc").addFilter(
-        lambda record: not str(record.msg).startswith("Invalid encoding")
-    )
-
-
-def serve_worker(settings: Settings, callback: str) -> None:
-    """Run the tools in `settings` for the server that has started this process, until SIGTERM.
-
-    Prints `GRPC_READY:<port>` on stdout when it is ready; logs go to stderr.
-
-    Args:
-        settings: The tools, their threads, the limits, and where to listen.
-        callback: The address at which the server answers this process.
-
-    Raises:
-        SettingsError: The address can be reached from other machines.
-        ToolLoadError: There are no tools.
-        ListenError: The address is in use, or cannot be bound.
-    """
-    _check_listen(settings, has_tls=False)
-    _quiet(settings)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve_worker(settings, callback))
-
-
-async def _serve_worker(settings: Settings, callback: str) -> None:
-    from dspex_persist.infra import server
-    from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
-    from dspex_persist.state.bridge.status import status_of
-    from dspex_persist.state.bridge.worker_service import WorkerServicer
-    from dspex_persist.state.bridge.worker_session import Callback
-
-    end = _End(asyncio.get_running_loop(), "")
-    tools = _load_tools(settings)
-
-    def on_ready(port: int) -> None:
-        _spare_the_collector(had_tools=True)
-        streams.print_line(f"GRPC_READY:{port}")
-
-    with Callback(callback) as state:
-        servicer = WorkerServicer(state, tools, threads=settings.tool_threads, limits=limits_of(settings))
-        end.on_signals()
-        try:
-            await server.serve(
-                server.ServerOptions(
-                    settings.listen,
-                    max_message_bytes=int(settings.max_message_bytes),
-                    grace_s=_WORKER_GRACE_S,
-                    reflection=False,
-                ),
-                [server.Service(BRIDGE_SERVICE, servicer)],
-                status_of=status_of,
-                on_ready=on_ready,
-                stop=end.stop,
-                # The server decides what still runs.
-                belongs=lambda _: True,
-            )
-        finally:
-            interrupts.take_from_loop()
-            servicer.close()
 
 
 def _check_listen(settings: Settings, *, has_tls: bool) -> None:
@@ -632,13 +562,22 @@ def _tokens_of(settings: Settings) -> "Tokens | None":
         raise SettingsError("token_file", str(error)) from error
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return uvloop, which handles some 15 % more calls per second, if it is installed."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return asyncio.new_event_loop
-    return new_event_loop
+def serve_worker(settings: Settings, callback: str) -> None:
+    """Run the tools in `settings` for a server, until SIGTERM; see `working.run`.
+
+    Args:
+        settings: The tools, their threads, the limits, and where to listen.
+        callback: The address at which the server answers this process.
+
+    Raises:
+        SettingsError: The address can be reached from other machines.
+        ToolLoadError: There are no tools.
+        ListenError: The address is in use, or cannot be bound.
+    """
+    from dspex_persist.working import run
+
+    _check_listen(settings, has_tls=False)
+    run(_worker_options(settings), settings.listen, callback)
 
 
 async def _serve(
@@ -813,7 +752,7 @@ async def _serve_bridge(
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
-        _spare_the_collector(had_tools=bool(tools))
+        spare_the_collector(had_tools=bool(tools))
         scheme = "" if certificates is None else "grpcs://"
         address = f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen
         engine.announce(address)
@@ -1002,72 +941,31 @@ def _worker_command(settings: Settings, here: Path) -> "WorkerCommand":
     """Return how a worker of ours is started: a new interpreter, which imports the tools by itself."""
     from dspex_persist.infra.worker import WorkerCommand
 
-    tools = [word for name in settings.tools for word in ("--tools", name)]
-    record_lm = "--record-lm" if settings.record_lm else "--no-record-lm"
-    return WorkerCommand(
-        (
-            *(sys.executable, "-m", "dspex_persist", "worker", *tools, record_lm),
-            *("--tool-threads", str(settings.tool_threads)),
-            *("--listen", "unix:{socket}", "--callback", "{callback}"),
-        ),
-        "unix:{socket}",
-        env={
-            CONFIG_VARIABLE: os.devnull,
-            **{variable_of(name): str(int(getattr(settings, name))) for name in _WORKERS_SETTINGS},
-            variable_of("log_level"): settings.log_level,
-            variable_of("log_style"): "json",
-        },
-        cwd=here,
+    options = _worker_options(settings).written()
+    argv = (sys.executable, "-m", "dspex_persist.working", options, "unix:{socket}", "{callback}")
+    return WorkerCommand(argv, "unix:{socket}", cwd=here)
+
+
+def _worker_options(settings: Settings) -> "WorkerOptions":
+    from dspex_persist.working import Options
+
+    return Options(
+        tools=settings.tools,
+        record_lm=settings.record_lm,
+        tool_threads=settings.tool_threads,
+        max_message_bytes=int(settings.max_message_bytes),
+        log_level=settings.log_level,
+        limits=limits_of(settings),
     )
 
 
-def _spare_the_collector(*, had_tools: bool) -> None:
-    """Have the garbage collector examine only new objects, and less often.
-
-    The existing objects, mostly modules, live until the end of the process. A group of writes allocates thousands of
-    objects that reference counting frees right afterwards; with the default threshold of 700, the collector would
-    examine them several times before that.
-
-    Importing this package leaves about a thousand garbage objects, which take less memory than finding them takes time.
-    Importing the tools may have left any number of them.
-    """
-    if had_tools:
-        gc.collect()
-    gc.freeze()
-    gc.set_threshold(_COLLECT_AFTER)
-    # The command line disables it during the start.
-    gc.enable()
-
-
-class _End:
+class _End(End):
     """Stops the server: on a signal, or when its storage fails."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
-        self.stop = asyncio.Event()
+        super().__init__(loop)
         self.failure: StorageFailedError | None = None
-        self._loop = loop
         self._path = path
-        forks.register(self)
-        forks.guard_signals(*_SIGNALS)
-
-    def on_signals(self) -> None:
-        """Handle SIGTERM and SIGINT from now on."""
-        for number in _SIGNALS:
-            self._loop.add_signal_handler(number, self._on_signal, number)
-        interrupts.give_to_loop()
-
-    def _on_signal(self, number: signal.Signals) -> None:
-        for each in _SIGNALS:
-            self._loop.remove_signal_handler(each)
-            # The next signal ends the process at once, which loses no acknowledged write.
-            signal.signal(each, signal.SIG_DFL)
-        # Logged only now, because a reader of the log may send the second signal as soon as the line appears.
-        _log.info("draining", signal=number.name)
-        self.stop.set()
-
-    def forked(self, *, quiet: bool) -> None:
-        """Keep a process that a tool forks from running on as a second server."""
-        forks.end_on(self._loop)
 
     def on_storage_failed(self, error: BaseException) -> None:
         """Stop the server, and end the process if that takes too long.

@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
@@ -33,10 +32,9 @@ from dspex_persist.cli.live import watch as watch_command
 from dspex_persist.cli.output import complain
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
+from dspex_persist.infra.exits import end_in_time
 
 _LIVE: Final = "Live sessions"
-_PATIENCE_S: Final = 2.0
-"""How long a finished command waits for the interpreter to exit, in seconds."""
 _COLLECT_AFTER: Final = 20_000
 """After how many new objects the garbage collector looks for cycles while a command runs."""
 
@@ -109,19 +107,8 @@ def main() -> None:
     if instruction:
         sys.exit(streams.finish(shells.answer(typer.main.get_command(app), instruction)))
     code = streams.finish(_run(sys.argv[1:]))
-    # At the exit of the interpreter, because a program that calls `main` may continue. Thread pools register there,
-    # too, and the callback registered last is called first.
-    threading._register_atexit(_end_in_time, code)  # type: ignore[attr-defined]
+    end_in_time(code)
     sys.exit(code)
-
-
-def _end_in_time(code: int) -> None:
-    """End the process after a while. The interpreter would wait for thread pools that tools used, without limit."""
-    # The interpreter would look for cycles several times among all modules: a quarter of the time of a short command.
-    gc.freeze()
-    deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
-    deadline.daemon = True
-    deadline.start()
 
 
 def _run(words: list[str]) -> int:

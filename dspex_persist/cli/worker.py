@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 HELP = (
-    "Run tools for a server, which starts this command itself (serve --workers).\n\n"
+    "Run tools for a server. With serve --workers, a server starts such processes itself.\n\n"
     "It answers the server at --listen, and calls it at --callback. Prints GRPC_READY:<port> on stdout when it is "
     "ready (0: a Unix socket); logs go to stderr. Limits come from the environment, as for serve."
 )

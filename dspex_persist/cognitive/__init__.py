@@ -3,24 +3,26 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dspex_persist.cognitive.context import Context
-from dspex_persist.cognitive.variables import Variables
-
 if TYPE_CHECKING:
+    from dspex_persist.cognitive.context import Context as Context
     from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
     from dspex_persist.cognitive.tools import Tool as Tool
     from dspex_persist.cognitive.tools import tool as tool
+    from dspex_persist.cognitive.variables import Variables as Variables
 
-# Imported on first access: signatures are read with pydantic, whose import takes time.
+# Imported on first access: signatures are read with pydantic, whose import takes time, and a process that only runs
+# tools has no contexts.
 _HOMES = {
+    "Context": "dspex_persist.cognitive.context",
     "Tool": "dspex_persist.cognitive.tools",
     "ToolContext": "dspex_persist.cognitive.tool_context",
     "Toolbox": "dspex_persist.cognitive.toolbox",
+    "Variables": "dspex_persist.cognitive.variables",
     "tool": "dspex_persist.cognitive.tools",
 }
 
-__all__ = ["Context", "Tool", "ToolContext", "Toolbox", "Variables", "tool"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

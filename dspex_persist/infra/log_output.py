@@ -11,17 +11,14 @@ from typing import Final, Literal, TextIO, get_args
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
-from dspex_persist.infra.logs import FIELDS, LINES
+from dspex_persist.infra.logs import FIELDS, LINES, LogHandler, LogLevel, quiet_libraries
 
 LogStyle = Literal["auto", "json", "console"]
-LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 _JSON: Final[list[Processor]] = [
     structlog.processors.format_exc_info,
     structlog.processors.JSONRenderer(default=repr),
 ]
-# Below WARNING these log nothing useful, and at DEBUG a line for each call.
-_NOISY_LOGGERS: Final = ("asyncio", "grpc._cython.cygrpc")
 
 
 def configure_logs(level: LogLevel, style: LogStyle, *, stream: TextIO | None = None) -> None:
@@ -97,17 +94,8 @@ def _write_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
     stream.write(_printable(written.getvalue(), keep="\n\t"))
 
 
-class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to a stream that may fail, as with a closed pipe or a full disk, without affecting the program."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Drop the event if the stream has failed."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
 def _configure_stdlib(number: int, shared: list[Processor], render: list[Processor], target: TextIO) -> None:
-    handler = _Handler(target)
+    handler = LogHandler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _add_fields],
@@ -116,8 +104,7 @@ def _configure_stdlib(number: int, shared: list[Processor], render: list[Process
     )
     logging.basicConfig(level=number, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+    quiet_libraries(number)
 
 
 def _add_fields(_logger: object, _method: str, event: EventDict) -> EventDict:

@@ -4,19 +4,27 @@ As a library, the package writes nothing by itself: its loggers, called `dspex_p
 calls `configure_logs` of `log_output`: then each event is one line on stderr, including the events of other libraries.
 """
 
+import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, TextIO
 
 from dspex_persist.infra.traces import trace_of
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 DEBUG: Final = logging.DEBUG
 INFO: Final = logging.INFO
 FIELDS: Final = "dspex_fields"
 """The attribute of a log record with the fields of an event."""
 LINES: Final = ("traceback", "exception")
 """Fields that are text of several lines."""
+
+
+# Below WARNING these log nothing useful, and at DEBUG a line for each call.
+_NOISY_LOGGERS: Final = ("asyncio", "grpc._cython.cygrpc")
 
 
 class EventLogger:
@@ -88,3 +96,39 @@ def quiet_grpc() -> None:
     Only works before the first `import grpc` of the process. A `GRPC_VERBOSITY` in the environment has precedence.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def quiet_libraries(level: int) -> None:
+    """Keep libraries from logging what nobody needs, in a process whose logs are written from `level` on."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    # gRPC logs a traceback whenever headers in another encoding are read.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(
+        lambda record: not str(record.msg).startswith("Invalid encoding")
+    )
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes to a stream that may fail, as with a closed pipe or a full disk, without affecting the program."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the event if the stream has failed."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class JsonLines(logging.Formatter):
+    """Formats each event as one line of JSON, with the fields that `log_output` writes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        event = {
+            "event": record.getMessage(),
+            "source": record.name,
+            **getattr(record, FIELDS, {}),
+            "level": record.levelname.lower(),
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat().replace("+00:00", "Z"),
+        }
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return json.dumps(event, default=repr)

@@ -9,14 +9,14 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 import structlog
 
 from dspex_persist.infra.log_output import LogStyle, configure_logs
-from dspex_persist.infra.logs import get_logger, quiet_grpc
+from dspex_persist.infra.logs import JsonLines, LogHandler, get_logger, quiet_grpc
 
 _SECRET = "the-users-value"
 
@@ -65,6 +65,24 @@ def test_an_event_of_a_library_looks_the_same() -> None:
     (event,) = _lines(stream)
     assert event.pop("timestamp")
     assert event == {"event": "took 3 s", "level": "warning", "source": "some.library", "rpc": "Ping"}
+
+
+def test_lines_without_structlog_have_the_same_fields() -> None:
+    ours, theirs = io.StringIO(), io.StringIO()
+    configure_logs("info", "json", stream=ours)
+    handler = LogHandler(theirs)
+    handler.setFormatter(JsonLines())
+    logging.getLogger().addHandler(handler)
+    get_logger("tests").info("two\nlines", size_bytes=3, raw=b"\xff")
+    logging.getLogger("some.library").warning("took %d s", 3)
+    try:
+        raise ValueError(_SECRET[::-1])
+    except ValueError:
+        logging.getLogger("some.library").exception("it failed")
+    first, second = _lines(ours), _lines(theirs)
+    for event in (*first, *second):
+        assert datetime.fromisoformat(event.pop("timestamp")).utcoffset() == timedelta(0)
+    assert first == second
 
 
 def test_a_warning_is_an_event() -> None:

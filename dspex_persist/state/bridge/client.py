@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Final, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, Unpack
 from weakref import WeakSet
 
 import grpc
 
 from dspex_persist.infra.futures import failed, settled
-from dspex_persist.infra.pool import PoolStatistics
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
@@ -55,7 +54,6 @@ from dspex_persist.state.bridge.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
-from dspex_persist.state.bridge.rpcs.workers import pools_in
 from dspex_persist.state.bridge.secure import PathLike, Peer
 from dspex_persist.state.bridge.status import error_of_call
 from dspex_persist.state.bridge.transaction_client import BridgedTransaction
@@ -85,6 +83,9 @@ from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.tools.session import current_execution_id
+
+if TYPE_CHECKING:
+    from dspex_persist.infra.pool import PoolStatistics
 
 R = TypeVar("R")
 
@@ -338,8 +339,11 @@ class BridgedState(
                 here.close()
                 self._forget(session_id)
 
-    def list_workers(self) -> tuple[PoolStatistics, ...]:
+    def list_workers(self) -> "tuple[PoolStatistics, ...]":
         """Return the pools of the server with their workers, as they are now."""
+        # A program that does not ask for them need not know of pools.
+        from dspex_persist.state.bridge.rpcs.workers import pools_in
+
         self.check_open()
         self._line.admit()
         try:

@@ -14,7 +14,7 @@ import grpc
 from dspex_persist.infra.channels import Options, channel_options, is_here
 from dspex_persist.infra.listen import TLS_SCHEME, target_of
 from dspex_persist.infra.tls import TlsError, read_authorities, read_pair
-from dspex_persist.settings import ENV_PREFIX
+from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.state.errors import InvalidArgumentError, quote
 
 PathLike = str | os.PathLike[str]
