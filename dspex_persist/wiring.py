@@ -832,7 +832,9 @@ async def _serve_bridge(
         if settings.metrics_listen is not None:
             meter = CallMeter()
             stack.enter_context(_serve_metrics(settings, certificates, tokens, [meter.families], unfit))
-        await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor))
+        await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor, stop=end.stop))
+        if end.stop.is_set():
+            return
         await server.serve(
             server.ServerOptions(
                 listen,
@@ -915,7 +917,8 @@ def _plans(settings: Settings, here: Path) -> "list[PoolPlan]":
     plans: list[PoolPlan] = []
     if settings.workers and settings.tools:
         command = dataclasses.replace(_worker_command(settings, here), **timeouts(own))
-        plans.append(PoolPlan(OWN, command, options(own, settings.workers)))
+        named = {"size": f"workers ({flag_of('workers')})", "command": f"tools ({flag_of('tools')})"}
+        plans.append(PoolPlan(OWN, command, options(own, settings.workers), settings=named))
     for name, pool in given.items():
         if not pool.command:
             raise SettingsError(f"pools.{name}.command", "name the command line that starts a worker")

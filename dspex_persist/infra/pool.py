@@ -28,6 +28,7 @@ from dspex_persist.infra.pool_errors import (
     WorkerExitedError,
     WorkerLostError,
     WorkerTimeoutError,
+    setting_of,
 )
 from dspex_persist.infra.worker import Worker, WorkerCommand, WorkerStartError
 
@@ -116,6 +117,7 @@ class Contact:
 
 
 C = TypeVar("C", bound=Contact)
+E = TypeVar("E", bound=PoolError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +285,12 @@ class Lease(Generic[C]):
         if worker.has_exited:
             return self.exited()
         self.discard(reason)
-        return WorkerLostError(self.pool.name, self.worker, reason)
+        return self.pool.error(WorkerLostError, self.worker, reason)
 
     def exited(self) -> WorkerExitedError:
         """Return the error of a call whose worker has exited."""
         worker = self.member.worker
-        return WorkerExitedError(self.pool.name, self.worker, worker.ending, worker.tail)
+        return self.pool.error(WorkerExitedError, self.worker, worker.ending, worker.tail)
 
 
 class _Waiter(Generic[C]):
@@ -319,6 +321,7 @@ class WorkerPool(Generic[C]):
         *,
         run: Run,
         options: PoolOptions | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         """Make a pool without workers.
 
@@ -328,8 +331,11 @@ class WorkerPool(Generic[C]):
             contact: Makes what its user keeps for a worker, given the id of that.
             run: What the workers belong to; several pools can share one. Its owner closes it, after the pools.
             options: The size and limits.
+            settings: What the options and those of the command are called in errors, by their names; by default
+                `pools.NAME.OPTION`.
         """
         self.name = name
+        self._settings = settings or {}
         self.options = options or PoolOptions()
         self._command = command
         self._contact = contact
@@ -383,7 +389,7 @@ class WorkerPool(Generic[C]):
         if firsts and not self._counts["started"]:
             reason = self._last_failure
             await self.close()
-            raise PoolStartError(self.name, reason)
+            raise self.error(PoolStartError, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -424,7 +430,7 @@ class WorkerPool(Generic[C]):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        closed = PoolUnavailableError(self.name, "it is closed")
+        closed = self.error(PoolUnavailableError, "it is closed")
         self._fail_waiters(closed)
         for member in list(self._members.values()):
             if member.lease is not None and member.lease.interrupt is not None:
@@ -472,6 +478,10 @@ class WorkerPool(Generic[C]):
             member.keys.discard(key)
             self._dispatch()
 
+    def error(self, kind: Callable[..., E], *fields: object) -> E:
+        """Return an error of this pool."""
+        return kind(self.name, *fields, settings=self._settings)
+
     def statistics(self) -> PoolStatistics:
         """Return what the pool does now, and what it has counted."""
         now = self._time()
@@ -510,7 +520,7 @@ class WorkerPool(Generic[C]):
     ) -> Lease[C]:
         """Wait for a worker; use `lend`."""
         if parent is not None and parent.depth >= self.options.nesting:
-            raise NestedTooDeepError(self.name, self.options.nesting)
+            raise self.error(NestedTooDeepError, self.options.nesting)
         self._numbers += 1
         waiter = _Waiter[C](self._numbers, key, parent)
         while True:
@@ -547,7 +557,7 @@ class WorkerPool(Generic[C]):
             if waiter.turn.done() and not waiter.turn.cancelled():
                 return waiter.turn.result()
             self._counts["queue_timeouts"] += 1
-            raise QueueTimeoutError(self.name, queue_s, self._described()) from None
+            raise self.error(QueueTimeoutError, queue_s, self._described()) from None
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
                 self._give_back(waiter.turn.result())
@@ -569,7 +579,7 @@ class WorkerPool(Generic[C]):
         if self._state == "draining" and parent is not None:
             return
         if self._state != "running":
-            raise PoolUnavailableError(self.name, f"it is {self._state.replace('new', 'not started')}")
+            raise self.error(PoolUnavailableError, f"it is {self._state.replace('new', 'not started')}")
 
     def _check_wait(self, waiter: _Waiter[C]) -> None:
         if not self._members and not self._starting and self._circuit.state == "open":
@@ -578,15 +588,15 @@ class WorkerPool(Generic[C]):
         alike = sum((each.parent is None) is (waiter.parent is None) for each in self._waiters)
         if alike >= self.options.queue_size:
             self._counts["saturated"] += 1
-            raise PoolSaturatedError(self.name, self.options.size, alike)
+            raise self.error(PoolSaturatedError, self.options.size, alike)
         home = self._homes.get(waiter.key or "")
         if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
             self._counts["saturated"] += 1
-            raise WorkerBusyError(self.name, home.worker.id)
+            raise self.error(WorkerBusyError, home.worker.id)
 
     def _failing(self) -> PoolUnavailableError:
         reason = f"{self._failures} workers in a row failed at once; no other is started for a while"
-        return PoolUnavailableError(self.name, f"{reason}. The last: {self._last_failure}")
+        return self.error(PoolUnavailableError, f"{reason}. The last: {self._last_failure}")
 
     def _pick(self, waiter: _Waiter[C]) -> _Member[C] | None:
         """The idle worker for a call, if there is one; no spare."""
@@ -772,7 +782,8 @@ class WorkerPool(Generic[C]):
                 raise WorkerStartError(worker_id, f"what it needs cannot be opened: {error}") from error
             tail = "" if worker is None else worker.tail
             if isinstance(error, TimeoutError):
-                limit = f"within {self._command.ready_timeout_s:g} s (pools.{self.name}.ready_timeout_s)"
+                setting = setting_of(self.name, "ready_timeout_s", self._settings)
+                limit = f"within {self._command.ready_timeout_s:g} s ({setting})"
                 what = "said that it is ready, but did not answer" if worker and worker.address else "was not ready"
                 raise WorkerStartError(worker_id, f"it {what} {limit}", tail) from error
             if isinstance(error, Exception):
@@ -930,12 +941,13 @@ class WorkerPool(Generic[C]):
             for member in list(self._members.values()):
                 rss = member.worker.rss_bytes if member.lease is not None else 0
                 if member.lease is not None and member.lease.interrupt is not None and rss > most:
-                    reason = f"it had {rss} bytes of memory in use, more than pools.{self.name}.kill_rss_bytes"
+                    most_of = setting_of(self.name, "kill_rss_bytes", self._settings)
+                    reason = f"it had {rss} bytes of memory in use, more than {most_of}"
                     self._counts["replaced"] += 1
                     # Now: the memory is wanted by others.
                     member.worker.kill()
                     member.leave(reason)
-                    member.lease.interrupt(WorkerLostError(self.name, member.worker.id, reason))
+                    member.lease.interrupt(self.error(WorkerLostError, member.worker.id, reason))
 
     async def _check(self, member: _Member[C]) -> None:
         if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
@@ -1056,7 +1068,7 @@ class _Lending(Generic[C]):
     def _time_out(self) -> None:
         lease = self._lease
         limit_s = self._timeout_s if self._timeout_s is not None else self._pool.options.call_timeout_s
-        self._interrupt(WorkerTimeoutError(self._pool.name, lease.worker, limit_s or 0.0, lease.member.worker.ending))
+        self._interrupt(self._pool.error(WorkerTimeoutError, lease.worker, limit_s or 0.0, lease.member.worker.ending))
 
     def _interrupt(self, error: PoolError) -> None:
         if self._error is None and self._lease.interrupt is not None:

@@ -1,18 +1,25 @@
 """The errors of a pool of workers: which pool, what happened, and the setting to change."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dspex_persist.errors import DspexError
 
 
 @dataclass(eq=False)
 class PoolError(DspexError):
-    """A call got no worker of the pool `pool`, or lost it."""
+    """A call got no worker of the pool `pool`, or lost it.
+
+    Attributes:
+        pool: The name of the pool.
+        settings: What its settings are called that are not called `pools.NAME.SETTING`.
+    """
 
     pool: str
+    settings: Mapping[str, str] = field(default_factory=dict, kw_only=True, repr=False)
 
     def _setting(self, name: str) -> str:
-        return f"pools.{self.pool}.{name}"
+        return setting_of(self.pool, name, self.settings)
 
 
 @dataclass(eq=False)
@@ -135,6 +142,11 @@ class PoolStartError(PoolError):
 
     def __str__(self) -> str:
         return f"pool {self.pool} has no workers: {self.reason}; correct {self._setting('command')}"
+
+
+def setting_of(pool: str, name: str, settings: Mapping[str, str]) -> str:
+    """Return what a setting of a pool is called."""
+    return settings.get(name) or f"pools.{pool}.{name}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dspex_persist.infra.process import ProcessFailedError
+from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 from dspex_persist.replay import replay
 from dspex_persist.state import errors
 from dspex_persist.state.audit import ExecutionDetail
@@ -161,6 +161,7 @@ def test_a_call_that_waits_in_vain_is_refused(provider: BridgedState, session: s
         assert result_of(holding.result()) == "held"
     assert (refused.status, refused.error_code) == (ExecutionStatus.FAILED, "QUEUE_TIMEOUT")
     assert "1 of 1 workers busy" in str(refused.error)
+    assert "raise workers (--workers) or pools.tools.queue_timeout_s" in str(refused.error)
 
 
 def test_code_that_goes_on_writes_nothing_into_the_next_execution(
@@ -210,5 +211,22 @@ def test_a_pool_without_workers_says_why_and_ends_the_server(tmp_path: Path) -> 
         "if os.environ.get('DSPEX_WORKER'):\n    raise RuntimeError('not here')\n"
         "@tool\ndef fine() -> int:\n    '''Return 1.'''\n    return 1\n"
     )
-    with pytest.raises(ProcessFailedError, match=r"(?s)pool tools has no workers: .*not here"):
+    with pytest.raises(ProcessFailedError, match=r"(?s)pool tools has no workers: .*not here.*; correct tools"):
         ServedDatabase(tmp_path / "sessions.db", {"tools": "moody", "workers": 1}, import_from=tmp_path)
+
+
+def test_sigterm_ends_a_server_whose_workers_are_starting(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, threading\nfrom dspex_persist import tool\n"
+        "if worker := os.environ.get('DSPEX_WORKER'):\n"
+        "    pathlib.Path(f'{worker}.pid').write_text(str(os.getpid()))\n    threading.Event().wait()\n"
+        "@tool\ndef fine() -> int:\n    '''Return 1.'''\n    return 1\n"
+    )
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", "sessions.db", "--listen", "127.0.0.1:0"]
+    with ServerProcess([*argv, "--tools", "slow", "--workers", "1"], env=environment(), cwd=tmp_path) as server:
+        worker = int(until_there(tmp_path / "tools-1.pid"))
+        # Long before the time is up that a worker has to start.
+        assert server.terminate(within(5)) == 0
+        assert is_gone(worker)
+        with pytest.raises(ProcessFailedError, match="not ready"):
+            _ = server.port

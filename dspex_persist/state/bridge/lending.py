@@ -58,9 +58,7 @@ _ERRORS: Final[Mapping[type[pool_errors.PoolError], Callable[[str, str], ToolPoo
 def error_of_pool(tool: str, error: pool_errors.PoolError) -> StateError:
     """Return the error with which an execution ends when its pool fails it."""
     kind = _ERRORS.get(type(error))
-    # The size of this server's own pool has a setting of its own.
-    reason = str(error).replace("pools.tools.size", "workers (--workers)")
-    return RemoteToolError(tool, f"pool {error.pool}", reason) if kind is None else kind(tool, reason)
+    return RemoteToolError(tool, f"pool {error.pool}", str(error)) if kind is None else kind(tool, str(error))
 
 
 class WorkerContact(Contact, Running):

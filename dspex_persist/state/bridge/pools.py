@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from dspex_persist.infra.orphans import Run
 from dspex_persist.infra.pool import PoolOptions, PoolStatistics, WorkerPool
@@ -33,6 +33,7 @@ class PoolPlan:
         tools: The tools that are passed on to it, whether its workers register them or not.
         streaming: Which of them stream.
         takes_binary: Whether parameters of these tools may have binary content.
+        settings: What its settings are called in errors; see `WorkerPool`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PoolPlan:
     tools: tuple[str, ...] = ()
     streaming: frozenset[str] = field(default_factory=frozenset)
     takes_binary: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pools:
@@ -78,13 +80,16 @@ class Pools:
         self.ports: Mapping[str, PoolPort] = others
 
     @asynccontextmanager
-    async def running(self, subject: str, bridge: BridgeServicer, audit: AuditServicer) -> AsyncIterator[None]:
-        """Keep all workers running.
+    async def running(
+        self, subject: str, bridge: BridgeServicer, audit: AuditServicer, *, stop: asyncio.Event
+    ) -> AsyncIterator[None]:
+        """Keep all workers running. The block is entered when they have started, or when `stop` is set before that.
 
         Args:
             subject: See `Run`.
             bridge: Answers their callbacks.
             audit: Answers those of the second service.
+            stop: Set when the server is to end.
 
         Raises:
             PoolStartError: No worker of a pool starts.
@@ -100,7 +105,7 @@ class Pools:
             async with AsyncExitStack() as stack:
                 for pool in pools.values():
                     stack.push_async_callback(pool.close)
-                await asyncio.gather(*(pool.start() for pool in pools.values()))
+                await _unless(stop, asyncio.gather(*(pool.start() for pool in pools.values())))
                 for name, pool in pools.items():
                     self._lenders[name].use(pool)
                 yield
@@ -129,4 +134,18 @@ class Pools:
             # They know only hosts and ports.
             return WorkerContact("127.0.0.1:0", callbacks, self._max_message_bytes)
 
-        return WorkerPool(plan.name, plan.command, contact, run=run, options=plan.options)
+        return WorkerPool(plan.name, plan.command, contact, run=run, options=plan.options, settings=plan.settings)
+
+
+async def _unless(stop: asyncio.Event, work: "asyncio.Future[Any]") -> None:
+    """Wait for work; cancel it as soon as `stop` is set."""
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        work.cancel()
+    outcomes: list[object] = await asyncio.gather(work, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not stop.is_set():
+            raise outcome
