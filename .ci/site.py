@@ -172,6 +172,11 @@ KINDS = {
 MODULES = {
     "audit": Kind("Audits", "Queries of the history: see [Queries](../audit.md).", ("audit",)),
     "replay": Kind("Replay", "Running recordings again: see [Replay](../replay.md).", ("replay",)),
+    "compat": Kind(
+        "Existing adapters",
+        "`dspex_persist.compat`: see [Coming from DSPex](../from-dspex.md#adapters-of-existing-workers).",
+        ("compat",),
+    ),
     "dspy": Kind("DSPy", "`dspex_persist.dspy`: see [DSPy programs](../dspy.md).", ("dspy",)),
 }
 """Modules with an `__all__` of their own."""

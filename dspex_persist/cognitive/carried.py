@@ -255,6 +255,10 @@ class CarriedSession:
             "have the server execute the tool: serve --tools",
         )
 
+    def exposed_tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools of the server that workers may call."""
+        return tuple(spec for spec in ExecutesTools.of(self.store).list_tools() if spec.exposed)
+
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
         """Run another tool in the same transaction; on an event loop, return an awaitable of its result."""
         code = self._tools.get(tool)

@@ -245,6 +245,14 @@ class Context(Transacting, Watchable, Ruled):
         context._use(Backend(self._backend.provider, is_owned=False, url=self._backend.url))
         return context
 
+    @classmethod
+    def _on(cls, session_id: str, provider: StateProvider) -> Self:
+        """Return a context that neither begins the session nor asks whether it is there; it closes the provider."""
+        context = cls.__new__(cls)
+        context._prepare(session_id, None, strict=True)
+        context._use(Backend(provider, is_owned=True))
+        return context
+
     # Steps
 
     def _run_step(self, step: Step) -> Any:

@@ -125,6 +125,21 @@ def test_the_example_client_at_a_server(tmp_path: Path) -> None:
     assert len(report) == 3
 
 
+def test_the_example_with_an_adapter(tmp_path: Path) -> None:
+    assert run_python([str(EXAMPLES / "run_adapter.py")], tmp_path).splitlines() == [
+        "closed",
+        "{'left': 3, 'sold': 2}",
+        "InvalidValueError: invalid value for 'stock': value -6 is below minimum 0",
+        "3 left and 2 sold",
+        "[2, 1, 0]",
+    ]
+    tools = ("--tools", "examples.run_adapter:tools")
+    with serve(tmp_path / "sessions.db", *tools) as server, BridgedState(target_of(server)) as state:
+        shop = Context("shop", state)
+        shop.call("open_shop", stock=2)
+        assert shop.call("sell") == {"left": 1, "sold": 1}
+
+
 def test_the_example_with_a_compiled_program(tmp_path: Path) -> None:
     first, second = (run_python([str(EXAMPLES / "compiled_program.py"), "compiled.db"], tmp_path) for _ in range(2))
     # The optimizer prints lines of its own.

@@ -4,7 +4,8 @@ It does what such workers were seen to do, with the generated stubs and nothing 
 on stdout that it is ready, does one call at a time, registers with each call under another id, unpickles binary
 parameters, and ends the session when its code is done with it. The new one pings the server first, says by a file that
 it is ready, registers once for each session, and reports errors as JSON. Both listen on a port that they are given,
-call back without any metadata, and ignore SIGTERM for a while.
+call back without any metadata, and ignore SIGTERM for a while. With `--session-context` the tools use the
+SessionContext of this package, over the stub of the worker.
 """
 
 import argparse
@@ -111,6 +112,14 @@ def nonsense(session: Session) -> Any:
     return AnyMessage(type_url="type.googleapis.com/snakepit.integer", value=b"\xff{")
 
 
+def write_together(session: Any, fails: bool) -> list[Any]:
+    """What only a SessionContext can do."""
+    with session.batch_updates() as batch:
+        batch["a"] = 7
+        batch["b"] = "x" if fails else 8
+    return [session.v.a, session.variable("b").value, "c" in session, sorted(session.get_variables(["a", "b"]))]
+
+
 def count(session: Session, to: int) -> Iterator[Any]:
     for number in range(int(to)):
         session["a"] = number
@@ -123,12 +132,25 @@ def count_and_fail(session: Session) -> Iterator[Any]:
 
 
 TOOLS: dict[str, Any] = {each.__name__: each for each in (increase, fail, hold, late, below, crash, pickled, nonsense)}
+TOOLS["write_together"] = write_together
 STREAMS: dict[str, Any] = {each.__name__: each for each in (count, count_and_fail)}
 
 
+def session_context(stub: bridge.BridgeServiceStub, session_id: str) -> Any:
+    from dspex_persist.compat import SessionContext
+
+    class WithCall(SessionContext):
+        call = SessionContext.call_tool
+        # The worker ends the session itself.
+        id = property(lambda self: self.session_id)
+
+    return WithCall(stub, session_id)
+
+
 class Worker(bridge.BridgeServiceServicer):
-    def __init__(self, generation: str, address: str) -> None:
+    def __init__(self, generation: str, address: str, new_session: Any = Session) -> None:
         self.is_old = generation == "old"
+        self.new_session = new_session
         self.stub = bridge.BridgeServiceStub(grpc.insecure_channel(address))
         self.known: set[str] = set()
         self.one_at_a_time = threading.Lock()
@@ -158,7 +180,7 @@ class Worker(bridge.BridgeServiceServicer):
         parameters = {name: json.loads(wire.value) for name, wire in request.parameters.items()}
         if self.is_old and request.binary_parameters:
             os._exit(17)
-        return Session(self.stub, request.session_id), parameters
+        return self.new_session(self.stub, request.session_id), parameters
 
     def _end(self, session: Session) -> None:
         if self.is_old:
@@ -207,10 +229,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--elixir-address", required=True)
     parser.add_argument("--snakepit-run-id", default="")
+    parser.add_argument("--session-context", action="store_true")
     arguments = parser.parse_args()
     ends_at: list[float] = []
     signal.signal(signal.SIGTERM, lambda *_: ends_at.append(time.monotonic() + IGNORES_TERM_S))
-    worker = Worker(arguments.generation, arguments.elixir_address)
+    new_session = session_context if arguments.session_context else Session
+    worker = Worker(arguments.generation, arguments.elixir_address, new_session)
     server = grpc.server(ThreadPoolExecutor(8))
     bridge.add_BridgeServiceServicer_to_server(worker, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port(f"127.0.0.1:{arguments.port}")

@@ -144,6 +144,8 @@ class BridgedState(
         ForkedProcessError: This process was forked from one that used gRPC.
     """
 
+    cache: ValueCache | None
+
     def __init__(
         self,
         target: str,
@@ -160,24 +162,40 @@ class BridgedState(
         key: PathLike | None = None,
         token: str | None = None,
     ) -> None:
-        self._peer = Peer.of(arguments.text("target", target), ca=ca, cert=cert, key=key, token=token)
-        target = self._target = self._peer.shown
+        peer = Peer.of(arguments.text("target", target), ca=ca, cert=cert, key=key, token=token)
+        self._set_up(peer, timeout_s, watch_patience_s, actor, execution_id, breaker)
+        channel = peer.channel(_RECONNECTING)
+        self._use(channel, BridgeServiceStub(channel), AuditServiceStub(channel))
+        self.cache = self._cache_of(cache, arguments.timeout("cache_age_s", cache_age_s))
+
+    def _set_up(
+        self,
+        peer: Peer,
+        timeout_s: float,
+        watch_patience_s: float,
+        actor: str | None,
+        execution_id: str | None,
+        breaker: Breaker | None,
+    ) -> None:
+        self._peer = peer
+        target = self._target = peer.shown
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
         patience_s = arguments.seconds("watch_patience_s", watch_patience_s)
         self._watch_patience_s = arguments.timeout("watch_patience_s", patience_s) if patience_s != 0 else 0.0
         self._watches: WeakSet[BridgedWatch] = WeakSet()
         self._execution_id = execution_id
         # The owner of a token is known to the server.
-        usual = "" if self._peer.token is not None else f"user:{user_name()}"
+        usual = "" if peer.token is not None else f"user:{user_name()}"
         self._actor = arguments.text("actor", actor) if actor else usual
         refuse_lost(target)
-        self._channel = self._peer.channel(_RECONNECTING)
-        self._here = OneProcess(target, self._channel)
-        self._stub = BridgeServiceStub(self._channel)
         self._line = Line(target, breaker)
-        self._beside = AuditServiceStub(self._channel)
-        self.cache = self._cache_of(cache, arguments.timeout("cache_age_s", cache_age_s))
+        self.cache = None
         self._closed = False
+
+    def _use(self, channel: Any, stub: Any, beside: Any) -> None:
+        """Send what follows over a channel; with the stubs of both services."""
+        self._channel, self._stub, self._beside = channel, stub, beside
+        self._here = OneProcess(self._target, channel)
 
     gives: ClassVar[tuple[str, ...]] = ("remote",)
 

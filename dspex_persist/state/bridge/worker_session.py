@@ -30,7 +30,7 @@ from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import ExecutionEndedError, ExecutionNotFoundError, ToolFailedError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Origin, ToolOutcome, Value
+from dspex_persist.state.model import Origin, ToolOutcome, ToolSpec, Value
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.ports import RunnableTool
@@ -210,6 +210,10 @@ class WorkerHost:
         """See `Host.result_type_of`."""
         own = self._tools.get(tool)
         return own.result_type if own is not None else ""
+
+    def exposed_tools(self) -> tuple[ToolSpec, ...]:
+        """See `Host.exposed_tools`: the server has the same tools."""
+        return tuple(tool.spec for tool in self._tools.values() if tool.spec.exposed)
 
 
 def _result_of(caller: "LentSession", outcome: ToolOutcome) -> Value:

@@ -24,7 +24,7 @@ from dspex_persist.state.model import ExecutionStatus, Failure
 _MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
 _PACKAGE: Final = Path(__file__).parents[2]
 _BETWEEN: Final = (
-    *(f"{_PACKAGE / layer}{os.sep}" for layer in ("cognitive", "infra", "state")),
+    *(f"{_PACKAGE / layer}{os.sep}" for layer in ("cognitive", "compat", "infra", "state")),
     *(f"{folder}{os.sep}" for folder in (*asyncio.__path__, *concurrent.futures.__path__)),
     contextlib.__file__,
 )

@@ -46,6 +46,7 @@ from dspex_persist.state.model import (
     Origin,
     RegisteredTool,
     ToolOutcome,
+    ToolSpec,
     Value,
 )
 from dspex_persist.state.provider import Submits
@@ -528,6 +529,10 @@ class ToolRunner:
         """Return the `result_type` of a tool of this process; "" for other tools."""
         own = self.tools.get(tool)
         return own.result_type if own is not None else ""
+
+    def exposed_tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools of this process that workers may call."""
+        return tuple(tool.spec for tool in self.tools.values() if tool.spec.exposed)
 
     async def _execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
         """Execute a tool as part of its caller's execution; returns its result, or raises what its code raised."""

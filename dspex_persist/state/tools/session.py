@@ -23,7 +23,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, ToolOutcome, Value
+from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, ToolOutcome, ToolSpec, Value
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
@@ -102,6 +102,9 @@ class Host(Protocol):
 
     def result_type_of(self, tool: str) -> str:
         """Return the `result_type` of a tool; "" if it is unknown."""
+
+    def exposed_tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools that workers may call."""
 
 
 class ToolSession:
@@ -341,6 +344,10 @@ class ToolSession:
         finally:
             # An error in the future has a traceback that refers to this frame: this breaks the cycle.
             del future
+
+    def exposed_tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools that workers may call."""
+        return self._host.exposed_tools()
 
     def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
         """Return the verdict, with everything that the journal keeps of the execution."""
