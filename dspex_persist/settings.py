@@ -249,6 +249,9 @@ class Settings(LimitSettings):
     warn_size_bytes: Annotated[Size | None, BeforeValidator(_read_none)] = Field(
         None, description="Warn in the log, once a day, when the database is larger than this."
     )
+    denials_kept: Count = Field(
+        10_000, description="How many entries about refused calls the database keeps, the newest of them."
+    )
     heartbeat_s: Seconds = Field(15.0, description="How often an idle watch sends a heartbeat.")
     stall_timeout_s: Seconds = Field(
         30.0, description="A watch whose client reads nothing for this long is ended; it can be resumed."

@@ -713,6 +713,7 @@ def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], No
         retention_age_s=settings.retention_age_s,
         retention_ended_sessions_s=settings.retention_ended_sessions_s,
         warn_size_bytes=settings.warn_size_bytes,
+        denials_kept=settings.denials_kept,
     )
     return SqliteState(path, options, sweep_interval_s=settings.sweep_interval_s, on_fatal=on_fatal)
 
@@ -748,7 +749,6 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.budgets import Budget
-    from dspex_persist.state.denials import DenialLog
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
@@ -776,7 +776,7 @@ async def _serve_bridge(
         allow=_allowed_of(settings),
         limits=limits,
     )
-    denials = Denials(DenialLog().note)
+    denials = Denials(engine.denials.note)
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(

@@ -27,6 +27,7 @@ from dspex_persist.state.audit import (
     AuditSource,
     CommitEntry,
     CommitQuery,
+    DenialQuery,
     Difference,
     DifferenceKind,
     ExecutionDetail,
@@ -45,6 +46,7 @@ from dspex_persist.state.audit import (
     VariableState,
     parse_predicate,
 )
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.lm_calls import LmCall, LmMessage, LmUsage, LmUsageQuery, UsageBy, lm_calls_of
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
@@ -54,6 +56,8 @@ __all__ = [
     "ChangeKind",
     "CommitEntry",
     "CommitQuery",
+    "Denial",
+    "DenialQuery",
     "Difference",
     "DifferenceKind",
     "ExecutionDetail",

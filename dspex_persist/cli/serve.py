@@ -69,6 +69,9 @@ EndedSessions = _option(
 WarnSize = _option(
     _DATABASE, "--warn-size-bytes", "SIZE", "none", "Warn once a day when the database is larger than this."
 )
+DenialsKept = _option(
+    _DATABASE, "--denials-kept", "NUMBER", "10000", "How many entries about refused calls to keep, the newest."
+)
 Listen = _option(
     _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: any free port), \\[IPv6]:PORT or unix:PATH."
 )
@@ -174,6 +177,7 @@ def serve(
     retention_age_s: Annotated[str | None, Age] = None,
     retention_ended_sessions_s: Annotated[str | None, EndedSessions] = None,
     warn_size_bytes: Annotated[str | None, WarnSize] = None,
+    denials_kept: Annotated[str | None, DenialsKept] = None,
     listen: Annotated[str | None, Listen] = None,
     insecure: Annotated[bool | None, Insecure] = None,
     tls_cert: Annotated[str | None, TlsCert] = None,

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
 from dspex_persist.spelling import closest, did_you_mean, quote
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     NotInHistoryError,
@@ -469,11 +470,7 @@ class Query(Generic[T]):
 
     def __post_init__(self) -> None:
         check_texts(self, "session")
-        for name in ("since", "until"):
-            object.__setattr__(self, name, point_text(getattr(self, name), name))
-        limit: object = self.limit
-        if not isinstance(limit, int) or limit < 0:
-            raise InvalidArgumentError("limit", f"{quote(limit)} is not a number of answers; 0 means no limit")
+        _check_range(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -542,6 +539,43 @@ class SessionQuery(Query[SessionEntry]):
     def __post_init__(self) -> None:
         Query.__post_init__(self)
         _check_metadata(self.metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenialQuery:
+    """Queries denials; "" matches everything. All texts but the points may be globs with `*` and `?`.
+
+    Attributes:
+        session: The id of a session.
+        identity: A name; `-` matches callers that the server does not know.
+        peer: A host.
+        rpc: The name of an rpc, with or without that of its service.
+        since: A point; only what comes after it. That of a commit or an execution is the time of the commit.
+        until: A point; only what comes up to and including it.
+        newest_first: The order of the answers.
+        limit: How many answers to return at most; 0 for no limit.
+    """
+
+    session: str = ""
+    identity: str = ""
+    peer: str = ""
+    rpc: str = ""
+    since: PointLike = ""
+    until: PointLike = ""
+    newest_first: bool = True
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        check_texts(self, "session", "identity", "peer", "rpc")
+        _check_range(self)
+
+
+def _check_range(query: Any) -> None:
+    for name in ("since", "until"):
+        object.__setattr__(query, name, point_text(getattr(query, name), name))
+    limit: object = query.limit
+    if not isinstance(limit, int) or limit < 0:
+        raise InvalidArgumentError("limit", f"{quote(limit)} is not a number of answers; 0 means no limit")
 
 
 def check_texts(query: object, *names: str) -> None:
@@ -680,6 +714,13 @@ class AuditSource(ABC):
             VersionNotFoundError: The variable has no such version.
             VersionPrunedError: The version was pruned.
         """
+
+    def denials(self, query: DenialQuery | None = None) -> tuple[Denial, ...]:
+        """Return the calls that a server refused because of who made them; without a query, all that are kept.
+
+        A source that no server writes to has none.
+        """
+        return ()
 
     @abstractmethod
     def close(self) -> None:

@@ -101,6 +101,11 @@ class DenialLog:
         if is_new:
             _log.warning("refused", **refused._asdict())
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there are entries that nobody has taken."""
+        return bool(self._waiting)
+
     def take(self) -> list[Denial]:
         """Return the entries that nobody has kept yet; whoever takes them keeps them, or gives them back."""
         if not self._waiting:

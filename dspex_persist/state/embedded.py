@@ -1,9 +1,15 @@
 """EmbeddedState: session state in a SQLite file that this process owns, with execution of tools."""
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Final
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
@@ -20,6 +26,8 @@ from dspex_persist.state.around import (
 )
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import ReadState
+from dspex_persist.state.denials import DenialLog
+from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
@@ -33,6 +41,11 @@ from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
+
+_DENIALS_EVERY_S: Final = 5.0
+"""How often refused calls are written at most, in seconds, so that they take no time from commits."""
+_BESIDE_S: Final = 5.0
+_log: Final = get_logger(__name__)
 
 
 class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, Restorable):
@@ -66,6 +79,12 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         self._made = created.missing(Path(path))
         groups = open_groups(Path(path), options)
         self._store = groups.log
+        self.denials = DenialLog()
+        """Counts the calls that whoever serves this state refuses. They are in the file some seconds later."""
+        self._denials_at = 0.0
+        self._denials_fail = False
+        # What the writer is to do between two groups, and whom it tells.
+        self._beside: deque[tuple[Callable[[], None], threading.Event]] = deque()
         self._pruning = threading.Lock()
         self._retention = Retention(
             self._store.options,
@@ -87,7 +106,8 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `Auditable.audit`."""
         self.check_open()
-        return StoredAudit(self._store.readers, reveal=arguments.flag("reveal", reveal))
+        reveal = arguments.flag("reveal", reveal)
+        return StoredAudit(self._store.readers, reveal=reveal, count_denials=self._count_denials)
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
@@ -130,7 +150,10 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         if not confirm:
             return prune_plan.run(self._store.readers, policy, None, progress)
         with self._pruning:
-            return prune_plan.run(self._store.readers, policy, self._write_all, progress)
+            report = prune_plan.run(self._store.readers, policy, self._write_all, progress)
+        if policy.before is not None and policy.session_id is None:
+            self._on_writer(partial(self._forget_denials, policy.before))
+        return report
 
     def discard(self) -> None:
         """See `StateProvider.discard`."""
@@ -148,6 +171,52 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
 
     def _on_close(self) -> None:
         self._retention.close()
+        if self._failed is None:
+            self._keep_denials()
+
+    # Refused calls
+
+    def _count_denials(self) -> None:
+        if self.denials.has_news:
+            self._on_writer(self._keep_denials)
+
+    def _on_writer(self, action: Callable[[], None]) -> None:
+        """Have the writer do something between two groups, and wait for that."""
+        done = threading.Event()
+        self._beside.append((action, done))
+        self._writer.check_soon()
+        # It may have ended.
+        done.wait(_BESIDE_S)
+
+    def _check(self) -> None:
+        super()._check()
+        while self._beside:
+            action, done = self._beside.popleft()
+            action()
+            done.set()
+        if self.denials.has_news and time.monotonic() >= self._denials_at:
+            self._keep_denials()
+
+    def _keep_denials(self) -> None:
+        """Count the refused calls in the file. While that cannot be written, memory keeps them."""
+        self._denials_at = time.monotonic() + _DENIALS_EVERY_S
+        denials = self.denials.take()
+        if not denials:
+            return
+        try:
+            self._store.keep_denials(denials, self._store.options.denials_kept)
+            self._denials_fail = False
+        except StorageError as error:
+            self.denials.give_back(denials)
+            if not self._denials_fail:
+                _log.warning("refused calls are not in the file yet", reason=error.reason)
+            self._denials_fail = True
+
+    def _forget_denials(self, before: datetime) -> None:
+        try:
+            self._store.forget_denials(before)
+        except StorageError as error:
+            _log.warning("old refused calls were not deleted", reason=error.reason)
 
 
 class EmbeddedState(

@@ -116,7 +116,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         self._writer = Writer(
             groups.write_group,
             queue_length=groups.options.limits.queue_length,
-            check=groups.check,
+            check=self._check,
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             gap_s=gap_s,
@@ -341,6 +341,9 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             raise self._failed
         if self._closed:
             raise EngineClosedError()
+
+    def _check(self) -> None:
+        self._groups.check()
 
     def _on_idle(self) -> None:
         self._groups.sweep()

@@ -39,6 +39,7 @@ from datetime import datetime
 from typing import ClassVar
 
 from dspex_persist.state.budgets import Spent
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.graph import dependants
 from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Variable, VariableVersion
@@ -182,6 +183,15 @@ class LogStore(ABC):
             before: The time (aware, UTC).
             is_watched: Whether a session, identified by the number of its first commit, has watches; it must stay.
         """
+
+    def keep_denials(self, denials: Sequence[Denial], most: int) -> None:  # noqa: B027 - optional
+        """Count refused calls, outside of a group, and keep the newest `most` entries.
+
+        It may raise `StorageError`, and then has kept none of them. A store that does not override this keeps none.
+        """
+
+    def forget_denials(self, before: datetime) -> None:  # noqa: B027 - optional
+        """Delete the refused calls before a time (aware)."""
 
     def check(self) -> None:  # noqa: B027 - optional
         """Raise `FileChangedError` if something else changed the log. Called about every second while idle."""

@@ -60,6 +60,7 @@ class _Sign(Enum):
     """Queue entries that are not jobs."""
 
     NEWS = "call `on_answered`"
+    CHECK = "call `check`"
     END = "the last entry"
 
 
@@ -173,6 +174,7 @@ class Writer:
         """When it last made progress, as `time.monotonic` counts. An idle one does about every second."""
         # Groups run in the same context on every thread.
         self._context = contextvars.Context()
+        self._check_asked = False
         self._awaited = 0
         self._gathered = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-writer", daemon=True)
@@ -226,6 +228,10 @@ class Writer:
                 self._gathered.set()
         for entry, error in refused:
             _refuse([entry], error)
+
+    def check_soon(self) -> None:
+        """Have the writer call `check` after what is queued now, and not only when a second is over."""
+        self._queue.put(_Sign.CHECK)
 
     @property
     def is_fast(self) -> bool:
@@ -341,7 +347,8 @@ class Writer:
                 # Waits for a leading caller. Later callers see that the writer is closed.
                 with self._leading(waiting):
                     return
-            if time.monotonic() - last_check >= _CHECK_S:
+            if self._check_asked or time.monotonic() - last_check >= _CHECK_S:
+                self._check_asked = False
                 with self._leading(waiting), forks.busy():
                     self._check()
                 last_check = time.monotonic()
@@ -370,8 +377,7 @@ class Writer:
         except Empty:
             return True
         if isinstance(first, _Sign):
-            self._news_queued = False
-            return first is _Sign.NEWS
+            return self._obey(first)
         waiting.append(first)
         if self._last_size > 1 or not self._queue.empty():
             # No longer than the callers need, or the disk: on a fast one, a wait costs more than another group.
@@ -384,11 +390,16 @@ class Writer:
                 break
             if not isinstance(queued, _Sign):
                 waiting.append(queued)
-            elif queued is _Sign.END:
+            elif not self._obey(queued):
                 return False
-            else:
-                self._news_queued = False
         return True
+
+    def _obey(self, sign: _Sign) -> bool:
+        if sign is _Sign.CHECK:
+            self._check_asked = True
+        else:
+            self._news_queued = False
+        return sign is not _Sign.END
 
     def _await_others(self, others: int, gap_s: float) -> None:
         """Wait a little while several callers write: larger groups are faster for all. A single caller never waits.

@@ -19,7 +19,7 @@ import dspex_persist
 from dspex_persist import Context
 from dspex_persist.infra.tokens import SCOPES
 from dspex_persist.settings import Settings, SettingsError
-from dspex_persist.state.audit import HistoryQuery
+from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access import SCOPE_OF
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
@@ -211,3 +211,28 @@ def test_a_server_refuses_a_wrong_list_of_addresses(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="'a:b' is invalid: expected HOST:PORT") as raised:
         serve(Settings(**given))
     assert raised.value.setting == "tool_addresses"
+
+
+def test_refused_calls_are_in_the_audit_without_tokens(served: ServedDatabase) -> None:
+    with BridgedState(served.target, token="a-wrong-token") as state, pytest.raises(UnauthenticatedError):
+        state.get_value("s", "x")
+    with BridgedState(served.target, token=TOKENS["write"]) as state, state.audit() as audit:
+        with pytest.raises(PermissionDeniedError):
+            state.get_value("s", "x")
+        with pytest.raises(PermissionDeniedError):
+            audit.denials()
+    with BridgedState(served.target, token=TOKENS["admin"]) as state, state.audit() as audit:
+        (listed,) = audit.denials(DenialQuery(identity="the-write", rpc="ListDenials"))
+        denials = audit.denials(DenialQuery(rpc="GetVariable"))
+        (newest,) = audit.denials(DenialQuery(limit=1))
+        assert newest.last_at >= listed.last_at
+    assert (listed.missing, listed.peer, listed.session_id) == ("scope admin", "ipv4:127.0.0.1", "")
+    assert {(each.identity, each.missing) for each in denials} >= {
+        ("", "the token is not valid here: it is wrong, or was revoked"),
+        ("the-write", "scope read"),
+    }
+    assert all(token.encode() not in file.read_bytes() for token in TOKENS.values() for file in files_of(served))
+
+
+def files_of(served: ServedDatabase) -> list[Path]:
+    return [Path(f"{served.path}{suffix}") for suffix in ("", "-wal")]

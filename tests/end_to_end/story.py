@@ -12,6 +12,7 @@ from typing import Any
 
 import dspex_persist
 from dspex_persist import ToolContext, tool
+from dspex_persist.state.denials import Refused
 from tests.asked import AT, entry
 
 SESSION = "tune-checkout"
@@ -137,6 +138,9 @@ def tell(path: Path, pace_s: float = 0.0) -> None:
         other = dspex_persist.Context(OTHER_SESSION, story.provider)
         other.define("x", 1)
         other.rule("positive", "x > 0", "it counts")
+        story.provider.engine.denials.note(
+            Refused("reports", "unix", "snakepit.bridge.BridgeService.Ping", "", "it all")
+        )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ COMMANDS: dict[str, list[str]] = {
     "audit diff": ["é✓", "--from", "1", "--db", "DB"],
     "audit blame": ["é✓", "--db", "DB"],
     "audit usage": ["--db", "DB"],
+    "audit denials": ["--db", "DB"],
     "audit verify": ["--db", "DB"],
     "audit report": ["é✓", "--db", "DB", "-o", "-"],
     "audit web": ["--db", "NEW"],

@@ -47,6 +47,7 @@ COLUMNS = {
     "total_tokens cost cached concurrent error_type error variables options messages answer hash masked sequence",
     "v_lm_usage": "session_id tool model day calls failed cached input_tokens output_tokens total_tokens cost priced "
     "latency_us",
+    "v_denials": "at last_at identity peer rpc session_id missing count",
     "v_rules": "session_id name expression description added_sequence",
 }
 """Promised: later releases may add some at the end. None may go, move or mean something else."""

@@ -195,6 +195,22 @@ VIEWS: Final[Mapping[str, View]] = {
         ("session_id", "tool", "model", "day"),
         "day",
     ),
+    "v_denials": View(
+        "Refused calls",
+        "Calls that the server refused because of who made them: those of a minute that differ in nothing else.",
+        {
+            "at": "the time of the first of them, UTC, ISO 8601 with microseconds",
+            "last_at": "the time of the last of them",
+            "identity": "who made them; empty if the server does not know",
+            "peer": "the host that they came from, without the port: `ipv4:10.0.0.7`, `unix`",
+            "rpc": "the full name of the rpc",
+            "session_id": "the session that they were about; empty if that was not looked at",
+            "missing": "what the caller lacked",
+            "count": "how many there were",
+        },
+        ("identity", "peer", "rpc", "missing"),
+        "at",
+    ),
     "v_rules": View(
         "Rules",
         "The rules of live sessions: what holds between their variables after every commit.",

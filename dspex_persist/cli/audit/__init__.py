@@ -36,6 +36,7 @@ EPILOG = (
     "dspex-persist audit show exec_1234 --lm    what models were asked in it, what they answered, what that cost\n\n"
     "dspex-persist audit compare exec_12 exec_34    their LM calls side by side, prompts as a text diff\n\n"
     "dspex-persist audit usage --by day --by model --since 7d    what models cost\n\n"
+    "dspex-persist audit denials --since 1d    which calls the server refused, and why\n\n"
     "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
     "dspex-persist audit blame s1 temperature --depth 3    which values it was derived from\n\n"
@@ -284,6 +285,51 @@ def usage(
         request.printer(LmUsage, lambda look: calls.usage_columns(look, query)).print(sums)
         if request.form is Form.TABLE and not sums:
             say("no LM calls are recorded")
+
+
+@app.command(
+    help=(
+        "List the calls that a server refused: who made them, from where, and what they lacked.\n\n"
+        "Refusals within a minute that differ in nothing but their time are one row. With --target, the token takes "
+        "the scope admin; the file has a refusal some seconds later.\n\n"
+    )
+)
+def denials(
+    session: Sessions = "",
+    identity: options.Identity = "",
+    peer: options.Peer = "",
+    rpc: options.Rpc = "",
+    since: options.Since = "",
+    until: options.Until = "",
+    limit: options.Limit = None,
+    oldest_first: options.OldestFirst = False,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    utc: options.Utc = False,
+    db: Db = None,
+    target: options.Target = None,
+) -> None:
+    """List refused calls."""
+    from dspex_persist.audit import Denial, DenialQuery
+    from dspex_persist.cli.audit.denials import denial_columns
+    from dspex_persist.cli.audit.lists import TABLE_ROWS
+
+    request = AuditOptions(db, target, as_json, as_csv, utc)
+    with asking(request) as audit:
+        query = DenialQuery(
+            session="" if session == "*" else session,
+            identity=identity,
+            peer=peer,
+            rpc=rpc,
+            since=since,
+            until=until,
+            newest_first=not oldest_first,
+            limit=(TABLE_ROWS if request.form is Form.TABLE else 0) if limit is None else limit,
+        )
+        found = audit.denials(query)
+        request.printer(Denial, denial_columns).print(found)
+        if request.form is Form.TABLE and not found:
+            say("no calls were refused")
 
 
 # One thing

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TABLE_ROWS: Final = 50
+TABLE_ROWS: Final = 50
+"""How many rows a table has without --limit."""
 _FOLLOWED_ROWS: Final = 10
 _TOOLS_LOOKED_AT: Final = 10_000
 
@@ -72,7 +73,7 @@ def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], request: AuditO
     if request.form is not Form.TABLE:
         printer.print(audit.iterate(replace(query, limit=limit or 0)))
         return
-    most = _TABLE_ROWS if limit is None else limit
+    most = TABLE_ROWS if limit is None else limit
     below = _Below(rows, query.newest_first)
     printer.print(below.noted(_whole_commits(audit, query, rows, most)))
     say(*below.lines(is_whole=not most or below.printed < most or not _goes_on(audit, query, below.last)))

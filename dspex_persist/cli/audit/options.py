@@ -142,6 +142,32 @@ Execution = Annotated[
         help="Only what this execution, and those it called, wrote or published; exec_12 is enough of an id.",
     ),
 ]
+Identity = Annotated[
+    str,
+    typer.Option(
+        "--identity",
+        metavar="NAME",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Only of this caller, or of those that a glob matches; -: of callers that the server does not know.",
+    ),
+]
+Peer = Annotated[
+    str,
+    typer.Option(
+        "--peer",
+        metavar="HOST",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Only from this host, such as ipv4:10.0.0.7; also a glob.",
+    ),
+]
+Rpc = Annotated[
+    str,
+    typer.Option(
+        "--rpc", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Only of this rpc; also a glob."
+    ),
+]
 Cause = Annotated[
     str,
     typer.Option(

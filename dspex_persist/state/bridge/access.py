@@ -73,6 +73,8 @@ _AUDIT: Final[Mapping[str, str]] = {
     # It has all other writers of the session wait.
     "HoldSession": ADMIN,
     "ListWorkers": READ,
+    # Who tried what: of all sessions, also of those that their owners keep from others.
+    "ListDenials": ADMIN,
 }
 SCOPE_OF: Final[Mapping[str, str]] = {
     **{f"snakepit.bridge.BridgeService.{name}": scope for name, scope in _BRIDGE.items()},

@@ -15,6 +15,7 @@ from dspex_persist.state.audit import (
     PAGE,
     AuditSource,
     Cursor,
+    DenialQuery,
     ExecutionDetail,
     HistoryEntry,
     Page,
@@ -33,6 +34,7 @@ from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import Single
 from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_from_server, is_lost
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import (
     CircuitOpenError,
     EngineClosedError,
@@ -120,6 +122,10 @@ class BridgedAudit(AuditSource):
         """See `AuditSource.version`."""
         key = {"session": session, "variable_id": variable_id, "version": version}
         return self._ask(rpcs.GET_VERSION, **key, reveal=self.reveal)
+
+    def denials(self, query: DenialQuery | None = None) -> tuple[Denial, ...]:
+        """See `AuditSource.denials`."""
+        return self._ask(rpcs.LIST_DENIALS, query=query or DenialQuery())
 
     def _ask(self, rpc: Single[A], **fields: Any) -> A:
         request = _built(lambda: rpc.request(**fields))

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0007"
+REVISION = "0008"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
@@ -198,4 +198,19 @@ lm_calls = Table(
     Column("cost", REAL),
     Column("cached", Integer),
     Column("failed", Integer, nullable=False),
+)
+
+# Not a part of the log.
+denials = Table(
+    "denials",
+    metadata,
+    Column("denial_key", Integer, primary_key=True),
+    Column("at", Integer, nullable=False),
+    Column("last_at", Integer, nullable=False),
+    Column("identity", Text, nullable=False),
+    Column("peer", Text, nullable=False),
+    Column("rpc", Text, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("missing", Text, nullable=False),
+    Column("count", Integer, nullable=False),
 )

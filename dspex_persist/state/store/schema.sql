@@ -1,4 +1,4 @@
--- 0007;
+-- 0008;
 
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
@@ -346,5 +346,32 @@ CREATE VIEW v_lm_usage AS
     JOIN sessions ON sessions.session_key = executions.session_key
     GROUP BY sessions.session_id, executions.tool, lm_calls.model, day;
 
-INSERT INTO alembic_version VALUES ('0007');
+CREATE TABLE denials (
+        denial_key INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,
+        last_at INTEGER NOT NULL,
+        identity TEXT NOT NULL,
+        peer TEXT NOT NULL,
+        rpc TEXT NOT NULL,
+        session_id TEXT NOT NULL,
+        missing TEXT NOT NULL,
+        count INTEGER NOT NULL
+    ) STRICT
+    ;
+
+CREATE UNIQUE INDEX denials_by_minute ON denials (at / 60000000, identity, peer, rpc, session_id, missing);
+
+CREATE TRIGGER denials_no_update BEFORE UPDATE ON denials
+    WHEN NEW.count <= OLD.count OR NEW.last_at < OLD.last_at OR NEW.denial_key IS NOT OLD.denial_key OR NEW.at IS NOT OLD.at OR NEW.identity IS NOT OLD.identity OR NEW.peer IS NOT OLD.peer OR NEW.rpc IS NOT OLD.rpc OR NEW.session_id IS NOT OLD.session_id OR NEW.missing IS NOT OLD.missing
+    BEGIN SELECT RAISE(ABORT, 'denials is append-only: it only counts on, and loses its oldest rows'); END;
+
+CREATE TRIGGER denials_no_delete BEFORE DELETE ON denials
+    WHEN EXISTS (SELECT 1 FROM denials WHERE denial_key < OLD.denial_key)
+        OR NOT EXISTS (SELECT 1 FROM denials WHERE denial_key > OLD.denial_key)
+    BEGIN SELECT RAISE(ABORT, 'denials is append-only: it only counts on, and loses its oldest rows'); END;
+
+CREATE VIEW v_denials AS
+    SELECT printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', at / 1000000, 'unixepoch'), at % 1000000) AS at, printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', last_at / 1000000, 'unixepoch'), last_at % 1000000) AS last_at, identity, peer, rpc, session_id, missing, count FROM denials;
+
+INSERT INTO alembic_version VALUES ('0008');
 

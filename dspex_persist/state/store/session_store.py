@@ -16,6 +16,7 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.budgets import Spent
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import (
     CheckpointError,
     FileChangedError,
@@ -34,6 +35,7 @@ from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersi
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import damage, log, log_reader, migrate, outcomes, recovery
+from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
@@ -77,6 +79,7 @@ class StoreOptions(SessionOptions):
         retention_age_s: Automatic pruning removes only history older than this many seconds.
         retention_ended_sessions_s: Automatic pruning removes sessions that ended more than this many seconds ago.
         warn_size_bytes: Log a warning when the file grows above this size.
+        denials_kept: How many entries about refused calls to keep, the newest.
     """
 
     durability: Durability = "full"
@@ -85,6 +88,7 @@ class StoreOptions(SessionOptions):
     retention_age_s: float | None = None
     retention_ended_sessions_s: float | None = None
     warn_size_bytes: int | None = None
+    denials_kept: int = 10_000
 
     def __post_init__(self) -> None:
         # Not super(): `slots=True` creates a new class, and super() would refer to the original one.
@@ -92,6 +96,7 @@ class StoreOptions(SessionOptions):
         if self.durability not in get_args(Durability):
             raise InvalidArgumentError("durability", f"{quote(self.durability)} is neither 'full' nor 'normal'")
         check_count("cache_size_bytes", self.cache_size_bytes)
+        check_count("denials_kept", self.denials_kept)
         for name in ("retention_age_s", "retention_ended_sessions_s"):
             if getattr(self, name) is not None:
                 check_seconds(name, getattr(self, name))
@@ -371,11 +376,29 @@ class SessionStore(StoredSessions, LogStore):
 
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
         """Delete the outcomes recorded before a time. The history of ended sessions stays."""
+        self._write_beside(lambda connection: outcomes.forget(connection, before))
+
+    def keep_denials(self, denials: Sequence[Denial], most: int) -> None:
+        """See `LogStore.keep_denials`."""
+        try:
+            self._write_beside(lambda connection: stored_denials.keep(connection, denials, most))
+        except OutcomeUnknownError as error:
+            # Whether these were counted is no reason to end; the next commit reports a disk that is broken.
+            if driver_of(self._connection).in_transaction:
+                raise
+            raise StorageError(error.reason) from error
+
+    def forget_denials(self, before: datetime) -> None:
+        """See `LogStore.forget_denials`."""
+        self._write_beside(lambda connection: stored_denials.forget(connection, before))
+
+    def _write_beside(self, write: Callable[[Connection], object]) -> None:
+        """Write something that is not a part of the log, in a transaction of its own."""
         self._look()
         try:
             with transaction(self._connection):
                 self._guard.look_inside(self._connection, self.head)
-                outcomes.forget(self._connection, before)
+                write(self._connection)
         except (DBAPIError, sqlite3.Error) as error:
             raise self._settle(error) from error
         self._note_written()

@@ -194,6 +194,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.ListDenials = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/ListDenials',
+                request_serializer=dspex__persist__audit__pb2.ListDenialsRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ListDenialsResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -447,6 +452,13 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDenials(self, request, context):
+        """The calls that the server refused because of who made them; takes the scope admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -599,6 +611,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=dspex__persist__audit__pb2.ListWorkersRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'ListDenials': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDenials,
+                    request_deserializer=dspex__persist__audit__pb2.ListDenialsRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ListDenialsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1421,6 +1438,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/ListWorkers',
             dspex__persist__audit__pb2.ListWorkersRequest.SerializeToString,
             dspex__persist__audit__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDenials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ListDenials',
+            dspex__persist__audit__pb2.ListDenialsRequest.SerializeToString,
+            dspex__persist__audit__pb2.ListDenialsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3175,3 +3175,127 @@ class WorkerProcess(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerProcess: _TypeAlias = WorkerProcess  # noqa: Y015
+
+@_typing.final
+class ListDenialsRequest(_message.Message):
+    """-- Refused calls --
+
+    Texts that are empty match everything; all but the points may be patterns with * and ?.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    RPC_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    OLDEST_FIRST_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    identity: _builtins.str
+    """a name; "-": callers that the server does not know"""
+    peer: _builtins.str
+    """a host, as in Denial.peer"""
+    rpc: _builtins.str
+    """the name of an rpc, with or without that of its service"""
+    since: _builtins.str
+    """a point; that of a commit or an execution is the time of the commit"""
+    until: _builtins.str
+    """a point"""
+    oldest_first: _builtins.bool
+    limit: _builtins.int
+    """0: all"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        identity: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        rpc: _builtins.str = ...,
+        since: _builtins.str = ...,
+        until: _builtins.str = ...,
+        oldest_first: _builtins.bool = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "limit", b"limit", "oldest_first", b"oldest_first", "peer", b"peer", "rpc", b"rpc", "session", b"session", "since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDenialsRequest: _TypeAlias = ListDenialsRequest  # noqa: Y015
+
+@_typing.final
+class ListDenialsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def denials(self) -> _containers.RepeatedCompositeFieldContainer[Global___Denial]: ...
+    def __init__(
+        self,
+        *,
+        denials: _abc.Iterable[Global___Denial] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["denials", b"denials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDenialsResponse: _TypeAlias = ListDenialsResponse  # noqa: Y015
+
+@_typing.final
+class Denial(_message.Message):
+    """Refusals within a minute that differ in nothing but their time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    LAST_AT_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    RPC_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """who made the calls; empty if the server does not know"""
+    peer: _builtins.str
+    """where they came from, without the port: ipv4:10.0.0.7, unix"""
+    rpc: _builtins.str
+    """the full name of the rpc"""
+    session_id: _builtins.str
+    """the session that they were about; empty if that was not looked at"""
+    missing: _builtins.str
+    """what the caller lacked"""
+    count: _builtins.int
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """the first of them"""
+
+    @_builtins.property
+    def last_at(self) -> _timestamp_pb2.Timestamp:
+        """the last of them"""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        last_at: _timestamp_pb2.Timestamp | None = ...,
+        identity: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        rpc: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        missing: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "last_at", b"last_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "count", b"count", "identity", b"identity", "last_at", b"last_at", "missing", b"missing", "peer", b"peer", "rpc", b"rpc", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Denial: _TypeAlias = Denial  # noqa: Y015

@@ -14,6 +14,7 @@ from dspex_persist.state.audit import (
     CommitEntry,
     CommitQuery,
     Cursor,
+    DenialQuery,
     ExecutionDetail,
     ExecutionQuery,
     ExecutionSummary,
@@ -30,6 +31,7 @@ from dspex_persist.state.audit import (
 )
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.records import Codec
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.model import PrunePolicy, PruneReport
@@ -100,7 +102,35 @@ GET_VERSION: Final[Single[HistoryEntry]] = Single(
     lambda entry: pb.GetVersionResponse(entry=VERSION.message_of(entry)),
     lambda response: VERSION.record_of(response.entry),
 )
-SINGLES: Final[tuple[Single[Any], ...]] = (GET_HEAD, RESOLVE_POINT, GET_EXECUTION, GET_STATE, GET_VERSION)
+_DENIAL_TEXTS: Final = ("session", "identity", "peer", "rpc", "since", "until")
+_DENIAL: Final[Codec[Denial]] = Codec.between(Denial, pb.Denial)
+
+
+def _denials_request(query: DenialQuery) -> Any:
+    texts = {name: getattr(query, name) for name in _DENIAL_TEXTS}
+    return pb.ListDenialsRequest(**texts, oldest_first=not query.newest_first, limit=query.limit)
+
+
+def _denials_asked(request: Any) -> DenialQuery:
+    texts = {name: getattr(request, name) for name in _DENIAL_TEXTS}
+    return DenialQuery(**texts, newest_first=not request.oldest_first, limit=request.limit)
+
+
+LIST_DENIALS: Final[Single[tuple[Denial, ...]]] = Single(
+    "ListDenials",
+    _denials_request,
+    lambda source, request: source.denials(_denials_asked(request)),
+    lambda denials: pb.ListDenialsResponse(denials=map(_DENIAL.message_of, denials)),
+    lambda response: tuple(map(_DENIAL.record_of, response.denials)),
+)
+SINGLES: Final[tuple[Single[Any], ...]] = (
+    GET_HEAD,
+    RESOLVE_POINT,
+    GET_EXECUTION,
+    GET_STATE,
+    GET_VERSION,
+    LIST_DENIALS,
+)
 
 
 # Lists

@@ -15,6 +15,7 @@ from dspex_persist.state.audit import (
     AuditSource,
     CommitQuery,
     Cursor,
+    DenialQuery,
     ExecutionDetail,
     ExecutionQuery,
     HistoryEntry,
@@ -27,12 +28,14 @@ from dspex_persist.state.audit import (
     VariableState,
     is_glob,
 )
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import UnsupportedError, VersionNotFoundError, VersionPrunedError
 from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.masking import Secrets
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.history.denials import denials_of
 from dspex_persist.state.store.history.execution_rows import execution_row
 from dspex_persist.state.store.history.executions import detail_of, execution_page
 from dspex_persist.state.store.history.lists import commit_page, session_page
@@ -60,6 +63,7 @@ class StoredAudit(AuditSource):
         readers: Read-only connections to the file.
         reveal: Whether to show the values of sensitive variables.
         on_close: Called by `close`, to dispose of `readers` if they were opened for this source.
+        count_denials: Writes the refused calls that the file does not have yet.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class StoredAudit(AuditSource):
         *,
         reveal: bool = False,
         on_close: Callable[[], None] = lambda: None,
+        count_denials: Callable[[], None] = lambda: None,
     ) -> None:
         self.reveal = reveal
+        self._count_denials = count_denials
         self._readers = readers
         self._usage: tuple[tuple[LmUsageQuery, Bounds], list[LmUsage]] | None = None
         self._on_close = on_close
@@ -140,6 +146,12 @@ class StoredAudit(AuditSource):
         return Page(known[1][begin:end], (end,) if end < len(known[1]) else None)
 
     # Single answers
+
+    def denials(self, query: DenialQuery | None = None) -> tuple[Denial, ...]:
+        """See `AuditSource.denials`."""
+        self._count_denials()
+        with self._snapshot() as connection:
+            return denials_of(connection, query or DenialQuery())
 
     def execution(self, execution_id: str) -> ExecutionDetail:
         """See `AuditSource.execution`."""

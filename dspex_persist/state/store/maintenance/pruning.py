@@ -79,6 +79,8 @@ def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
                     raise outcome.error
 
         report = prune_plan.run(groups.log.readers, policy, write, progress)
+        if policy.before is not None and policy.session_id is None:
+            groups.log.forget_denials(policy.before)
     except OutcomeUnknownError:
         groups.abandon()
         raise

@@ -1,7 +1,7 @@
 """The parts of a check. They are independent, so that several processes can check them in any order."""
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Engine
@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.verify.contents import BlobWalk
+from dspex_persist.state.store.verify.denials import DenialWalk
 from dspex_persist.state.store.verify.documents import DocumentWalk
 from dspex_persist.state.store.verify.live import LiveWalk
 from dspex_persist.state.store.verify.lm_calls import LmCallsWalk
@@ -35,7 +36,7 @@ class Part(NamedTuple):
 
 
 AFTER_THE_LOG: Final = tuple(
-    map(Part, ("pruned", "contents", "metadata", "lm_calls", "sessions", "documents", "outcomes", "live"))
+    map(Part, ("pruned", "contents", "metadata", "lm_calls", "sessions", "documents", "outcomes", "denials", "live"))
 )
 """The parts other than the log, whose problems are reported after those of the log, in this order."""
 
@@ -117,24 +118,21 @@ class PartChecker:
         return problems, True
 
     def _walks(self, part: Part) -> tuple[Walk, ...]:
-        match part.name:
-            case "log":
-                return (LogWalk(self._anchor, self._progress, self._seen, part.after, part.until),)
-            case "pruned":
-                return (PrunedWalk(),)
-            case "contents":
-                return (BlobWalk(),)
-            case "metadata":
-                strays = StrayWalk()
-                return strays, IndexedWalk(strays)
-            case "lm_calls":
-                return (LmCallsWalk(),)
-            case "sessions":
-                return (SessionWalk(),)
-            case "documents":
-                return (DocumentWalk(),)
-            case "outcomes":
-                return (OutcomeWalk(),)
-            case "live":
-                return (LiveWalk(),)
-        raise ValueError(f"no part of a check is called {part.name!r}")
+        if part.name == LOG:
+            return (LogWalk(self._anchor, self._progress, self._seen, part.after, part.until),)
+        if part.name == "metadata":
+            strays = StrayWalk()
+            return strays, IndexedWalk(strays)
+        return (_WALKS[part.name](),)
+
+
+_WALKS: Final[Mapping[str, Callable[[], Walk]]] = {
+    "pruned": PrunedWalk,
+    "contents": BlobWalk,
+    "lm_calls": LmCallsWalk,
+    "sessions": SessionWalk,
+    "documents": DocumentWalk,
+    "outcomes": OutcomeWalk,
+    "denials": DenialWalk,
+    "live": LiveWalk,
+}
