@@ -174,9 +174,10 @@ class Groups(Generic[S_co]):
             OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
             FileChangedError: Something else changed the log. Abandon the store.
         """
-        drafts, at, before = Drafts(self), self.moment(), self.log.sequence
+        before = self.log.sequence
         try:
             with self.log.group(wait=wait):
+                drafts, at = Drafts(self), self.moment()
                 results, units = self._apply(jobs, drafts, at)
                 states = drafts.states.values()
                 touched = [state for state in states if state and state.lease and state.lease.is_unsaved()]
@@ -222,9 +223,9 @@ class Groups(Generic[S_co]):
 
     def _write_import(self, command: ImportSession, wait: bool) -> Outcome:
         before = self.log.sequence
-        importing = _Importing(self, command, self.moment())
         try:
             with self.log.group(wait=wait):
+                importing = _Importing(self, command, self.moment())
                 result = importing.write()
         except (OutcomeUnknownError, FileChangedError, WouldWaitError):
             raise
