@@ -76,16 +76,29 @@ _INSERT_SESSION = _compiled_insert(sessions)
 _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
-_REPLACE_TOOL = _compiled_insert(tools).replace("INSERT", "INSERT OR REPLACE", 1)
-_REPLACE_RULE = _compiled_insert(rules).replace("INSERT", "INSERT OR REPLACE", 1)
+_REPLACE_TOOL = (
+    _compiled_insert(tools)
+    + """
+    ON CONFLICT (session_key, name) DO UPDATE SET worker_id = excluded.worker_id, address = excluded.address,
+        spec = excluded.spec, registered_sequence = excluded.registered_sequence
+"""
+)
+_REPLACE_RULE = (
+    _compiled_insert(rules)
+    + """
+    ON CONFLICT (session_key, name) DO UPDATE SET expression = excluded.expression,
+        description = excluded.description, added_sequence = excluded.added_sequence
+"""
+)
 _REMOVE_RULE = "DELETE FROM rules WHERE session_key = ? AND name = ?"
 _KEEP_CONSTRAINTS = """
-    INSERT OR IGNORE INTO variable_constraints (variable_key, since_sequence, constraints)
-    SELECT variable_key, 0, constraints FROM variables WHERE variable_key = ?
+    INSERT INTO variable_constraints (variable_key, since_sequence, constraints)
+    SELECT variable_key, 0, constraints FROM variables WHERE variable_key = ? ON CONFLICT DO NOTHING
 """
 # A unit may change them several times.
 _ADD_CONSTRAINTS = """
-    INSERT OR REPLACE INTO variable_constraints (variable_key, since_sequence, constraints) VALUES (?, ?, ?)
+    INSERT INTO variable_constraints (variable_key, since_sequence, constraints) VALUES (?, ?, ?)
+    ON CONFLICT (variable_key, since_sequence) DO UPDATE SET constraints = excluded.constraints
 """
 _SET_CONSTRAINTS = "UPDATE variables SET constraints = ? WHERE variable_key = ?"
 _FREE_NAME = "UPDATE variables SET deleted_sequence = ? WHERE variable_key = ?"

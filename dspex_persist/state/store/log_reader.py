@@ -57,7 +57,7 @@ def find_hash(connection: Connection, sequence: int) -> bytes | None:
     return connection.execute(select(commits.c.hash).where(commits.c.sequence == sequence)).scalar()
 
 
-_LAST_SEQUENCE = "SELECT ifnull(max(sequence), 0) FROM commits"
+_LAST_SEQUENCE = "SELECT coalesce(max(sequence), 0) FROM commits"
 _CREATED_AT = "SELECT created_at FROM commits WHERE sequence = ?"
 _IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_sequence DESC"
 

@@ -25,7 +25,7 @@ _DEPENDENCIES: Final = """
     FROM dependencies WHERE session_key = ? ORDER BY dependency_key
 """
 _RULES: Final = "SELECT name, expression, description FROM rules WHERE session_key = ?"
-_LAST_SEQUENCE: Final = "SELECT ifnull(max(sequence), 0) FROM commits WHERE session_key = ?"
+_LAST_SEQUENCE: Final = "SELECT coalesce(max(sequence), 0) FROM commits WHERE session_key = ?"
 
 
 def load(connection: Connection, session_id: str) -> SessionState | None:

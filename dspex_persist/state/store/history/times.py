@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.store.engine import driver_of
 
-_HEAD = "SELECT ifnull(max(sequence), 0) FROM commits"
+_HEAD = "SELECT coalesce(max(sequence), 0) FROM commits"
 _YOUNGER = """
     SELECT sequence FROM commits WHERE created_at > ? AND NOT EXISTS (
         SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
@@ -19,7 +19,7 @@ _YOUNGER_OF_SESSION = """
     WHERE session_key = ? AND created_at > ? ORDER BY sequence LIMIT 1
 """
 _OF_SESSION = """
-    SELECT ifnull(max(sequence), 0) FROM commits INDEXED BY commits_by_session WHERE session_key = ? AND sequence < ?
+    SELECT coalesce(max(sequence), 0) FROM commits INDEXED BY commits_by_session WHERE session_key = ? AND sequence < ?
 """
 _IS_IMPORTED = "SELECT 1 FROM imports WHERE ? BETWEEN first_sequence AND last_sequence"
 _AFTER_ALL = 2**62

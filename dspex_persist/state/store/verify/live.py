@@ -38,5 +38,5 @@ class LiveWalk(Walk):
 
 
 def _last_live(connection: Connection) -> int:
-    (last,) = find_row(connection, "SELECT ifnull(max(session_key), 0) FROM sessions WHERE ended_sequence IS NULL")
+    (last,) = find_row(connection, "SELECT coalesce(max(session_key), 0) FROM sessions WHERE ended_sequence IS NULL")
     return int(last)

@@ -51,7 +51,7 @@ def ranges_in(connection: Connection) -> Iterator[tuple[int, int | None]]:
     """Divide the log into ranges of some thousand commits; yield for each the commits after which it begins and with
     which it ends. Both exist; the last range ends with the log (None).
     """
-    (last,) = find_row(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
+    (last,) = find_row(connection, "SELECT coalesce(max(sequence), 0) FROM commits")
     step = max(_PAGE_COMMITS, last // _MOST_RANGES)
     after = 0
     for place in range(step, last, step):
@@ -119,7 +119,7 @@ class LogWalk(Walk):
         special.update(sequence for (sequence,) in raw_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
             self._seen.forget()
-        (in_all,) = find_row(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
+        (in_all,) = find_row(connection, "SELECT coalesce(max(sequence), 0) FROM commits")
         read = 0
         until = self._until or log_reader.LARGEST
         for commit in log_reader.iter_commits(connection, self._last, _PAGE_COMMITS, until):
