@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from dspex_persist.infra.exposition import MetricsServer, Source
+    from dspex_persist.infra.metrics import CallMeter
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.infra.pool import PoolStatistics
     from dspex_persist.infra.tls import Certificates
@@ -53,13 +55,17 @@ if TYPE_CHECKING:
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
-    from dspex_persist.state.bridge.pools import PoolPlan
+    from dspex_persist.state.bridge.pools import PoolPlan, Pools
+    from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridged import BridgedState
+    from dspex_persist.state.denials import NoteDenial, Refused
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
     from dspex_persist.state.local import LocalState
+    from dspex_persist.state.meter import Meter
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.store.maintenance.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
+    from dspex_persist.state.tools.with_tools import WithTools
     from dspex_persist.working import Options as WorkerOptions
 
 EXIT_STORAGE_FAILED: Final = 70
@@ -598,7 +604,8 @@ async def _serve(
         _check_names(plans, tools)
         # Opening locks the file. A second server on it fails here, before it binds its address.
         notifier.status(f"opening {settings.db}: recovery, and an upgrade if an older release wrote it")
-        engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
+        meter = _meter_of(settings, tools, plans)
+        engine = _open(settings, _settled(settings.db, path), end.on_storage_failed, meter)
         life = _Life(notifier, settings, engine, starting, ending)
         try:
             await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here, plans, life)
@@ -697,7 +704,18 @@ def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
         raise SettingsError("record_lm", str(error)) from error
 
 
-def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "SqliteState":
+def _meter_of(settings: Settings, tools: "Iterable[str]", plans: "Iterable[PoolPlan]") -> "Meter | None":
+    """Return what counts for the metrics; None if nobody wants to see them."""
+    if settings.metrics_listen is None:
+        return None
+    from dspex_persist.state.meter import Meter
+
+    return Meter([*tools, *(name for plan in plans for name in plan.tools)])
+
+
+def _open(
+    settings: Settings, path: Path, on_fatal: Callable[[BaseException], None], meter: "Meter | None"
+) -> "SqliteState":
     """Open the engine on the database of `settings`."""
     from dspex_persist.state.embedded import SqliteState
     from dspex_persist.state.store.session_store import StoreOptions
@@ -715,7 +733,7 @@ def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], No
         warn_size_bytes=settings.warn_size_bytes,
         denials_kept=settings.denials_kept,
     )
-    return SqliteState(path, options, sweep_interval_s=settings.sweep_interval_s, on_fatal=on_fatal)
+    return SqliteState(path, options, sweep_interval_s=settings.sweep_interval_s, on_fatal=on_fatal, meter=meter)
 
 
 def _close(provider: StateProvider, path: Path) -> None:
@@ -776,7 +794,8 @@ async def _serve_bridge(
         allow=_allowed_of(settings),
         limits=limits,
     )
-    denials = Denials(engine.denials.note)
+    meter = engine.meter
+    denials = Denials(_counting(engine.denials.note, meter))
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(
@@ -790,6 +809,7 @@ async def _serve_bridge(
         passed=pools.passed,
         pools=pools.ports,
         home=home,
+        meter=meter,
     )
     servicer = BridgeServicer(
         provider,
@@ -811,15 +831,6 @@ async def _serve_bridge(
         auditor.drain()
         await servicer.drain()
 
-    def unfit() -> str:
-        if end.stop.is_set():
-            return "draining"
-        try:
-            engine.check_open()
-        except StateError as error:
-            return str(error)
-        return ""
-
     end.on_signals()
     async with contextlib.AsyncExitStack() as stack:
         # Called in the opposite order.
@@ -828,10 +839,12 @@ async def _serve_bridge(
         stack.push_async_callback(remote.close)
         # The process may go on, with handlers of its own.
         stack.callback(interrupts.take_from_loop)
-        meter = None
-        if settings.metrics_listen is not None:
-            meter = CallMeter()
-            stack.enter_context(_serve_metrics(settings, certificates, tokens, [meter.families], unfit))
+        calls = None
+        if meter is not None:
+            calls = CallMeter()
+            sources = _sources(settings, engine, meter, calls, provider, servicer, pools)
+            unfit = partial(_unfit, end, engine)
+            stack.enter_context(_serve_metrics(settings, certificates, tokens, sources, unfit))
         await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor, stop=end.stop))
         if end.stop.is_set():
             return
@@ -851,9 +864,56 @@ async def _serve_bridge(
             stop=end.stop,
             on_drain=drain,
             belongs=servicer.belongs,
-            meter=meter,
+            meter=calls,
             **({} if tokens is None else {"admit": Access(tokens, denials).admit}),
         )
+
+
+def _counting(note: "NoteDenial", meter: "Meter | None") -> "NoteDenial":
+    """Return what notes a refusal, and counts it if there are metrics."""
+    if meter is None:
+        return note
+
+    def counting(refused: "Refused") -> None:
+        note(refused)
+        meter.denied(refused.missing)
+
+    return counting
+
+
+def _unfit(end: "_End", engine: "SqliteState") -> str:
+    """Return why the server cannot do its work, or ""."""
+    if end.stop.is_set():
+        return "draining"
+    try:
+        engine.check_open()
+    except StateError as error:
+        return str(error)
+    return ""
+
+
+def _sources(
+    settings: Settings,
+    engine: "SqliteState",
+    meter: "Meter",
+    calls: "CallMeter",
+    provider: "WithTools",
+    servicer: "BridgeServicer",
+    pools: "Pools",
+) -> "Sequence[Source]":
+    """Return what the metrics show."""
+    from dspex_persist.observed import Observed
+
+    return Observed(
+        engine,
+        meter=meter,
+        calls=calls,
+        cache_limit_bytes=int(settings.cache_size_bytes),
+        runner=provider.runner,
+        servicer=servicer,
+        pools=pools.statistics,
+        loop=asyncio.get_running_loop(),
+    ).sources
 
 
 def _serve_metrics(

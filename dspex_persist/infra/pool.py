@@ -6,9 +6,10 @@ lent waits for nested calls, nobody would ever return one; the deepest call then
 
 import asyncio
 import contextlib
+import time
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypeVar
@@ -358,6 +359,7 @@ class WorkerPool(Generic[C]):
         self._last_failure = ""
         self._counts: Counter[str] = Counter()
         self._changed = asyncio.Event()
+        self._clock: Callable[[], float] = time.monotonic
         self._closing: asyncio.Task[None] | None = None
         longest_trial_s = command.ready_timeout_s + self.options.stable_s
         self._circuit = Circuit(
@@ -374,6 +376,7 @@ class WorkerPool(Generic[C]):
         """
         assert self._state == "new", "a pool starts once"
         self._state = "running"
+        self._clock = asyncio.get_running_loop().time
         forks.register(self)
         firsts = [asyncio.get_running_loop().create_future() for _ in range(self.options.size)]
         for first in firsts:
@@ -483,12 +486,13 @@ class WorkerPool(Generic[C]):
         return kind(self.name, *fields, settings=self._settings)
 
     def statistics(self) -> PoolStatistics:
-        """Return what the pool does now, and what it has counted."""
-        now = self._time()
+        """Return what the pool does now, and what it has counted; from any thread."""
+        # The loop adds and removes members meanwhile.
+        now, members = self._clock(), list(self._members.values())
         state = self._state
         if state == "running" and self._circuit.state == "open":
             state = "failing"
-        elif state == "running" and len(self._regular()) < self.options.size:
+        elif state == "running" and len(_regular(members)) < self.options.size:
             state = "starting"
         counts = self._counts
         return PoolStatistics(
@@ -496,9 +500,9 @@ class WorkerPool(Generic[C]):
             state=state,
             size=self.options.size,
             idle=len(self._idle),
-            busy=len(self._members) - len(self._idle),
+            busy=max(0, len(members) - len(self._idle)),
             starting=self._starting,
-            spares=sum(member.spare for member in self._members.values()),
+            spares=sum(member.spare for member in members),
             queued=len(self._waiters),
             requests=counts["requests"],
             errors=counts["errors"],
@@ -512,7 +516,7 @@ class WorkerPool(Generic[C]):
             recycled=counts["recycled"],
             replaced=counts["replaced"],
             last_failure=self._last_failure,
-            workers=tuple(_statistics(member, now) for member in self._members.values()),
+            workers=tuple(_statistics(member, now) for member in members),
         )
 
     async def acquire(
@@ -986,8 +990,7 @@ class WorkerPool(Generic[C]):
         return not self._waiters and len(self._idle) == len(self._members)
 
     def _regular(self) -> list[_Member[C]]:
-        """Those that stay, without spares."""
-        return [member for member in self._members.values() if not member.spare and not member.over.done()]
+        return _regular(self._members.values())
 
     def _described(self) -> str:
         busy = sum(member.lease is not None for member in self._members.values())
@@ -1091,6 +1094,11 @@ def _count_waiting(lease: Lease[Any] | None, change: int) -> None:
     if change > 0:
         for pool in pools:
             pool._use_spare()
+
+
+def _regular(members: Iterable[_Member[C]]) -> list[_Member[C]]:
+    """Return those that stay, without spares."""
+    return [member for member in members if not member.spare and not member.over.done()]
 
 
 def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:

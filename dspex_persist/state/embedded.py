@@ -30,6 +30,7 @@ from dspex_persist.state.denials import DenialLog
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
+from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
@@ -58,6 +59,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         on_fatal: Called if the writer ends because of an I/O error or a bug. No more writes are possible then, and
             every later call raises; a server should exit.
         actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
+        meter: Counts what happens; None not to count.
 
     Raises:
         OpenError: Another process owns the file, or it is not a readable database of this project.
@@ -72,12 +74,13 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
+        meter: Meter | None = None,
     ) -> None:
         # Before the file is created.
         check_seconds("sweep_interval_s", sweep_interval_s)
         default_actor(actor)
         self._made = created.missing(Path(path))
-        groups = open_groups(Path(path), options)
+        groups = open_groups(Path(path), options, meter)
         self._store = groups.log
         self.denials = DenialLog()
         """Counts the calls that whoever serves this state refuses. They are in the file some seconds later."""
@@ -97,6 +100,10 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
     def announce(self, address: str) -> None:
         """Tell other processes at which address this one serves the file: their errors name it."""
         self._store.announce(address)
+
+    def file_figures(self) -> FileFigures:
+        """Return the sizes of the file, and how many live sessions it has; from any thread."""
+        return self._store.figures()
 
     @property
     def url(self) -> str:

@@ -15,7 +15,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state import outcomes
 from dspex_persist.state.budgets import Spent
-from dspex_persist.state.cache import SessionCache
+from dspex_persist.state.cache import CountingCache, SessionCache
 from dspex_persist.state.commands import (
     Command,
     ExpireSession,
@@ -41,6 +41,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.holds import Held
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError, affected
+from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
     CommitChanges,
     EventKind,
@@ -124,15 +125,22 @@ class Groups(Generic[S_co]):
         log: The store. `close` and `abandon` close it.
         options: Limits, TTLs and leases; the defaults if None.
         cache_size_bytes: How much memory the cached sessions may take; the least recently used are evicted.
+        meter: Counts sessions that had to be loaded, and repeated writes; None not to count.
     """
 
     def __init__(
-        self, log: S_co, options: SessionOptions | None = None, *, cache_size_bytes: int = CACHE_SIZE_BYTES
+        self,
+        log: S_co,
+        options: SessionOptions | None = None,
+        *,
+        cache_size_bytes: int = CACHE_SIZE_BYTES,
+        meter: Meter | None = None,
     ) -> None:
         self.log = log
+        self.meter = meter
         self.options = options or SessionOptions()
         self.hub = Hub(log.sequence)
-        self._cache = SessionCache(cache_size_bytes)
+        self._cache = SessionCache(cache_size_bytes) if meter is None else CountingCache(cache_size_bytes)
         # The derivations of sessions by their ids; the tuples are replaced, never changed.
         self.derivations: dict[str, tuple[Derivation, ...]] = {}
         # Sessions whose writers wait, by id.
@@ -253,7 +261,7 @@ class Groups(Generic[S_co]):
             unit = unit_of(self.options, drafts, job.origin, at, self.log.sequence + len(units) + 1)
             if self.derivations:
                 unit.derivations = self.derivations.get(job.command.session_id, ())
-            result = _apply_once(job, unit)
+            result = _apply_once(job, unit, self.meter)
             self._keep_touch(job.command, drafts)
         except NeedsOwnGroupError:
             raise
@@ -324,6 +332,8 @@ class Groups(Generic[S_co]):
         """Return the live session's state, from the cache or else from the store, which then fills the cache."""
         state = self._cache.find(session_id)
         if state is None:
+            if self.meter is not None:
+                self.meter.misses += 1
             state = self.log.load(session_id)
             if state is not None:
                 self._cache.put(session_id, state)
@@ -350,6 +360,10 @@ class Groups(Generic[S_co]):
         return self.log.spent(state)
 
     # Reading, from any thread
+
+    def cache_figures(self) -> tuple[int, int, int]:
+        """Return how many sessions are in memory, how much of it they take, and how often one was found there."""
+        return len(self._cache), self._cache.size_bytes, self._cache.hits
 
     def find_loaded(self, session_id: str) -> SessionState | None:
         """Return the session's published state if it is in memory."""
@@ -526,7 +540,7 @@ def _internal(command: Command[Any], error: Exception) -> InternalError:
     return InternalError(f"internal error, reference {reference}")
 
 
-def _apply_once(job: Job, unit: UnitOfWork) -> Any:
+def _apply_once(job: Job, unit: UnitOfWork, meter: Meter | None) -> Any:
     """Apply the command, but only once under an idempotency key: a repeated request gets the recorded outcome."""
     command, key = job.command, job.origin.idempotency_key
     if job.origin.actor:
@@ -543,6 +557,8 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         # Older releases stored the fingerprint of the request as it was spelled.
         if recorded.fingerprint != fingerprint and recorded.fingerprint != command.fingerprint():
             raise IdempotencyConflictError(key, recorded.cause)
+        if meter is not None:
+            meter.replayed()
         try:
             return outcomes.decode(command.returns, recorded.result)
         except ValueError as error:

@@ -17,6 +17,7 @@ from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, is_gl
 from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.meter import LmCounts
 
 _MOST: Final = 2**53
 """The largest count: a double, as which they are summed, has it exactly."""
@@ -279,6 +280,21 @@ def spent_on(entry: Mapping[str, Any]) -> Spent:
     response = _object(entry.get("response"))
     _, _, tokens = _tokens([*_object(response.get("usage")).values(), *_object(entry.get("usage")).values()])
     return Spent(tokens, _number(entry.get("cost")) or 0.0)
+
+
+def counts_of(entry: Mapping[str, Any]) -> LmCounts:
+    """Return what is counted of the call in an entry of `recorded["lm"]`, without reading its messages."""
+    usage = _object(_object(entry.get("response")).get("usage")), _object(entry.get("usage"))
+    tokens_in, tokens_out, _ = _tokens([each for by_model in usage for each in by_model.values()])
+    return LmCounts(
+        _text(entry.get("model")),
+        isinstance(entry.get("error"), Mapping),
+        entry.get("cached") is True,
+        tokens_in,
+        tokens_out,
+        _number(entry.get("cost")),
+        _count(entry.get("latency_us")),
+    )
 
 
 # Documents

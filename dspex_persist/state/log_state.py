@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from functools import partial
 from typing import Any, Final, TypeVar, Unpack, cast
 
@@ -46,6 +47,7 @@ from dspex_persist.state.holds import Held
 from dspex_persist.state.imports import IMPORT, CheckedImport, Feed
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
+from dspex_persist.state.meter import EngineFigures, Meter
 from dspex_persist.state.model import ImportedSession, Origin, Source, Update, Variable
 from dspex_persist.state.options import check_seconds
 from dspex_persist.state.provider import StateProvider, Who, check_watch, fault_of
@@ -120,6 +122,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             gap_s=gap_s,
+            meter=groups.meter,
             main_leads=main_leads,
             on_fatal=self._on_fatal,
             on_answered=groups.hub.wake,
@@ -134,6 +137,11 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         return self._groups.options.limits
 
     @property
+    def meter(self) -> Meter | None:
+        """What counts; None if nothing does."""
+        return self._groups.meter
+
+    @property
     def head_sequence(self) -> int:
         """The number of the last commit."""
         return self._groups.log.sequence
@@ -142,6 +150,15 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
     def silent_s(self) -> float:
         """For how many seconds the writer has not shown that it makes progress. An idle one shows it each second."""
         return time.monotonic() - max(self._writer.alive_at, self._groups.alive_at)
+
+    def figures(self) -> EngineFigures:
+        """Return what the engine does now; from any thread."""
+        groups = self._groups
+        return EngineFigures(groups.log.sequence, self._writer.length, *groups.cache_figures(), groups.hub.count)
+
+    def lag(self, first_sequence: int, position: int) -> tuple[int, datetime | None]:
+        """Return how far a watch is behind; see `Hub.lag`."""
+        return self._groups.hub.lag(first_sequence, position)
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Submit a command; see `StateProvider.submit`. A read of a cached session is done when this returns."""

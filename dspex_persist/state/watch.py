@@ -8,6 +8,7 @@ that does not pull costs nothing.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Final, Self
 
@@ -194,6 +195,24 @@ class Hub:
                 if (feed := self._feeds.get(first_sequence)) is not None:
                     feed.ended = True
                     self._due.append(feed)
+
+    def lag(self, first_sequence: int, position: int) -> tuple[int, datetime | None]:
+        """Return how far a watch is behind that has delivered the commits up to `position`; from any thread.
+
+        Args:
+            first_sequence: The number of its session's first commit.
+            position: The last commit that it has delivered.
+
+        Returns:
+            How many commits with changes it has not delivered, of those that are kept in memory; and the time of the
+            first of them, None if there is none.
+        """
+        feed = self._feeds.get(first_sequence)
+        commits = [] if feed is None else feed.commits
+        if not commits or commits[-1].sequence <= position:
+            return 0, None
+        missing = [commit for commit in commits if commit.sequence > position and commit.changes]
+        return len(missing), missing[0].changes[0].version.created_at if missing else None
 
     @property
     def has_news(self) -> bool:

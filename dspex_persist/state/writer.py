@@ -30,6 +30,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.log_store import WouldWaitError
+from dspex_persist.state.meter import Meter
 
 _logger: Final = get_logger(__name__)
 
@@ -124,6 +125,7 @@ class Writer:
         defer: Called with each job whose session was held, and its ticket: it has to queue it again, or to settle the
             ticket.
         gap_s: Seconds that the writer waits after a group of several, so that its callers can join the next one.
+        meter: Counts groups and errors; None not to count.
         main_leads: Whether the main thread may lead for a small job. Ctrl-C and other signal handlers of Python wait
             until the group is written, so this is for stores that never wait for a disk.
     """
@@ -141,8 +143,10 @@ class Writer:
         has_news: Callable[[], bool] = lambda: False,
         defer: "Callable[[Job, Ticket[StateError]], None] | None" = None,
         gap_s: float = GAP_S,
+        meter: Meter | None = None,
         main_leads: bool = False,
     ) -> None:
+        self._meter = meter
         self._write_group = write_group
         self._queue: SimpleQueue[_Queued | _Sign] = SimpleQueue()
         self._queue_length = queue_length
@@ -226,12 +230,19 @@ class Writer:
             if self._awaited and self._queue.qsize() >= self._awaited:
                 self._awaited = 0
                 self._gathered.set()
+        if refused and self._meter is not None:
+            self._meter.refused(sum(isinstance(error, QueueFullError) for _, error in refused))
         for entry, error in refused:
             _refuse([entry], error)
 
     def check_soon(self) -> None:
         """Have the writer call `check` after what is queued now, and not only when a second is over."""
         self._queue.put(_Sign.CHECK)
+
+    @property
+    def length(self) -> int:
+        """How many jobs are queued or being written."""
+        return self._put - self._over
 
     @property
     def is_fast(self) -> bool:
@@ -435,8 +446,17 @@ class Writer:
         self._last_took_s = self.alive_at - began
         if len(jobs) == 1:
             self._note_cost(self._last_took_s)
+        if self._meter is not None:
+            self._count(self._meter, outcomes)
         assert len(outcomes) == len(jobs), "each job has an outcome"
         return outcomes
+
+    def _count(self, meter: Meter, outcomes: Sequence[Outcome]) -> None:
+        meter.wrote(len(outcomes), self._last_took_s)
+        for outcome in outcomes:
+            # One whose session is held is written later.
+            if outcome.error is not None and not is_held(outcome):
+                meter.failed(outcome.error)
 
     def _answer(self, waiting: list[_Queued], outcomes: Sequence[Outcome]) -> None:
         """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet."""

@@ -3,9 +3,10 @@
 import re
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +16,23 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from dspex_persist.infra.tokens import add
 from dspex_persist.settings import Settings, SettingsError
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.commands import GetVariable, SetVariable
+from dspex_persist.state.errors import (
+    ExecutionConflictError,
+    IdempotencyConflictError,
+    PermissionDeniedError,
+    SessionNotFoundError,
+)
+from dspex_persist.state.values import encode
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect, serve
 from tests.deadline import within
+from tests.end_to_end.metered_tools import MODEL
 
-DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "metrics.md"
+ROOT: Final = Path(__file__).parents[2]
+DOCUMENT: Final = ROOT / "docs" / "metrics.md"
+BRIDGE: Final = "snakepit.bridge.BridgeService"
 
 
 def url_of(served: ServedDatabase) -> str:
@@ -36,27 +49,72 @@ def get(url: str, **headers: str) -> Any:
         return error
 
 
-def scrape(url: str) -> dict[str, Metric]:
-    """What is served, by name; that of a counter ends in `_total`."""
-    families = parse(get(url).read().decode())
-    return {f"{each.name}_total" if each.type == "counter" else each.name: each for each in families}
+class Served(ServedDatabase):
+    """A server with tokens, a worker and metrics."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokens = {scope: add(folder / "tokens", scope, [scope]) for scope in ("read", "admin")}
+        settings = {
+            "metrics_listen": "127.0.0.1:0",
+            "token_file": "tokens",
+            "tools": "tests.end_to_end.metered_tools",
+            "workers": 1,
+        }
+        super().__init__(folder / "a.db", settings, import_from=ROOT)
+
+    def scrape(self) -> dict[str, Metric]:
+        """What is served, by name; that of a counter ends in `_total`."""
+        families = parse(get(url_of(self), Authorization=f"Bearer {self.tokens['read']}").read().decode())
+        return {f"{each.name}_total" if each.type == "counter" else each.name: each for each in families}
+
+    def value(self, name: str, **labels: str) -> float:
+        """The value of a sample; 0 if there is none."""
+        family = name.removesuffix("_count").removesuffix("_sum")
+        samples = self.scrape()[family].samples
+        found = [sample.value for sample in samples if sample.name == name and sample.labels == labels]
+        return found[0] if found else 0.0
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]:
-    path = tmp_path_factory.mktemp("served") / "a.db"
-    with ServedDatabase(path, {"metrics_listen": "127.0.0.1:0"}) as served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(tmp_path_factory.mktemp("served")) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def metrics(served: ServedDatabase) -> dict[str, Metric]:
-    """What the server serves after every kind of traffic."""
-    with connect(served.url) as state:
+def state(served: Served) -> Iterator[BridgedState]:
+    with BridgedState(served.url, token=served.tokens["admin"], timeout_s=within(30)) as state:
         state.initialize_session("s")
         state.register_variable("s", "n", "integer", 0)
-        assert state.set_variable("s", "n", 1) == 1
-    return scrape(url_of(served))
+        yield state
+
+
+@pytest.fixture(scope="module")
+def metrics(served: Served, state: BridgedState) -> dict[str, Metric]:
+    """What the server serves after every kind of traffic."""
+    for _ in range(2):
+        assert state.set_variable("s", "n", 1, idempotency_key="once") == 1
+    with pytest.raises(IdempotencyConflictError):
+        state.set_variable("s", "n", 2, idempotency_key="once")
+    with connect(served.url, token=served.tokens["read"]) as reader, pytest.raises(PermissionDeniedError):
+        reader.set_variable("s", "n", 3)
+    for name, is_fine in (("ask_twice", True), ("fail", False), ("nothing", False)):
+        assert state.execute_tool("s", name).success is is_fine
+    transaction = state.begin_transaction("s")
+    assert transaction.run(GetVariable("s", "n")).version == 1
+    state.set_variable("s", "n", 4)
+    transaction.run(SetVariable("s", "n", encode(5)))
+    with pytest.raises(ExecutionConflictError):
+        transaction.commit()
+    return served.scrape()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Poll for what no event tells."""
+    deadline = time.monotonic() + within(30)
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_is_served_is_what_is_documented(metrics: dict[str, Metric]) -> None:
@@ -73,22 +131,83 @@ def labels_of(metric: Metric) -> frozenset[str]:
     return frozenset(label for sample in metric.samples for label in sample.labels if label != "le")
 
 
-def test_calls_are_counted_by_rpc_and_status(served: ServedDatabase, metrics: dict[str, Metric]) -> None:
-    def counted(name: str, method: str) -> dict[str, float]:
-        samples = scrape(url_of(served))[name].samples
-        of_method = [sample for sample in samples if sample.labels["grpc_method"] == method]
-        return {sample.labels.get("grpc_code", ""): sample.value for sample in of_method}
+def test_calls_are_counted_by_rpc_and_status(served: Served, metrics: object, state: BridgedState) -> None:
+    of_rpc = {"grpc_type": "unary", "grpc_service": BRIDGE, "grpc_method": "GetVariable"}
 
-    before = counted("grpc_server_handled_total", "GetVariable")
-    with connect(served.url) as state:
-        state.get_variable("s", "n")
-        with pytest.raises(Exception, match="nobody"):
-            state.get_variable("nobody", "n")
-    after = counted("grpc_server_handled_total", "GetVariable")
-    assert after["OK"] == before.get("OK", 0) + 1
-    assert after["NotFound"] == before.get("NotFound", 0) + 1
-    assert counted("grpc_server_started_total", "GetVariable") == {"": sum(after.values())}
-    assert counted("grpc_server_msg_sent_total", "GetVariable") == {"": after["OK"]}
+    def counted() -> dict[str, float]:
+        codes = {
+            code: served.value("grpc_server_handled_total", **of_rpc, grpc_code=code) for code in ("OK", "NotFound")
+        }
+        names = ("started_total", "msg_received_total", "msg_sent_total", "handling_seconds_count")
+        return codes | {name: served.value(f"grpc_server_{name}", **of_rpc) for name in names}
+
+    before = counted()
+    state.get_variable("s", "n")
+    with pytest.raises(SessionNotFoundError):
+        state.get_variable("nobody", "n")
+    grown = {name: value - before[name] for name, value in counted().items()}
+    assert grown == {
+        "OK": 1,
+        "NotFound": 1,
+        "started_total": 2,
+        "msg_received_total": 2,
+        "msg_sent_total": 1,
+        "handling_seconds_count": 2,
+    }
+
+
+def test_streams_are_counted_by_their_messages_and_ends(served: Served, metrics: object, state: BridgedState) -> None:
+    of_rpc = {"grpc_type": "server_stream", "grpc_service": BRIDGE, "grpc_method": "WatchVariables"}
+    with state.watch("s") as watch:
+        assert served.value("dspex_persist_watches") == 1
+        before = served.value("grpc_server_msg_sent_total", **of_rpc)
+        state.set_variable("s", "n", 7)
+        assert [update.version.value.json for update in watch.next(within(30)) if update.version] == ["7"]
+        assert served.value("grpc_server_msg_sent_total", **of_rpc) == before + 1
+    until(lambda: served.value("grpc_server_handled_total", **of_rpc, grpc_code="Canceled") == 1)
+    until(lambda: served.value("dspex_persist_watches") == 0)
+
+
+def test_what_was_done_is_counted(served: Served, metrics: object, state: BridgedState) -> None:
+    prefix = "dspex_persist_"
+    for name, labels, value in (
+        ("idempotent_replays_total", {"kind": "write"}, 1),
+        ("conflicts_total", {"kind": "idempotency_key"}, 1),
+        ("conflicts_total", {"kind": "transaction"}, 1),
+        ("transactions_total", {"status": "conflict"}, 1),
+        ("write_errors_total", {"error": "IdempotencyConflictError"}, 1),
+        ("denials_total", {"reason": "scope write"}, 1),
+        ("executions_total", {"tool": "ask_twice", "status": "committed"}, 1),
+        ("executions_total", {"tool": "ask", "status": "committed"}, 2),
+        ("executions_total", {"tool": "fail", "status": "failed"}, 1),
+        ("execution_seconds_count", {"tool": "ask"}, 2),
+        ("execution_refusals_total", {"reason": "ToolNotFoundError"}, 1),
+        ("lm_calls_total", {"model": MODEL, "tool": "ask", "outcome": "ok"}, 1),
+        ("lm_calls_total", {"model": MODEL, "tool": "ask", "outcome": "cached"}, 1),
+        ("lm_tokens_total", {"model": MODEL, "tool": "ask", "kind": "input"}, 100),
+        ("lm_tokens_total", {"model": MODEL, "tool": "ask", "kind": "output"}, 20),
+        ("lm_cost_usd_total", {"model": MODEL, "tool": "ask"}, 0.25),
+        ("lm_call_seconds_sum", {"model": MODEL}, 1.5),
+        ("pool_workers", {"pool": "tools", "state": "idle"}, 1),
+        ("pool_worker_starts_total", {"pool": "tools"}, 1),
+        ("live_sessions", {}, 1),
+        ("cache_sessions", {}, 1),
+        ("scrape_errors_total", {}, 0),
+    ):
+        assert served.value(f"{prefix}{name}", **labels) == value, (name, labels)
+    assert served.value(f"{prefix}commits_total") == served.value(f"{prefix}last_commit")
+    # Not less: the journal of executions is written, too.
+    assert served.value(f"{prefix}group_writes_sum") >= served.value(f"{prefix}commits_total")
+    assert served.value(f"{prefix}commit_seconds_count") > 0
+    assert served.value(f"{prefix}cache_hits_total") > served.value(f"{prefix}cache_misses_total") > 0
+    assert served.value(f"{prefix}database_bytes") > 0
+
+
+def test_an_open_transaction_shows(served: Served, metrics: object, state: BridgedState) -> None:
+    with state.begin_transaction("s"):
+        assert served.value("dspex_persist_transactions_open") == 1
+        assert served.value("dspex_persist_executions_running") == 0
+    assert served.value("dspex_persist_transactions_open") == 0
 
 
 def test_a_signal_ends_it_with_the_server(tmp_path: Path) -> None:
@@ -104,12 +223,12 @@ def test_a_signal_ends_it_with_the_server(tmp_path: Path) -> None:
         get(url)
 
 
-def test_a_server_with_tokens_shows_them_to_who_may_read(tmp_path: Path) -> None:
-    reader, writer = (add(tmp_path / "tokens", name, [name]) for name in ("read", "write"))
-    with ServedDatabase(tmp_path / "a.db", {"metrics_listen": "127.0.0.1:0", "token_file": "tokens"}) as served:
-        url = url_of(served)
-        assert [get(url, Authorization=f"Bearer {token}").status for token in (reader, writer, "")] == [200, 401, 401]
-        assert get(url).status == 401
+def test_a_server_with_tokens_shows_them_to_who_may_read(served: Served, tmp_path: Path) -> None:
+    url, writer = url_of(served), add(served.path.parent / "tokens", "write", ["write"])
+    for token, status in ((served.tokens["read"], 200), (served.tokens["admin"], 200), (writer, 401), ("", 401)):
+        assert get(url, Authorization=f"Bearer {token}").status == status
+    assert get(url).status == 401
+    assert get(url.replace("/metrics", "/healthz")).status == 200
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ class BridgeServicer(ToolRpcs):
         self._runner.drain()
         self._watchers.drain()
 
+    def watch_positions(self) -> dict[int, int]:
+        """Return how far the slowest watch of each session is; see `WatchStreams.positions`."""
+        return self._watchers.positions()
+
     async def Ping(self, request: pb.PingRequest, _context: Context) -> pb.PingResponse:
         return pb.PingResponse(message=request.message, server_time=codec.timestamp_of(clock.now()))
 

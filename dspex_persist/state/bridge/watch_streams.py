@@ -103,15 +103,27 @@ class WatchStreams:
         self.heartbeat_s = heartbeat_s
         self.stall_timeout_s = stall_timeout_s
         self.draining = False
-        self.waiting: set[asyncio.Event] = set()
+        self.open: set[_WatchStream] = set()
         self.turns = Turns(asyncio.get_running_loop())
         self.encoded = Encoded()
 
     def drain(self) -> None:
         """End all streams, each with a status that says where to resume."""
         self.draining = True
-        for ready in self.waiting:
-            ready.set()
+        for stream in self.open:
+            stream.ready.set()
+
+    def positions(self) -> dict[int, int]:
+        """Return how far the slowest stream of each watched session is; from any thread.
+
+        Returns:
+            The last commit that was sent, by the number of the session's first commit.
+        """
+        slowest: dict[int, int] = {}
+        for stream in list(self.open):
+            key = stream.watch.first_sequence
+            slowest[key] = min(stream.sent, slowest.get(key, stream.sent))
+        return slowest
 
     async def send(self, watch: Watch, context: Context, log: Any, *, initial: bool) -> None:
         """Send the updates of a watch until it ends or the client goes; with `initial`, the current values first."""
@@ -124,20 +136,20 @@ class _WatchStream:
 
     def __init__(self, streams: WatchStreams, watch: Watch, context: Context, log: Any) -> None:
         self._streams = streams
-        self._watch = watch
+        self.watch = watch
         self._context = context
-        self._ready = asyncio.Event()
-        self._sent = watch.position
+        self.ready = asyncio.Event()
+        self.sent = watch.position
         self._log = log
 
     async def run(self, *, initial: bool) -> None:
-        streams, ready = self._streams, self._ready
-        self._watch.notify(streams.mailbox.waker(lambda: streams.turns.ask(ready)))
-        streams.waiting.add(ready)
-        self._log.debug("watch begun", after_sequence=self._sent)
+        streams, ready = self._streams, self.ready
+        self.watch.notify(streams.mailbox.waker(lambda: streams.turns.ask(ready)))
+        streams.open.add(self)
+        self._log.debug("watch begun", after_sequence=self.sent)
         try:
-            count = len(self._watch.initial) if initial else 0
-            facts = ((POSITION, self._sent), (INITIAL_VALUES, count), (BEGAN, self._watch.first_sequence))
+            count = len(self.watch.initial) if initial else 0
+            facts = ((POSITION, self.sent), (INITIAL_VALUES, count), (BEGAN, self.watch.first_sequence))
             await self._context.send_initial_metadata(tuple((name, str(number)) for name, number in facts))
             if initial:
                 await self._send_initial()
@@ -146,40 +158,40 @@ class _WatchStream:
                 if not await self._send_new():
                     await self._wait()
         finally:
-            streams.waiting.discard(ready)
+            streams.open.discard(self)
             streams.turns.leave(ready)
-        raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self._sent}")
+        raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self.sent}")
 
     async def _send_initial(self) -> None:
-        for variable in self._watch.initial:
-            update = Update(UpdateKind.INITIAL_VALUE, variable, self._sent, variable.updated_at)
+        for variable in self.watch.initial:
+            update = Update(UpdateKind.INITIAL_VALUE, variable, self.sent, variable.updated_at)
             await self._send(codec.update_message(update))
 
     async def _send_new(self) -> bool:
         """Send the updates that are available; returns whether there were any."""
-        updates = self._watch.pull_ready()
+        updates = self.watch.pull_ready()
         if updates is None:
-            updates = await asyncio.to_thread(self._watch.pull)
+            updates = await asyncio.to_thread(self.watch.pull)
         for update in updates:
             if update.part[0] == update.part[1]:
                 # Counts as sent even if it stalls, because what gRPC has accepted arrives before the status.
-                self._sent = update.sequence
+                self.sent = update.sequence
             await self._send(self._streams.encoded.message(update))
         return bool(updates)
 
     async def _wait(self) -> None:
-        if not self._ready.is_set():
-            self._streams.turns.give_back(self._ready)
+        if not self.ready.is_set():
+            self._streams.turns.give_back(self.ready)
         # Everything up to here has been sent, or does not concern this watcher.
-        self._sent = max(self._sent, self._watch.position)
+        self.sent = max(self.sent, self.watch.position)
         traffic = self._streams.mailbox.traffic
         # A stream that waits is no call that others would hold up.
         traffic.calls -= 1
         try:
             async with asyncio.timeout(self._streams.heartbeat_s):
-                await self._ready.wait()
+                await self.ready.wait()
         except TimeoutError:
-            await self._send(codec.heartbeat_message(self._sent, clock.now()))
+            await self._send(codec.heartbeat_message(self.sent, clock.now()))
         finally:
             traffic.calls += 1
 
@@ -189,5 +201,5 @@ class _WatchStream:
             async with asyncio.timeout(timeout_s):
                 await self._context.write(message)
         except TimeoutError:
-            self._log.info("watcher stalled", after_sequence=self._sent)
-            raise WatchStalledError(self._sent, timeout_s) from None
+            self._log.info("watcher stalled", after_sequence=self.sent)
+            raise WatchStalledError(self.sent, timeout_s) from None

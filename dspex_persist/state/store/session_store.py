@@ -1,6 +1,7 @@
 """SessionStore: the log of sessions in one SQLite file that this process owns. `open_groups` opens it."""
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError
+from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
@@ -152,8 +154,9 @@ class SessionStore(StoredSessions, LogStore):
     driver_errors = (DBAPIError, sqlite3.Error)
     takes_pages = True
 
-    def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
+    def __init__(self, path: Path, options: StoreOptions | None = None, meter: Meter | None = None) -> None:
         self.options = options or StoreOptions()
+        self._observe = None if meter is None else meter.observe_commit
         # The head and the keys after the group that is being written.
         self._appended: tuple[Head, log.Keys] | None = None
         with contextlib.ExitStack() as undo:
@@ -216,7 +219,7 @@ class SessionStore(StoredSessions, LogStore):
         may_be_stored = False
         try:
             self._look()
-            with self._reported(wait), transaction(self._connection, wait=wait):
+            with self._reported(wait), transaction(self._connection, wait=wait, observe=self._observe):
                 self._guard.look_inside(self._connection, self.head)
                 yield
                 if self._appended is None:
@@ -355,12 +358,20 @@ class SessionStore(StoredSessions, LogStore):
 
     def size_bytes(self) -> int:
         """Return the size of the file and its WAL."""
-        total = 0
-        for suffix in ("", "-wal"):
-            # There may be no WAL.
-            with contextlib.suppress(OSError):
-                total += self.path.with_name(self.path.name + suffix).stat().st_size
-        return total
+        return self._size("") + self._size("-wal")
+
+    def _size(self, suffix: str) -> int:
+        # There may be no WAL.
+        with contextlib.suppress(OSError):
+            return self.path.with_name(self.path.name + suffix).stat().st_size
+        return 0
+
+    def figures(self) -> FileFigures:
+        """Return the sizes of the file, and how many live sessions it has."""
+        disk = os.statvfs(self.path.parent)
+        with snapshot(self.readers) as connection:
+            live = stored_sessions.count_live(connection)
+        return FileFigures(self._size(""), self._size("-wal"), disk.f_bavail * disk.f_frsize, live)
 
     # Housekeeping
 
@@ -438,16 +449,21 @@ FileGroups: TypeAlias = Groups[SessionStore]
 """The sessions of a database file."""
 
 
-def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
+def open_groups(path: Path, options: StoreOptions | None = None, meter: Meter | None = None) -> FileGroups:
     """Open a database file, which this process then owns, and create it if it does not exist.
+
+    Args:
+        path: The file.
+        options: Durability, limits, TTLs and retention.
+        meter: Counts what happens; None not to count.
 
     Raises:
         OpenError: Another process owns the file, or it is not a readable database of this project.
     """
-    store = SessionStore(path, options)
+    store = SessionStore(path, options, meter)
     try:
         with forks.busy():
-            return Groups(store, store.options, cache_size_bytes=store.options.cache_size_bytes)
+            return Groups(store, store.options, cache_size_bytes=store.options.cache_size_bytes, meter=meter)
     except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
         store.abandon()
         # The error's usual advice is to repeat the write, which does not apply here.

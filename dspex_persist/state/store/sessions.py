@@ -88,6 +88,12 @@ def last_sequence(connection: Connection, session_key: int) -> int:
     return int(last)
 
 
+def count_live(connection: Connection) -> int:
+    """Return how many sessions have not ended."""
+    ((count,),) = raw_rows(connection, "SELECT count(*) FROM sessions WHERE ended_sequence IS NULL")
+    return int(count)
+
+
 def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
     """Return the ids of sessions whose saved expiry is past."""
     query = (

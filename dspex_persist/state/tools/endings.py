@@ -20,7 +20,9 @@ from dspex_persist.state.errors import (
     StorageError,
     ToolInterruptedError,
 )
+from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
+    RECORDING_ID,
     ExecutionStatus,
     Origin,
     ToolOutcome,
@@ -42,7 +44,8 @@ class Endings:
             not as given up by its client.
     """
 
-    def __init__(self, store: Submits, home: Home, spending: Spending) -> None:
+    def __init__(self, store: Submits, home: Home, spending: Spending, meter: Meter | None = None) -> None:
+        self._meter = meter
         self._store = store
         self._home = home
         self._spending = spending
@@ -88,6 +91,7 @@ class Endings:
             error = ToolInterruptedError(session.execution_id, reason)
             session.execution.correct(ExecutionStatus.INTERRUPTED.value)
             self._note_end(session, None)
+            self.count(session, replace(verdict, status=ExecutionStatus.INTERRUPTED))
             return ToolOutcome(
                 ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
@@ -99,11 +103,20 @@ class Endings:
             del reply
         session.execution.correct(final.status.value)
         self._note_end(session, final.sequence)
+        self.count(session, final)
         outcome = _outcome(final, raised)
         return outcome if raised is None else replace(outcome, quotable=session.execution.quotable())
 
+    def count(self, session: ToolSession, verdict: Verdict) -> None:
+        """Count an execution that has ended."""
+        if self._meter is not None:
+            is_recording = RECORDING_ID in session.request.metadata
+            tool, status = session.execution.tool, verdict.status
+            self._meter.ended(tool, status, verdict.duration_us, is_recording=is_recording)
+
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
         """End an execution that writes nothing and whose caller has gone, or hears of the end in another way."""
+        self.count(session, verdict)
         self.record(self._closing(session, verdict), session.origin, session)
 
     def _closing(self, session: ToolSession, verdict: Verdict) -> commands.FinishExecution:
@@ -112,7 +125,9 @@ class Endings:
         execution.close(verdict.status.value)
         for called in session.below():
             called.execution.close(verdict.status.value)
-            execution.children.append(called.verdict(verdict.status))
+            ended = called.verdict(verdict.status)
+            execution.children.append(ended)
+            self.count(called, ended)
             execution.children.extend(called.execution.children)
             if called.task is not None:
                 called.task.cancel()
@@ -143,11 +158,13 @@ class Endings:
             self._record_failure(session, verdict, error)
         elif error is None:
             self._note_end(session, reply.result().sequence)
+            self.count(session, reply.result())
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
         if isinstance(error, StorageError | QueueFullError | InternalError):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
+            self.count(session, failed)
             command = session.execution.finish(failed)
             self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin, session)
         else:

@@ -38,8 +38,11 @@ from dspex_persist.state.errors import (
     UnavailableError,
 )
 from dspex_persist.state.limits import Limits
+from dspex_persist.state.meter import Meter, RunnerFigures
 from dspex_persist.state.model import (
     CONCURRENCY,
+    RECORDING_ID,
+    TRANSACTION,
     Concurrency,
     ExecutionStatus,
     JournalEntry,
@@ -99,6 +102,7 @@ class ToolRunner:
         registered: Returns the runnable form of a tool that a worker has registered.
         limits: The limits of parameters, results, journals and the number of executions.
         budget: What the recorded LM calls of each session may use.
+        meter: Counts executions and LM calls; None not to count.
     """
 
     def __init__(
@@ -110,14 +114,18 @@ class ToolRunner:
         registered: Callable[[RegisteredTool], RunnableTool],
         limits: Limits,
         budget: Budget = NO_BUDGET,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter
         self.store = store
         self.tools = dict(tools)
         self.limits = limits
         self.budget = budget
         self.spending = Spending.of(store)
         self._home = home
-        self._endings = Endings(store, home, self.spending)
+        if meter is not None:
+            self.spending.meter = meter
+        self._endings = Endings(store, home, self.spending, meter)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code still runs.
@@ -177,6 +185,13 @@ class ToolRunner:
         """
         others = {name: self._registered(tool) for name, tool in registered.items() if name not in self.tools}
         return self.tools | others
+
+    def figures(self) -> RunnerFigures:
+        """Return what runs now; from any thread."""
+        sessions, count = list(self._running.values()), self._count
+        opened = sum(each.request.tool == TRANSACTION and RECORDING_ID not in each.metadata for each in sessions)
+        begun = sum(each.execution.parent is None for each in sessions)
+        return RunnerFigures(len(sessions) - opened, max(0, count - begun), opened)
 
     def drain(self) -> None:
         """Count executions cancelled from now on as interrupted by the server, not as given up by the client."""
@@ -242,6 +257,8 @@ class ToolRunner:
         except _REFUSALS as error:
             # A missing session is the more important error; this raises it.
             await self._submit(commands.ListTools(request.session_id), request.origin)
+            if self._meter is not None:
+                self._meter.not_begun(error)
             return ToolOutcome(None, None, error, error.error_code)
         finally:
             self._count -= 1
@@ -374,6 +391,8 @@ class ToolRunner:
                 await place.turn()
                 continue
             if begun.recorded is not None:
+                if self._meter is not None:
+                    self._meter.repeated()
                 return await _repeat(request, tool, begun.recorded)
             if begun.running is not None:
                 joined = await self._join(begun.running.id, request)
@@ -588,7 +607,9 @@ class ToolRunner:
                 del raised
             raise
         child.close(ExecutionStatus.COMMITTED.value)
-        parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
+        verdict = session.verdict(ExecutionStatus.COMMITTED, result)
+        parent.children.extend([verdict, *child.children])
+        self._endings.count(session, verdict)
         return result
 
     async def _invoke(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:

@@ -15,7 +15,8 @@ from dspex_persist.state import commands
 from dspex_persist.state.around import Around
 from dspex_persist.state.budgets import NO_BUDGET, NOTHING, TOKENS, Budget, Spent
 from dspex_persist.state.errors import BudgetExceededError, Hint, quote
-from dspex_persist.state.lm_calls import spent_on
+from dspex_persist.state.lm_calls import counts_of, spent_on
+from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import Submits
 
@@ -79,9 +80,14 @@ def _add(sums: _Sums, others: Mapping[str, Spent]) -> None:
 
 
 class Spending:
-    """The sums of all sessions of a store. Usable from any thread."""
+    """The sums of all sessions of a store. Usable from any thread.
+
+    Attributes:
+        meter: Counts the calls, too; None not to count.
+    """
 
     def __init__(self) -> None:
+        self.meter: Meter | None = None
         self._lock = threading.Lock()
         # By the number of a session's first commit: another session may get its id later.
         self._ledgers: dict[int, _Ledger] = {}
@@ -107,6 +113,8 @@ class Spending:
             call: The call.
         """
         spent = spent_on(call)
+        if self.meter is not None:
+            self.meter.lm_called(tool, counts_of(call))
         with self._lock:
             sums = self._ledger(session_key).running.setdefault(execution_id, {})
             sums[tool] = sums.get(tool, NOTHING).plus(spent)

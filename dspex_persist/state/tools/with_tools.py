@@ -24,6 +24,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.limits import Limits
+from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
     PART,
     RECORDING,
@@ -68,6 +69,7 @@ class WithTools(Around, StreamsTools, Transacts):
         passed: Tools that only the workers of pools have.
         pools: The pools, by the name under which their workers register tools.
         home: The event loop that runs the executions and their timeouts; by default a separate loop on a thread.
+        meter: Counts executions and LM calls; None not to count.
 
     Raises:
         InvalidArgumentError: `tools` is not a mapping, or `threads` is not a positive number.
@@ -86,6 +88,7 @@ class WithTools(Around, StreamsTools, Transacts):
         passed: Iterable[RunnableTool] = (),
         pools: Mapping[str, PoolPort] | None = None,
         home: asyncio.AbstractEventLoop | None = None,
+        meter: Meter | None = None,
     ) -> None:
         check_count("tool_threads", threads)
         check_tools(tools)
@@ -107,6 +110,7 @@ class WithTools(Around, StreamsTools, Transacts):
             registered=registered,
             limits=limits,
             budget=budget,
+            meter=meter,
         )
         self._can_execute = bool(self.runner.tools) or remote is not None
         # The commands that do not simply go to the provider.
