@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,30 +25,18 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from dspex_persist.opening import ENV_PREFIX
+from dspex_persist.opening import ENV_PREFIX as ENV_PREFIX
+from dspex_persist.sources import CONFIG_VARIABLE as CONFIG_VARIABLE
+from dspex_persist.sources import DATABASE, LISTEN, find_file, read_file
+from dspex_persist.sources import DEFAULT_CONFIG as DEFAULT_CONFIG
+from dspex_persist.sources import SettingsError as SettingsError
 from dspex_persist.spelling import closest, did_you_mean
-
-CONFIG_VARIABLE: Final = f"{ENV_PREFIX}CONFIG"
-DEFAULT_CONFIG: Final = Path("dspex-persist.toml")
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
 _SHOWN_LENGTH: Final = 60
 # How similar (0 to 1) an environment variable must be to a setting to count as a misspelling of it.
 _MISSPELLING: Final = 0.8
-
-
-@dataclass(eq=False)
-class SettingsError(ValueError):
-    """A setting is invalid: its name, the reason, and where it was set ("" if that adds nothing)."""
-
-    setting: str
-    reason: str
-    source: str = ""
-
-    def __str__(self) -> str:
-        came_from = f" ({self.source})" if self.source else ""
-        return f"setting {self.setting}{came_from}: {self.reason}"
 
 
 def _read_path(path: Path) -> Path:
@@ -193,9 +180,9 @@ class Settings(LimitSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
-    db: DatabasePath = Field(Path("sessions.db"), description="The database file; created if missing.")
+    db: DatabasePath = Field(Path(DATABASE), description="The database file; created if missing.")
     listen: str = Field(
-        "127.0.0.1:50051",
+        LISTEN,
         description="The address to listen on: `HOST:PORT` (port 0: any free port), `[IPv6]:PORT` or `unix:PATH`.",
     )
     insecure: bool = Field(
@@ -415,8 +402,8 @@ def _check_variables(names: Iterable[str]) -> None:
 
 
 def _file(config: Path | None, *, may_ignore_tools: bool) -> _Source:
-    path, named_by = _find_file(config)
-    values = _read_toml(path, named_by) if path is not None else {}
+    path, named_by = find_file(config)
+    values = read_file(path, named_by) if path is not None else {}
     if not named_by and values.pop("tools", None) and not may_ignore_tools:
         reason = (
             "tools are code that runs, so they are not taken from a file just because it is in this folder: if it is "
@@ -433,27 +420,6 @@ def _file(config: Path | None, *, may_ignore_tools: bool) -> _Source:
     if unknown:
         raise SettingsError(", ".join(unknown), _no_such_setting(unknown), f"file {path}")
     return _Source(values, lambda _: f"file {path}")
-
-
-def _find_file(config: Path | None) -> tuple[Path | None, str]:
-    """The file to read, if any, and the flag or variable that named it."""
-    if config is not None:
-        return config, "flag --config"
-    if named := os.environ.get(CONFIG_VARIABLE):
-        return Path(named), f"environment variable {CONFIG_VARIABLE}"
-    return (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None), ""
-
-
-def _read_toml(path: Path, named_by: str) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError("config", f"{path} is not valid TOML: {error}", named_by) from error
-    except UnicodeDecodeError as error:
-        raise SettingsError("config", f"{path} is not valid TOML: it is not UTF-8", named_by) from error
-    except OSError as error:
-        raise SettingsError("config", f"cannot read {path}: {error.strerror}", named_by) from error
 
 
 def _no_such_setting(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from dspex_persist import __version__
 from dspex_persist.cli import (
     audit,
     demo,
+    health,
     maintenance,
     replay,
     serve,
@@ -58,6 +59,7 @@ app = typer.Typer(
     ),
 )
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
+app.command("health", help=health.HELP, epilog=health.EPILOG)(health.health)
 app.command("worker", help=worker.HELP, epilog=worker.EPILOG)(worker.worker)
 app.command("workers", help=workers.HELP, epilog=workers.EPILOG)(workers.workers)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)

@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     # A setting that cannot be: that it serves is another test's concern.
     "serve": ["--db", "DB", "--listen", "nowhere"],
     "worker": ["--help"],
+    "health": ["--target", "127.0.0.1:1"],
     "workers": ["--target", "127.0.0.1:1"],
     "demo": ["--help"],
     "replay": ["DB.jsonl", "--tools", "nothing_here"],
