@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
+    from dspex_persist.state.bridge.access import Access
+    from dspex_persist.state.bridge.denials import Denials
     from dspex_persist.state.bridge.pools import PoolPlan, Pools
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridged import BridgedState
@@ -757,7 +759,6 @@ async def _serve_bridge(
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.infra.metrics import CallMeter
-    from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.audit_service import AuditServicer
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
     from dspex_persist.state.bridge.denials import Denials
@@ -796,6 +797,7 @@ async def _serve_bridge(
     )
     meter = engine.meter
     denials = Denials(_counting(engine.denials.note, meter))
+    access = _access(certificates, tokens, denials)
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(
@@ -865,7 +867,7 @@ async def _serve_bridge(
             on_drain=drain,
             belongs=servicer.belongs,
             meter=calls,
-            **({} if tokens is None else {"admit": Access(tokens, denials).admit}),
+            **({} if access is None else {"admit": access.admit}),
         )
 
 
@@ -950,6 +952,14 @@ def _serve_metrics(
     )
     _log.info("serving metrics", url=metrics.url)
     return metrics
+
+
+def _access(certificates: "Certificates | None", tokens: "Tokens | None", denials: "Denials") -> "Access | None":
+    """Return what knows the clients; None if none has to show anything."""
+    from dspex_persist.state.bridge.access import Access
+
+    certified = certificates is not None and certificates.asks_clients
+    return Access(tokens, denials, certified=certified) if certified or tokens is not None else None
 
 
 def _plans(settings: Settings, here: Path) -> "list[PoolPlan]":

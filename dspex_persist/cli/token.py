@@ -1,17 +1,21 @@
 """dspex-persist token: adds tokens to the file that a server reads, lists whose they are, and revokes them."""
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import counted, plain, say
 
+if TYPE_CHECKING:
+    from dspex_persist.infra.tokens import Identity
+
 HELP: Final = "Edit the file of tokens of a server (serve --token-file), which reads it again by itself."
 EPILOG: Final = (
     "[bold]Examples[/bold]\n\n"
     "dspex-persist token new checkout --scopes read,write --token-file tokens\n\n"
+    "dspex-persist token new reports --scopes read --expires 90d --rate 20/s --token-file tokens\n\n"
     "dspex-persist token list --token-file tokens\n\n"
     "dspex-persist token revoke checkout --token-file tokens\n\n"
     "[bold]Exit codes[/bold]\n\n"
@@ -53,41 +57,77 @@ def new(
             "--scopes", metavar="LIST", help="read, write, execute, admin, separated by commas.", show_default=False
         ),
     ],
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires", metavar="TIME", help="2027-01-01, a time in UTC, or 90d from now.", show_default=False
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option("--rate", metavar="CALLS", help="Calls per time: 100/s, 60/min, 500/h.", show_default=False),
+    ] = None,
+    inflight: Annotated[
+        str | None,
+        typer.Option("--inflight", metavar="CALLS", help="Calls in progress at a time.", show_default=False),
+    ] = None,
     token_file: File = None,
     as_json: Json = False,
 ) -> None:
     """Add a token."""
+    given = {"expires": expires, "rate": rate, "inflight": inflight}
 
     def work(_: object) -> dict[str, Any]:
         from dspex_persist.infra import tokens
 
-        return {"name": name, "token": tokens.add(_file(token_file), name, scopes.replace(" ", "").split(","))}
+        allowance = {key: text for key, text in given.items() if text is not None}
+        token = tokens.add(_file(token_file), name, scopes.replace(" ", "").split(","), allowance)
+        return {"name": name, "token": token}
 
     carry_out(as_json, work, lambda report: say(report["token"]))
 
 
-@app.command("list", help="List whose tokens are in the file, and their scopes.\n\n")
+@app.command("list", help="List whose tokens and certificates are in the file, their scopes, limits and ends.\n\n")
 def list_(token_file: File = None, as_json: Json = False) -> None:
     """List the names."""
 
     def work(_: object) -> dict[str, Any]:
         from dspex_persist.infra import tokens
 
-        found = tokens.listed(_file(token_file))
-        return {
-            "tokens": [
-                {"name": each.name, "scopes": [scope for scope in tokens.SCOPES if scope in each.scopes]}
-                for each in found
-            ]
-        }
+        return {"tokens": [_described(each) for each in tokens.listed(_file(token_file))]}
 
     def show(report: dict[str, Any]) -> None:
         for each in report["tokens"]:
-            say(f"{plain(each['name'])}  {','.join(each['scopes'])}")
+            more = [f"{key}={plain(str(each[key]))}" for key in _FACTS if key in each]
+            if each.get("expired"):
+                more.append("(expired)")
+            say("  ".join((plain(each["name"]), ",".join(each["scopes"]), *more)))
         if not report["tokens"]:
             say("no tokens")
 
     carry_out(as_json, work, show)
+
+
+_FACTS: Final = ("certificate", "rate", "inflight", "sessions", "bytes", "expires")
+
+
+def _described(identity: "Identity") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from dspex_persist.infra.tokens import SCOPES
+
+    expires = identity.expires_at
+    facts = {
+        "certificate": identity.certificate or None,
+        **asdict(identity.allowance),
+        "expires": None if expires is None else expires.isoformat().replace("+00:00", "Z"),
+        "expired": identity.has_expired or None,
+    }
+    return {
+        "name": identity.name,
+        "scopes": [scope for scope in SCOPES if scope in identity.scopes],
+        **{key: fact for key, fact in facts.items() if fact is not None},
+    }
 
 
 @app.command("revoke", help="Remove all tokens of a name; servers refuse them from then on.\n\n")

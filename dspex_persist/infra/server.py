@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
+from dspex_persist.infra.admission import Admission
 from dspex_persist.infra.listen import (
     Address,
     ListenError,
@@ -129,12 +130,12 @@ class RpcStatus:
 
 StatusOf: TypeAlias = Callable[[Exception], RpcStatus | None]
 """The table of known errors: returns the status of an error, or None for an unknown one."""
-Admit: TypeAlias = Callable[[str, Context], None]
-"""Admits a call of an rpc, or raises."""
+Admit: TypeAlias = Callable[[str, Context, "asyncio.Task[Any] | None"], Admission | None]
+"""Admits a call of an rpc, or raises. For a stream, it gets the task, and may end the stream later: see `Admission`."""
 
 
-def _admit_all(_rpc: str, _context: Context) -> None:
-    pass
+def _admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -> None:
+    return None
 
 
 @dataclass(eq=False)
@@ -335,7 +336,7 @@ class _Calls:
         self._idle: asyncio.Event | None = None
         self._refused = 0
 
-    def enter(self, rpc: str, context: Context) -> None:
+    def enter(self, rpc: str, context: Context, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
         """Count a call, until `leave`. Raises what `admit` does.
 
         Raises:
@@ -343,13 +344,18 @@ class _Calls:
         """
         self.active += 1
         self._traffic.calls += 1
-        self._admit(rpc, context)
+        admission = self._admit(rpc, context, task)
         if self._closing.is_set() and not self._belongs(context):
             self._refused += 1
+            if admission is not None:
+                admission.end()
             raise DrainingError()
+        return admission
 
-    def leave(self) -> None:
+    def leave(self, admission: Admission | None) -> None:
         """Note that a call has ended."""
+        if admission is not None:
+            admission.end()
         self.active -= 1
         self._traffic.calls -= 1
         if self._idle is not None and not self.active:
@@ -545,15 +551,16 @@ def _unary_unary(rpc: _Rpc) -> Handler:
 
     # The hot path. Parsing and serializing happen here, because errors in gRPC's own hooks would bypass the guard.
     async def handle(request: bytes, context: Context) -> bytes:
+        admission = None
         try:
-            calls.enter(name, context)
+            admission = calls.enter(name, context)
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
             # The exception that gRPC gets keeps this frame alive after the call.
             request = b""
             await calls.fail(name, context, error)
         finally:
-            calls.leave()
+            calls.leave(admission)
 
     return grpc.unary_unary_rpc_method_handler(handle if rpc.meter is None else _metered(handle, rpc.meter))
 
@@ -596,8 +603,9 @@ async def _answer_with_stream(
     `received` has the bytes of the request until they are parsed. A stream may be open for days, and its frame lives
     even longer; neither must keep the bytes.
     """
+    admission = None
     try:
-        rpc.calls.enter(rpc.name, context)
+        admission = rpc.calls.enter(rpc.name, context, asyncio.current_task())
         answer = rpc.run(request(context), context)
         if inspect.isasyncgen(answer):
             # Closed here, because otherwise the clean-up after a client has gone would wait for the garbage collector.
@@ -608,9 +616,11 @@ async def _answer_with_stream(
             await answer
     except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
         received.clear()
-        await rpc.calls.fail(rpc.name, context, error)
+        # A stream that was revoked has to say so, instead of that it was cancelled.
+        reported = error if admission is None else admission.end(error) or error
+        await rpc.calls.fail(rpc.name, context, reported)
     finally:
-        rpc.calls.leave()
+        rpc.calls.leave(admission)
 
 
 # --- Counting calls ---

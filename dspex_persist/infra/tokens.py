@@ -1,9 +1,11 @@
-"""Bearer tokens: a file says who has which, and what they may do. Knows no rpcs.
+"""Tokens and certificates of clients: a file says who has which, what they may do, and how much. Knows no rpcs.
 
-The file has one line for each token, and only its SHA-256, so that nobody who reads the file can use it:
+The file has one line for each token, with only its SHA-256, so that nobody who reads the file can use it, and for each
+certificate, with a name in it:
 
-    # NAME    SCOPES        SHA-256 of the token
-    checkout  read,write    sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b
+    # NAME    SCOPES      CREDENTIAL                                                               ALLOWANCE
+    checkout  read,write  sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b  rate=100/s
+    reports   read        cert:reports.example.org                                                 expires=2027-01-01
 
 It is read again when it changes, so a token is revoked by removing its line.
 """
@@ -14,19 +16,26 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from dspex_persist import clock
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.logs import get_logger
 
 READ, WRITE, EXECUTE, ADMIN = SCOPES = ("read", "write", "execute", "admin")
 _NAME: Final = re.compile(r"[A-Za-z0-9._@:/-]{1,64}")
-_HASH: Final = re.compile(r"sha256:([0-9a-f]{64})")
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+_TOKEN, _CERTIFICATE = "sha256:", "cert:"
 _LINE: Final = "a line is NAME SCOPES sha256:HASH, with the scopes separated by commas"
+_RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)/(s|min|h)")
+_SECONDS: Final = {"s": 1, "min": 60, "h": 3_600}
+_AGE: Final = re.compile(r"([0-9]{1,8})(min|h|d|w)")
+_AGES: Final = {"min": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 # What only the owner, and readers in its group, may do.
 _FORBIDDEN: Final = stat.S_IWGRP | stat.S_IRWXO
 _log: Final = get_logger(__name__)
@@ -44,15 +53,44 @@ class TokenFileError(DspexError):
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """How much an identity may do; None: as much as it likes.
+
+    Attributes:
+        rate: Calls per second, on average; after a pause, as many at once as one second allows, or one.
+        inflight: Calls in progress at the same time, streams included.
+    """
+
+    rate: float | None = None
+    inflight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
-    """Who has a token: a name, and the scopes."""
+    """Who has a token or a certificate.
+
+    Attributes:
+        name: The name, for the history.
+        scopes: What it may do.
+        allowance: How much.
+        expires_at: When the token stops being valid (aware, UTC); None for never.
+        certificate: The name in the certificate; "" for a token.
+    """
 
     name: str
     scopes: frozenset[str]
+    allowance: Allowance = Allowance()
+    expires_at: datetime | None = None
+    certificate: str = ""
 
     def may(self, scope: str) -> bool:
         """Return whether it has the scope; "admin" has all."""
         return scope in self.scopes or ADMIN in self.scopes
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether the token is not valid any longer."""
+        return self.expires_at is not None and clock.now() >= self.expires_at
 
 
 CALLER: Final[ContextVar[Identity | None]] = ContextVar("dspex_persist_caller", default=None)
@@ -76,14 +114,19 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = _signature(path)
-        self._tokens, faults = _read(path)
+        lines, faults = _read(path)
         if faults:
             raise TokenFileError(str(path), faults[0])
+        self._take(lines)
 
     def find(self, token: str) -> Identity | None:
-        """Return who has the token, or None."""
+        """Return who has the token; None if nobody has it, or not any longer."""
+        identity = self.look_up(digest_of(token))
+        return None if identity is None or identity.has_expired else identity
+
+    def look_up(self, digest: bytes) -> Identity | None:
+        """Return who has the token with this SHA-256, also if it has expired; or None."""
         self._refresh()
-        digest = hashlib.sha256(token.encode(errors="surrogateescape")).digest()
         found = None
         # All of them, so that the time tells nothing about which one was almost right.
         for known, identity in self._tokens:
@@ -91,37 +134,56 @@ class Tokens:
                 found = identity
         return found
 
+    def find_certificate(self, names: Iterable[str]) -> Identity | None:
+        """Return whose certificate has these names, by the first of them that has a line, also if that has expired."""
+        self._refresh()
+        return next((self._certificates[name] for name in names if name in self._certificates), None)
+
+    def _take(self, lines: "Lines") -> None:
+        self._tokens = [(credential, each) for credential, each in lines.items() if isinstance(credential, bytes)]
+        self._certificates = {name: each for name, each in lines.items() if isinstance(name, str)}
+
     def _refresh(self) -> None:
         now = _signature(self.path)
         if now == self._seen:
             return
         self._seen = now
         try:
-            self._tokens, faults = _read(self.path)
+            lines, faults = _read(self.path)
         except TokenFileError as error:
-            self._tokens = []
+            self._take({})
             _log.error("no token is valid until the file can be used", file=error.path, reason=error.reason)
             return
         for fault in faults:
             _log.error("a line of the token file was left out", file=str(self.path), reason=fault)
-        _log.info("read the token file", file=str(self.path), tokens=len(self._tokens))
+        self._take(lines)
+        _log.info("read the token file", file=str(self.path), tokens=len(lines))
 
 
-def add(path: Path, name: str, scopes: Iterable[str]) -> str:
+def digest_of(token: str) -> bytes:
+    """Return the SHA-256 of a token."""
+    return hashlib.sha256(token.encode(errors="surrogateescape")).digest()
+
+
+def add(path: Path, name: str, scopes: Iterable[str], allowance: Mapping[str, str] | None = None) -> str:
     """Add a new token to a file, which is created if missing, and return it: nothing else keeps it.
 
     Args:
         path: The file.
         name: Whose it is; a name may have several.
         scopes: What it may do.
+        allowance: How much, and until when, as words of the line: {"rate": "100/s", "expires": "2027-01-01"}. An age
+            such as 90d expires that long from now.
 
     Raises:
         TokenFileError: The file cannot be used or written, or the name or a scope is wrong.
     """
     # With a letter first, so that no command takes it for an option.
     token = f"dspex_{secrets.token_urlsafe(32)}"
-    line = f"{name} {','.join(scopes)} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    digest = f"{_TOKEN}{hashlib.sha256(token.encode()).hexdigest()}"
     try:
+        words = [f"{key}={_settled(key, text)}" for key, text in (allowance or {}).items()]
+        line = " ".join((name, ",".join(scopes), digest, *words))
         _check_name(name)
         _parsed(line.split())
     except ValueError as error:
@@ -133,10 +195,10 @@ def add(path: Path, name: str, scopes: Iterable[str]) -> str:
 
 def listed(path: Path) -> list[Identity]:
     """Return whose tokens are in a file, one for each. Raise `TokenFileError` if a line, or the file, is wrong."""
-    tokens, faults = _read(path)
+    lines, faults = _read(path)
     if faults:
         raise TokenFileError(str(path), faults[0])
-    return [identity for _, identity in tokens]
+    return list(lines.values())
 
 
 def revoke(path: Path, name: str) -> int:
@@ -167,10 +229,14 @@ def _replace(path: Path, text: str) -> None:
         raise TokenFileError(str(path), f"cannot write it: {error.strerror or error}") from error
 
 
-def _read(path: Path) -> tuple[list[tuple[bytes, Identity]], list[str]]:
-    """Return the tokens, and what is wrong with the other lines. Raises `TokenFileError` for the file as a whole."""
+Lines = Mapping[bytes | str, Identity]
+"""Who has which credential: the SHA-256 of a token, or the name in a certificate."""
+
+
+def _read(path: Path) -> tuple[Lines, list[str]]:
+    """Return the lines, and what is wrong with the others. Raises `TokenFileError` for the file as a whole."""
     content = _text(path)
-    tokens: dict[bytes, Identity] = {}
+    tokens: dict[bytes | str, Identity] = {}
     faults: list[str] = []
     for number, line in enumerate(content.splitlines(), 1):
         text = line.partition("#")[0].split()
@@ -183,10 +249,11 @@ def _read(path: Path) -> tuple[list[tuple[bytes, Identity]], list[str]]:
             continue
         if digest in tokens:
             # Whose it is, and what it may do, would depend on the order.
-            faults.append(f"line {number}: the token of another line")
+            what = "certificate" if isinstance(digest, str) else "token"
+            faults.append(f"line {number}: the {what} of another line")
             continue
         tokens[digest] = identity
-    return list(tokens.items()), faults
+    return tokens, faults
 
 
 def _text(path: Path) -> str:
@@ -200,19 +267,82 @@ def _text(path: Path) -> str:
         raise TokenFileError(str(path), "it is not UTF-8") from error
 
 
-def _parsed(text: list[str]) -> tuple[bytes, Identity]:
-    if len(text) != 3:
+def _parsed(text: list[str]) -> tuple[bytes | str, Identity]:
+    if len(text) < 3 or (len(text) > 3 and not text[2].lower().startswith((_TOKEN, _CERTIFICATE))):
         raise ValueError(_LINE)
-    name, scopes, digest = text
+    name, scopes, credential, *words = text
     _check_name(name)
     given = scopes.split(",")
     unknown = [scope for scope in given if scope not in SCOPES]
     if unknown:
         raise ValueError(f"there is no scope {unknown[0]!r}: the scopes are {', '.join(SCOPES)}")
-    match = _HASH.fullmatch(digest.lower())
+    identity = replace(_allowed(words), name=name, scopes=frozenset(given))
+    certificate = credential.removeprefix(_CERTIFICATE)
+    if certificate and certificate != credential:
+        return certificate, replace(identity, certificate=certificate)
+    digest = credential.lower().removeprefix(_TOKEN)
+    if digest == credential.lower() or _HASH.fullmatch(digest) is None:
+        raise ValueError(f"the third word is not sha256: and 64 hexadecimal digits, nor cert: and a name; {_LINE}")
+    return bytes.fromhex(digest), identity
+
+
+def _allowed(words: Iterable[str]) -> Identity:
+    """Return an identity with what the words allow, without a name and scopes."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in _WORDS:
+            possible = ", ".join(f"{each}=" for each in _WORDS)
+            raise ValueError(f"{word!r} means nothing after the credential: there are {possible}")
+        if key in found:
+            raise ValueError(f"{key}= is there twice")
+        try:
+            found[key] = _WORDS[key](text)
+        except ValueError as error:
+            raise ValueError(f"{word}: {error}") from None
+    expires_at = found.pop(_EXPIRES, None)
+    return Identity("", frozenset(), Allowance(**found), expires_at)
+
+
+def _rate(text: str) -> float:
+    match = _RATE.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise ValueError("it must be a number of calls in a time, such as 100/s or 6/min")
+    return float(match[1]) / _SECONDS[match[2]]
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text)):
+        raise ValueError("it must be a whole number above 0")
+    return int(text)
+
+
+def _time(text: str) -> datetime:
+    try:
+        given = datetime.fromisoformat(text)
+        return (given.replace(tzinfo=UTC) if given.tzinfo is None else given).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("it must be a day or a time in UTC, such as 2027-01-01 or 2027-01-01T12:00Z") from None
+
+
+_EXPIRES: Final = "expires"
+_WORDS: Final[Mapping[str, Callable[[str], object]]] = {
+    "rate": _rate,
+    "inflight": _count,
+    _EXPIRES: _time,
+}
+"""What may follow the credential of a line."""
+
+
+def _settled(key: str, text: str) -> str:
+    """Return the text of a word, with a time instead of an age, which would begin anew whenever the file is read."""
+    match = _AGE.fullmatch(text) if key == _EXPIRES else None
     if match is None:
-        raise ValueError(f"the last word is not sha256: and 64 hexadecimal digits; {_LINE}")
-    return bytes.fromhex(match[1]), Identity(name, frozenset(given))
+        return text
+    try:
+        return (clock.now() + int(match[1]) * _AGES[match[2]]).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except OverflowError:
+        raise ValueError(f"{key}={text}: that is too long") from None
 
 
 def _check_name(name: str) -> None:

@@ -1,11 +1,23 @@
 """The file of tokens: what is in it, what is wrong with it, and what a change does."""
 
 import hashlib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from freezegun import freeze_time
 
-from dspex_persist.infra.tokens import SCOPES, Identity, TokenFileError, Tokens, add, listed, revoke
+from dspex_persist.infra.tokens import (
+    SCOPES,
+    Allowance,
+    Identity,
+    TokenFileError,
+    Tokens,
+    add,
+    digest_of,
+    listed,
+    revoke,
+)
 
 
 def line(name: str, scopes: str, token: str) -> str:
@@ -114,3 +126,61 @@ def test_tokens_are_added_and_revoked(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["tokens"]
     with pytest.raises(TokenFileError, match="cannot write it: No such file"):
         add(tmp_path / "missing" / "tokens", "a", ["read"])
+
+
+# How much, until when, and certificates
+
+
+def test_what_may_follow_the_credential(path: Path) -> None:
+    words = "rate=6/min inflight=20 expires=2027-01-01"
+    path.write_text(
+        line("a", "read", "one").replace("\n", f" {words} # as agreed\n") + "ci admin cert:ci.example.org\n"
+    )
+    tokens = Tokens(path)
+    ours = tokens.look_up(digest_of("one"))
+    assert ours is not None
+    assert ours.allowance == Allowance(0.1, 20)
+    assert ours.expires_at == datetime(2027, 1, 1, tzinfo=UTC)
+    ci = tokens.find_certificate(["other", "ci.example.org"])
+    assert ci == Identity("ci", frozenset({"admin"}), certificate="ci.example.org")
+    assert tokens.find_certificate(["one", ""]) is None
+    assert listed(path) == [ours, ci]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("rate=100", "rate=100: it must be a number of calls in a time, such as 100/s"),
+        ("rate=0/s", "calls in a time"),
+        ("inflight=0", "whole number above 0"),
+        ("inflight=²", "whole number above 0"),
+        ("expires=soon", "a day or a time"),
+        ("expires=2027-01-01 expires=2028-01-01", "expires= is there twice"),
+        ("burst=3", "'burst=3' means nothing after the credential: there are rate=, inflight=, exp"),
+        ("alone", "means nothing"),
+    ],
+)
+def test_words_that_mean_nothing(path: Path, word: str, reason: str) -> None:
+    path.write_text(line("a", "read", "one").replace("\n", f" {word}\n"))
+    with pytest.raises(TokenFileError, match=reason):
+        Tokens(path)
+    path.write_text(f"a read cert: {word}\n")
+    with pytest.raises(TokenFileError, match="line 1: "):
+        Tokens(path)
+
+
+def test_a_token_is_valid_until_it_expires(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    with freeze_time(datetime(2026, 3, 1, tzinfo=UTC)) as time:
+        token, other = add(file, "a", ["read"], {"expires": "90d"}), add(file, "b", ["read"], {"expires": "2026-04-01"})
+        tokens = Tokens(file)
+        assert [tokens.find(each) is not None for each in (token, other)] == [True, True]
+        time.move_to(datetime(2026, 4, 1, tzinfo=UTC))
+        assert [tokens.find(each) is not None for each in (token, other)] == [True, False]
+        time.move_to(datetime(2026, 5, 29, 23, 59, 59, tzinfo=UTC))
+        assert tokens.find(token)
+        time.move_to(datetime(2026, 5, 30, tzinfo=UTC))
+        assert tokens.find(token) is None
+        assert [each.has_expired for each in listed(file)] == [True, True]
+    with pytest.raises(TokenFileError, match="too long"):
+        add(file, "a", ["read"], {"expires": "99999999w"})

@@ -1,17 +1,30 @@
-"""Which scope each rpc takes, and the check of a call's token against it."""
+"""Which scope each rpc takes, and the check of a call's token or certificate against it."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import Context
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeAlias
 
-from dspex_persist.infra.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Identity, Tokens
+from dspex_persist.infra.admission import Admission, CallCounts, TooManyCallsError
+from dspex_persist.infra.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Identity, Tokens, digest_of
 from dspex_persist.state.bridge.denials import Denials
-from dspex_persist.state.errors import PermissionDeniedError, UnauthenticatedError
+from dspex_persist.state.errors import PermissionDeniedError, RateLimitedError, UnauthenticatedError
 
 _OPEN: Final = ""
 """For everybody, also without a token."""
 _ANY: Final = "any"
 """For every token."""
 _BEARER: Final = "bearer "
+_ALL: Final = frozenset({ADMIN})
+_NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._@:/-]")
+_LONGEST_NAME: Final = 200
+_LOOK_S: Final = 0.5
+"""How often it looks whether open streams have to end, in seconds."""
+_NOBODY: Final = Context()
+"""What looks after the streams belongs to no call."""
+_ENDED: Final = "a token that is still valid: its stream was ended"
 
 _BRIDGE: Final[Mapping[str, str]] = {
     "Ping": _ANY,
@@ -88,53 +101,159 @@ SCOPE_OF: Final[Mapping[str, str]] = {
 """The scope that an rpc takes, by its full name. An rpc that is missing here takes "admin"."""
 
 
+Find: TypeAlias = Callable[[], Identity]
+"""Returns who makes a call, or raises `UnauthenticatedError`."""
+
+
 class Access:
-    """Admits the calls whose token has the scope of their rpc, and notes whose it is.
+    """Admits the calls of those whose token or certificate has the scope of the rpc, and notes whose they are.
+
+    Streams end when that changes: within a second after the token was revoked, or has expired.
 
     Args:
-        tokens: The tokens.
+        tokens: The tokens; None to know clients by their certificates alone, which then have all scopes.
         denials: Notes the calls that are refused.
+        certified: Whether clients have to show certificates.
     """
 
-    def __init__(self, tokens: Tokens, denials: Denials | None = None) -> None:
+    def __init__(self, tokens: Tokens | None, denials: Denials | None = None, *, certified: bool = False) -> None:
         self._tokens = tokens
         self._denials = denials or Denials()
+        self._certified = certified
+        self._counts = CallCounts()
+        self._streams: dict[Admission, _Stream] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
-    def admit(self, rpc: str, context: Any) -> None:
+    def admit(self, rpc: str, context: Any, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
         """Admit a call, or raise.
 
         Args:
             rpc: The full name of the rpc.
             context: gRPC's context of the call.
+            task: The task of a stream, which ends when its caller may not make it any longer.
+
+        Returns:
+            What has to hear of the end of the call; None if nothing has.
 
         Raises:
             UnauthenticatedError: It has no token, or one that is not valid.
             PermissionDeniedError: Its token lacks the scope.
+            RateLimitedError: Its caller makes more calls than it may.
         """
         scope = SCOPE_OF.get(rpc, ADMIN)
         if scope == _OPEN:
-            return
+            return None
         try:
-            identity = self._identity_of(context)
+            find = self._finder(context)
+            identity = find()
         except UnauthenticatedError as error:
             self._denials.note(rpc, context, error.reason)
             raise
         CALLER.set(identity)
-        if scope != _ANY and not identity.may(scope):
+        try:
+            _check_scope(identity, rpc, scope)
+            counted = self._counts.begin(identity)
+        except PermissionDeniedError:
             self._denials.note(rpc, context, f"scope {scope}")
-            raise PermissionDeniedError(identity.name, rpc.rpartition(".")[2], scope)
+            raise
+        except TooManyCallsError as error:
+            self._denials.note(rpc, context, str(error))
+            raise RateLimitedError(identity.name, error.limit, error.retry_in_s) from None
+        if task is None and not counted:
+            return None
+        admission = Admission(partial(self._ended, identity if counted else None), task)
+        if task is not None:
+            self._streams[admission] = _Stream(rpc, scope, context, identity, find)
+            self._look_later()
+        return admission
 
-    def _identity_of(self, context: Any) -> Identity:
-        identity = self._tokens.find(_token_of(context))
-        if identity is None:
-            raise UnauthenticatedError("the token is not valid here: it is wrong, or was revoked")
-        return identity
+    def _ended(self, counted: Identity | None, admission: Admission) -> None:
+        self._streams.pop(admission, None)
+        if counted is not None:
+            self._counts.end(counted)
+
+    # Whose call it is
+
+    def _finder(self, context: Any) -> Find:
+        """Return what finds out who makes a call, now and later."""
+        tokens = self._tokens
+        if tokens is not None and (token := _token_of(context)) is not None:
+            return partial(_owner_of_token, tokens, digest_of(token))
+        if not self._certified:
+            raise UnauthenticatedError("the call has no token, and this server demands one")
+        names = names_of(context.auth_context())
+        if tokens is None:
+            identity = Identity(_NOT_IN_NAMES.sub("_", names[0] if names else "unnamed")[:_LONGEST_NAME], _ALL)
+            return lambda: identity
+        return partial(_owner_of_certificate, tokens, names)
+
+    # Open streams
+
+    def _look_later(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_S, self._look, context=_NOBODY)
+
+    def _look(self) -> None:
+        """End the streams of those who may not have them any longer."""
+        self._timer = None
+        for admission, stream in tuple(self._streams.items()):
+            try:
+                _check_scope(stream.find(), stream.rpc, stream.scope)
+            except (UnauthenticatedError, PermissionDeniedError) as error:
+                del self._streams[admission]
+                self._denials.note(stream.rpc, stream.context, _ENDED, caller=stream.identity)
+                admission.revoke(error)
+        if self._streams:
+            self._look_later()
 
 
-def _token_of(context: Any) -> str:
+class _Stream(NamedTuple):
+    """An open stream."""
+
+    rpc: str
+    scope: str
+    context: Any
+    identity: Identity
+    find: Find
+
+
+def _check_scope(identity: Identity, rpc: str, scope: str) -> None:
+    if scope != _ANY and not identity.may(scope):
+        raise PermissionDeniedError(identity.name, rpc.rpartition(".")[2], scope)
+
+
+def _owner_of_token(tokens: Tokens, digest: bytes) -> Identity:
+    identity = tokens.look_up(digest)
+    if identity is None:
+        raise UnauthenticatedError("the token is not valid here: it is wrong, or was revoked")
+    return _unexpired(identity, "token")
+
+
+def _owner_of_certificate(tokens: Tokens, names: Sequence[str]) -> Identity:
+    identity = tokens.find_certificate(names)
+    if identity is None:
+        raise UnauthenticatedError("the call has no token, and the token file has no line for its certificate")
+    return _unexpired(identity, "line of the certificate in the token file")
+
+
+def _unexpired(identity: Identity, what: str) -> Identity:
+    if identity.has_expired and identity.expires_at is not None:
+        raise UnauthenticatedError(f"the {what} expired on {identity.expires_at:%Y-%m-%d at %H:%M} UTC")
+    return identity
+
+
+def names_of(facts: Mapping[str, Iterable[bytes]]) -> list[str]:
+    """Return the names in the certificate of a client, from gRPC's facts about its connection: the common name first,
+    then those of the subjectAltName.
+    """
+    contents = [each for key in ("x509_common_name", "x509_subject_alternative_name") for each in facts.get(key, ())]
+    return [name for name in (each.decode(errors="replace") for each in contents) if name]
+
+
+def _token_of(context: Any) -> str | None:
     given = [content for key, content in context.invocation_metadata() or () if key == "authorization"]
     if not given:
-        raise UnauthenticatedError("the call has no token, and this server demands one")
+        return None
     if len(given) > 1:
         raise UnauthenticatedError("the call has several tokens: send one")
     text = given[0]

@@ -17,6 +17,7 @@ from dspex_persist.state.errors import (
     InvalidArgumentError,
     LimitExceededError,
     OutcomeUnknownError,
+    RateLimitedError,
     ShuttingDownError,
     StateError,
 )
@@ -26,7 +27,8 @@ class Attempt:
     """One command on its way to a server.
 
     A read is repeated if the connection broke, or was lost since the server last answered, until the breaker opens; a
-    write only with an idempotency key, even while the breaker is open. All of it happens within the timeout.
+    write only with an idempotency key, even while the breaker is open. Both are repeated when the server says that the
+    caller makes too many calls. All of it happens within the timeout.
 
     Args:
         stub: The callable of the rpc.
@@ -182,9 +184,13 @@ class Attempt:
             self._unknown = error
         # A server that can no longer be reached may still have done it before: the outcome stays unknown.
         final = self._unknown if self._unknown is not None and lost else error
-        if unsettled and (self._has_key if writes else self._may_read_again(lost, call)):
+        if isinstance(error, RateLimitedError):
+            # Nothing was done, so that a write can be repeated, too.
+            pause_s, self._pause_s = max(error.retry_in_s, self._pause_s), min(self._pause_s * 2, LONGEST_PAUSE_S)
+            self._send_later(pause_s * (2 - self._line.jitter()), final, self._deadline)
+        elif unsettled and (self._has_key if writes else self._may_read_again(lost, call)):
             pause_s, self._pause_s = self._pause_s * self._line.jitter(), min(self._pause_s * 2, LONGEST_PAUSE_S)
-            self._send_later(pause_s, final)
+            self._send_later(pause_s, final, self._until())
         else:
             self._fail(final)
 
@@ -205,9 +211,9 @@ class Attempt:
             self._give_up_at = min(self._deadline, self._line.now() + self._lost_s)
         return self._give_up_at
 
-    def _send_later(self, pause_s: float, error: StateError) -> None:
-        """Send it again after a pause; it fails with `error` if there is no time left."""
-        if self._line.now() + pause_s >= self._until():
+    def _send_later(self, pause_s: float, error: StateError, until: float) -> None:
+        """Send it again after a pause; it fails with `error` if it would come after `until`."""
+        if self._line.now() + pause_s >= until:
             self._fail(error)
             return
 
@@ -216,7 +222,7 @@ class Attempt:
             if not wait_s:
                 self._send_again()
             elif self._command.writes:
-                self._send_later(wait_s, error)
+                self._send_later(wait_s, error, until)
             else:
                 self._fail(error)
 

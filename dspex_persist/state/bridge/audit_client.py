@@ -40,6 +40,7 @@ from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
     OutcomeUnknownError,
+    RateLimitedError,
     SessionNotFoundError,
     ShuttingDownError,
     StateError,
@@ -500,6 +501,12 @@ class _Calls:
                 wait_s, pause_s = pause_s * line.jitter(), min(2 * pause_s, LONGEST_PAUSE_S)
                 is_passing = not isinstance(error, CircuitOpenError) and line.has_answered and line.state == "closed"
                 if not is_passing or line.now() + wait_s >= deadline:
+                    raise
+                line.rest(wait_s)
+            except RateLimitedError as error:
+                wait_s, pause_s = max(error.retry_in_s, pause_s), min(2 * pause_s, LONGEST_PAUSE_S)
+                wait_s *= 2 - line.jitter()
+                if line.now() + wait_s >= deadline:
                     raise
                 line.rest(wait_s)
 

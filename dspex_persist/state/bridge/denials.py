@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from dspex_persist.infra.tokens import CALLER
+from dspex_persist.infra.tokens import CALLER, Identity
 from dspex_persist.state.denials import NoteDenial, Refused
 
 _UNIX: Final = "unix"
@@ -18,7 +18,9 @@ class Denials:
     def __init__(self, note: NoteDenial = lambda _: None) -> None:
         self._note = note
 
-    def note(self, rpc: str, context: Any, missing: str, session_id: str = "") -> None:
+    def note(
+        self, rpc: str, context: Any, missing: str, session_id: str = "", *, caller: Identity | None = None
+    ) -> None:
         """Note that a call is refused. The caller of this method raises the error.
 
         Args:
@@ -27,8 +29,9 @@ class Denials:
             missing: What the caller lacks, in a few words: `scope write`, `rule for read of x`. Never a token or a
                 value, and nothing that the caller can make up, as each text has an entry of its own.
             session_id: The session that the call is about, if the call may know of it or has named it.
+            caller: Who makes the call, if this is not called while it is handled.
         """
-        caller = CALLER.get()
+        caller = caller or CALLER.get()
         self._note(Refused("" if caller is None else caller.name, host_of(context), rpc, session_id, missing))
 
 

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from math import ceil
 from typing import Any, Final
 
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
@@ -20,6 +21,7 @@ from dspex_persist.state.errors import Hint, StateError
 
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK: Final = "grpc-retry-pushback-ms"
 # Metadata is limited to a few kilobytes (base64 adds a third), and an entry that does not fit is left out as a whole.
 _DETAILS_BYTES = 2_900
 _FIELD_LENGTHS = (None, 300, 60, 20)
@@ -85,6 +87,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.CircuitOpenError: StatusCode.UNAVAILABLE,
     errors.UnauthenticatedError: StatusCode.UNAUTHENTICATED,
     errors.PermissionDeniedError: StatusCode.PERMISSION_DENIED,
+    errors.RateLimitedError: StatusCode.RESOURCE_EXHAUSTED,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
     errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
     errors.ShuttingDownError: StatusCode.UNAVAILABLE,
@@ -157,6 +160,9 @@ def status_of(error: BaseException) -> RpcStatus | None:
     trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, _rich(error, kind, code, details))]
     if isinstance(error, errors.WatchStalledError):
         trailers.append((AFTER_SEQUENCE, str(error.after_sequence)))
+    if isinstance(error, errors.RateLimitedError):
+        # gRPC's own retries wait for that long.
+        trailers.append((_PUSHBACK, str(ceil(error.retry_in_s * 1_000))))
     if error.advice is not None and error.advice is not kind.advice:
         trailers.append((HINT, error.advice.value))
     return RpcStatus(code, details, tuple(trailers))
@@ -180,6 +186,10 @@ def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: 
             described = BadRequest.FieldViolation(field=_cut(field, length), description=_cut(details, length))
             violation.Pack(BadRequest(field_violations=[described]))
             status.details.append(violation)
+        if isinstance(error, errors.RateLimitedError):
+            delay = RetryInfo()
+            delay.retry_delay.FromMilliseconds(ceil(error.retry_in_s * 1_000))
+            status.details.add().Pack(delay)
         if status.ByteSize() <= _DETAILS_BYTES:
             break
     serialized: bytes = status.SerializeToString()

@@ -15,6 +15,7 @@ class Hint(StrEnum):
     OPEN_THERE = "open_there"
     ANOTHER_TOOL_NAME = "another_tool_name"
     BEGIN_SESSION = "begin_session"
+    CALL_LESS_OFTEN = "call_less_often"
     CHECK_FILE = "check_file"
     """Another program has written to the file while it was open."""
     CHECK_OR_RESTORE = "check_or_restore"
@@ -88,6 +89,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
     Hint.ANOTHER_TOOL_NAME: "register it under another name",
     Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with Context(...) or initialize_session",
+    Hint.CALL_LESS_OFTEN: "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
     Hint.CHECK_FILE: (
         f"check it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
         "through a server: connect('grpc://HOST:PORT')"

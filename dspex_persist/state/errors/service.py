@@ -82,6 +82,24 @@ class PermissionDeniedError(StateError):
 
 
 @dataclass(eq=False)
+class RateLimitedError(StateError):
+    """An identity makes more calls than its line in the server's token file allows; nothing was done.
+
+    Attributes:
+        identity: Its name.
+        limit: How many it may make, such as "100 calls per second".
+        retry_in_s: In how many seconds the call may be repeated.
+    """
+
+    template = "{identity} may make {limit} and makes more; nothing was done"
+    advice = Hint.CALL_LESS_OFTEN
+    retryable = True
+    identity: str
+    limit: str
+    retry_in_s: float
+
+
+@dataclass(eq=False)
 class EngineClosedError(StateError):
     """The engine was closed, or is closing."""
 

@@ -1,0 +1,215 @@
+"""What a line of the token file says beside the scopes: how much, until when, whose certificate. One server for all."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+
+from dspex_persist import clock
+from dspex_persist.infra import tokens
+from dspex_persist.state.audit import DenialQuery, HistoryQuery
+from dspex_persist.state.bridge.access import names_of
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.errors import PermissionDeniedError, RateLimitedError, UnauthenticatedError, UnavailableError
+from dspex_persist.testing.server import ServedDatabase
+from tests.certificates import Authority, Pair
+from tests.deadline import within
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens") / "tokens"
+
+
+@pytest.fixture(scope="module")
+def admin(file: Path) -> str:
+    return tokens.add(file, "root", ["admin"])
+
+
+@pytest.fixture(scope="module")
+def served(file: Path, admin: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]:
+    with ServedDatabase(tmp_path_factory.mktemp("served") / "a.db", {"token_file": file}) as served:
+        with BridgedState(served.target, token=admin) as state:
+            state.initialize_session("s")
+            state.register_variable("s", "x", "integer", 0)
+        yield served
+
+
+def flood(served: ServedDatabase, token: str) -> Any:
+    with grpc.insecure_channel(served.target) as channel:
+        call: Any = channel.unary_unary("/snakepit.bridge.BridgeService/Ping")
+        try:
+            for _ in range(1_000):
+                call(b"", metadata=(("authorization", f"Bearer {token}"),), timeout=within(20))
+        except grpc.RpcError as error:
+            return error
+    raise AssertionError("none was refused")
+
+
+def test_too_many_calls_are_refused_with_the_time_to_wait_and_our_clients_wait(
+    served: ServedDatabase, file: Path, admin: str
+) -> None:
+    token = tokens.add(file, "eager", ["read", "write"], {"rate": "20/s"})
+    error = flood(served, token)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details().startswith(
+        "eager may make 20 calls per second and makes more; nothing was done; repeat in 0."
+    )
+    trailers = dict(error.trailing_metadata())
+    assert 0 < int(trailers["grpc-retry-pushback-ms"]) <= 50
+    delay = RetryInfo()
+    assert any(each.Unpack(delay) for each in Status.FromString(trailers["grpc-status-details-bin"]).details)
+    assert 0 < delay.retry_delay.ToMilliseconds() <= 50
+    with BridgedState(served.target, token=token, timeout_s=within(60)) as state, state.audit() as audit:
+        versions = [state.set_variable("s", "x", number) for number in range(30)]
+        assert versions == list(range(versions[0], versions[0] + 30)), "each was written once"
+        for _ in range(5):
+            audit.head()
+    with BridgedState(served.target, token=admin) as state, state.audit() as audit:
+        assert {each.missing for each in audit.denials(DenialQuery(identity="eager"))} == {
+            "more than 20 calls per second"
+        }
+
+
+def test_a_client_that_may_not_wait_long_enough_says_what_to_do(served: ServedDatabase, file: Path) -> None:
+    token = tokens.add(file, "slow", ["read"], {"rate": "2/h"})
+    with BridgedState(served.target, token=token, timeout_s=within(20)) as state:
+        state.get_value("s", "x")
+        with pytest.raises(RateLimitedError, match="2 calls per hour") as raised:
+            state.get_value("s", "x")
+    assert raised.value.retryable
+    assert 0 < raised.value.retry_in_s <= 1_800
+
+
+def test_calls_in_progress_are_counted_until_they_end(served: ServedDatabase, file: Path) -> None:
+    token = tokens.add(file, "busy", ["read"], {"inflight": "2"})
+    with BridgedState(served.target, token=token, timeout_s=0.3) as state:
+        first, second = state.watch("s"), state.watch("s")
+        with pytest.raises(RateLimitedError, match="2 calls in progress"):
+            state.get_value("s", "x")
+        first.close()
+        second.close()
+    with BridgedState(served.target, token=token, timeout_s=within(20)) as state, ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(lambda _: state.get_value("s", "x"), range(16)))) == 16
+
+
+def test_an_expired_token_says_when(served: ServedDatabase, file: Path) -> None:
+    token = tokens.add(file, "past", ["read"], {"expires": "2026-01-02T03:04"})
+    expired = pytest.raises(UnauthenticatedError, match="the token expired on 2026-01-02 at 03:04 UTC")
+    with BridgedState(served.target, token=token) as state, expired:
+        state.get_value("s", "x")
+
+
+class Watcher:
+    """Waits on a thread for the end of a watch."""
+
+    def __init__(self, served: ServedDatabase, token: str) -> None:
+        self._state = BridgedState(served.target, token=token)
+        self._watch = self._state.watch("s")
+        self._ended = threading.Event()
+        self._watch.notify(self._ended.set)
+
+    def error(self) -> BaseException:
+        try:
+            assert self._ended.wait(within(20))
+            with pytest.raises((UnauthenticatedError, PermissionDeniedError)) as raised:
+                self._watch.pull()
+            return raised.value
+        finally:
+            self._state.close()
+
+
+def test_open_streams_end_when_the_token_is_revoked_expires_or_loses_the_scope(
+    served: ServedDatabase, file: Path, admin: str
+) -> None:
+    revoked = Watcher(served, tokens.add(file, "revoked", ["read"]))
+    expiring = Watcher(served, tokens.add(file, "expiring", ["read"], {"expires": "2100-01-01"}))
+    reduced = Watcher(served, tokens.add(file, "reduced", ["read"]))
+    with BridgedState(served.target, token=tokens.add(file, "stays", ["read", "write"])) as stays:
+        watch = stays.watch("s")
+        transaction = stays.begin_transaction("s")
+        tokens.revoke(file, "revoked")
+        assert "was revoked" in str(revoked.error())
+        soon = (clock.now() + timedelta(seconds=0.2)).isoformat()
+        text = file.read_text().replace("reduced read", "reduced write").replace("2100-01-01", soon)
+        file.write_text(text)
+        assert "reduced may not call WatchVariables: its token lacks the scope read" in str(reduced.error())
+        assert "the token expired on" in str(expiring.error())
+        transaction.abort()
+        stays.set_variable("s", "x", -1)
+        arrived = threading.Event()
+        watch.notify(arrived.set)
+        while not watch.pull():
+            assert arrived.wait(within(20))
+    with BridgedState(served.target, token=admin) as state, state.audit() as audit:
+        denied = audit.denials(DenialQuery(rpc="WatchVariables"))
+    ended = [each.identity for each in denied if each.missing == "a token that is still valid: its stream was ended"]
+    assert sorted(ended) == ["expiring", "reduced", "revoked"]
+
+
+# Certificates
+
+
+def test_the_names_in_a_certificate() -> None:
+    facts = {"x509_common_name": [b"ada"], "x509_subject_alternative_name": [b"a.example.org", b"ada@example.org"]}
+    assert names_of(facts) == ["ada", "a.example.org", "ada@example.org"]
+    assert names_of({"transport_security_type": [b"ssl"]}) == []
+
+
+def secured(target: str, authority: Authority, pair: Pair | None, token: str | None = None) -> BridgedState:
+    files = {} if pair is None else {"cert": pair.cert, "key": pair.key}
+    return BridgedState(f"grpcs://{target}", ca=authority.cert, token=token, timeout_s=within(20), **files)
+
+
+def test_without_tokens_the_name_in_the_certificate_is_the_actor(authority: Authority, tmp_path: Path) -> None:
+    server, ada = authority.issue("server"), authority.issue("ada lovelace", "email:ada@example.org")
+    settings = {"tls_cert": server.cert, "tls_key": server.key, "client_ca": authority.cert}
+    with ServedDatabase(tmp_path / "a.db", settings) as served:
+        with secured(served.target, authority, ada) as state:
+            state.initialize_session("s")
+            state.register_variable("s", "x", "integer", 0, actor="user:bob")
+            with state.audit() as audit:
+                assert [each.actor for each in audit.iterate(HistoryQuery())] == ["ada_lovelace for user:bob"]
+                assert audit.denials() == ()
+        with secured(served.target, authority, None) as state, pytest.raises(UnavailableError):
+            state.get_value("s", "x")
+
+
+def test_with_tokens_a_certificate_needs_a_line_or_a_token(authority: Authority, tmp_path: Path) -> None:
+    server, known, other = (
+        authority.issue("server"),
+        authority.issue("known", "DNS:known.example.org"),
+        authority.issue("other"),
+    )
+    file = tmp_path / "tokens"
+    token = tokens.add(file, "somebody", ["read"])
+    file.write_text(f"{file.read_text()}reports read,write cert:known.example.org expires=2100-01-01\n")
+    settings = {"tls_cert": server.cert, "tls_key": server.key, "client_ca": authority.cert, "token_file": file}
+    with ServedDatabase(tmp_path / "a.db", settings) as served:
+        with secured(served.target, authority, known) as state:
+            state.initialize_session("s")
+            state.register_variable("s", "x", "integer", 0)
+            with pytest.raises(PermissionDeniedError, match="reports may not call ListDenials"), state.audit() as audit:
+                audit.denials()
+        with secured(served.target, authority, known, token) as state, pytest.raises(PermissionDeniedError) as denied:
+            state.set_variable("s", "x", 1)
+        assert denied.value.identity == "somebody", "the token says who it is"
+        refused = pytest.raises(UnauthenticatedError, match="no line for its certificate")
+        with secured(served.target, authority, other) as state, refused:
+            state.get_value("s", "x")
+        file.write_text(file.read_text().replace("2100", "2020"))
+        expired = pytest.raises(UnauthenticatedError, match="line of the certificate in the token file expired on 2020")
+        with secured(served.target, authority, known) as state, expired:
+            state.get_value("s", "x")
