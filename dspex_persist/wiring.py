@@ -570,22 +570,48 @@ def _tokens_of(settings: Settings) -> "Tokens | None":
         raise SettingsError("token_file", str(error)) from error
 
 
-def serve_worker(settings: Settings, callback: str) -> None:
-    """Run the tools in `settings` for a server, until SIGTERM; see `working.run`.
+def serve_worker(
+    settings: Settings,
+    url: str,
+    sessions: "Sequence[str]",
+    *,
+    listen: str = "",
+    address: str = "",
+    worker_id: str = "",
+    insecure: bool = False,
+) -> None:
+    """Run the tools in `settings` for sessions of a running server, until SIGTERM or SIGINT; see `registered.run`.
 
     Args:
-        settings: The tools, their threads, the limits, and where to listen.
-        callback: The address at which the server answers this process.
+        settings: The tools, their threads, the limits and the logs.
+        url: The server, as for `connect`.
+        sessions: The sessions to register the tools for.
+        listen: Where to serve; by default on a free port, or a socket if the server has one.
+        address: Where the server reaches it; by default where it listens.
+        worker_id: How the worker is called in the session; by default by the name of this machine.
+        insecure: Allow an address that other machines can reach.
 
     Raises:
-        SettingsError: The address can be reached from other machines.
+        SettingsError: The address is invalid, or can be reached from other machines without `insecure`.
         ToolLoadError: There are no tools.
         ListenError: The address is in use, or cannot be bound.
+        StateError: The server cannot be reached, or refuses the tools.
     """
-    from dspex_persist.working import run
+    from dspex_persist import registered
 
-    _check_listen(settings, has_tls=False)
-    run(_worker_options(settings), settings.listen, callback)
+    _quiet(settings)
+    options = registered.WorkerOptions(
+        url,
+        registered.check_sessions(sessions),
+        listen,
+        address,
+        worker_id,
+        insecure,
+        settings.tool_threads,
+        int(settings.max_message_bytes),
+        limits_of(settings),
+    )
+    registered.run(options, _load_tools(settings))
 
 
 async def _serve(

@@ -84,7 +84,7 @@ def _group() -> None:
         "settings file. Listing a module imports it, which runs its code.\n\n"
         "--session adds the tools that run in other processes: the worker that registered each, its address, and the "
         "state of its circuit breaker (closed: calls go through; open: it was unreachable and is not called for a "
-        "while; half_open: the next call decides).\n\n"
+        "while; half_open: the next call decides; refused: it is not one of the server's tool_addresses).\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"

@@ -1,15 +1,34 @@
-"""dspex-persist worker: a process that runs tools for the server that starts it."""
+"""dspex-persist worker: a process that runs its own tools for sessions of a running server."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dspex_persist.cli.places import url_of
+
 HELP = (
-    "Run tools for a server. With serve --workers, a server starts such processes itself.\n\n"
-    "It answers the server at --listen, and calls it at --callback. Prints GRPC_READY:<port> on stdout when it is "
-    "ready (0: a Unix socket); logs go to stderr. Limits come from the environment, as for serve."
+    "Run the tools of a module for sessions of a running server, without a line of code for that.\n\n"
+    "It serves the tools at an address of its own, and registers them for each --session, where clients call them like "
+    "the server's own; their ctx reads and writes in the transaction of the call. A session that ends and begins again "
+    "gets them again, and so does a server that was restarted. The token must have the scope admin "
+    "(DSPEX_PERSIST_TOKEN; DSPEX_PERSIST_CA, _CERT and _KEY for TLS).\n\n"
+    "Prints GRPC_READY:<port> on stdout when the tools are registered (0: a Unix socket); logs go to stderr. SIGTERM "
+    "lets calls in progress finish. The tools stay registered: until it runs again, calls of them fail with "
+    "UNAVAILABLE.\n\nFor processes that a server starts itself see serve --workers."
 )
-EPILOG = "[bold]Example[/bold]\n\ndspex-persist serve --tools shop.tools --workers 4\n\n"
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "dspex-persist worker --tools shop.tools --server 127.0.0.1:50051 --session shop\n\n"
+    "dspex-persist worker --tools shop.tools:sell --server unix:/run/dspex.sock --session a --session b\n\n"
+    "dspex-persist worker --tools shop.tools --server grpcs://db:50051 --session shop --listen 10.1.0.7:50060 "
+    "--insecure\n\n"
+    "[bold]Exit codes[/bold]\n\n"
+    "0  ended by SIGTERM or Ctrl-C\n\n"
+    "1  the server cannot be reached, has no such session, or refuses the tools\n\n"
+    "2  wrong usage, an invalid setting, or tools that cannot be imported\n\n"
+    "75  the address to listen on is not available\n\n"
+)
 
 Tools = typer.Option(
     "--tools",
@@ -17,24 +36,65 @@ Tools = typer.Option(
     help="The tools of a module, or only the tool or toolbox of that name; may be repeated.",
     show_default=False,
 )
-Listen = typer.Option("--listen", metavar="ADDRESS", help="Where to serve: unix:PATH.", show_default=False)
-Callback = typer.Option(
-    "--callback", metavar="ADDRESS", help="The address at which the server answers this worker.", show_default=False
+Server = typer.Option(
+    "--server",
+    metavar="ADDRESS",
+    help="The running server: HOST:PORT, unix:PATH or its URL (grpcs://HOST:PORT with TLS).",
+    show_default=False,
 )
-ToolThreads = typer.Option("--tool-threads", metavar="NUMBER", help="Threads for tools that are not asynchronous.")
-RecordLm = typer.Option("--record-lm/--no-record-lm", help="Keep the LM calls of all tools in the journal; needs DSPy.")
+Session = typer.Option("--session", metavar="ID", help="The session; may be repeated.", show_default=False)
+Listen = typer.Option(
+    "--listen",
+    metavar="ADDRESS",
+    help="Where to serve: HOST:PORT or unix:PATH. [dim](a free port of 127.0.0.1; a socket if --server is one)[/dim]",
+    show_default=False,
+)
+Address = typer.Option(
+    "--address",
+    metavar="ADDRESS",
+    help="Where the server reaches this worker, if that is not --listen.",
+    show_default=False,
+)
+WorkerId = typer.Option(
+    "--worker-id",
+    metavar="NAME",
+    help="What the worker is called in the session. [dim](the name of this machine)[/dim]",
+    show_default=False,
+)
+Insecure = typer.Option(
+    "--insecure", help="Allow --listen to be reachable from other machines, without encryption or login."
+)
+ToolThreads = typer.Option(
+    "--tool-threads",
+    metavar="NUMBER",
+    help="Threads for tools that are not asynchronous. [dim](64)[/dim]",
+    show_default=False,
+)
+Config = typer.Option("--config", metavar="PATH", help="TOML settings file, for limits and logs.", show_default=False)
 
 
 def worker(
     tools: Annotated[list[str], Tools],
-    listen: Annotated[str, Listen],
-    callback: Annotated[str, Callback],
-    tool_threads: Annotated[int, ToolThreads] = 64,
-    record_lm: Annotated[bool, RecordLm] = False,
+    server: Annotated[str, Server],
+    session: Annotated[list[str], Session],
+    listen: Annotated[str, Listen] = "",
+    address: Annotated[str, Address] = "",
+    worker_id: Annotated[str, WorkerId] = "",
+    insecure: Annotated[bool, Insecure] = False,
+    tool_threads: Annotated[str | None, ToolThreads] = None,
+    config: Annotated[Path | None, Config] = None,
 ) -> None:
     """Serve until SIGTERM."""
     from dspex_persist import wiring
     from dspex_persist.settings import load_settings
 
-    flags = {"tools": tuple(tools), "listen": listen, "tool_threads": tool_threads, "record_lm": record_lm}
-    wiring.serve_worker(load_settings(flags, runs_tools=True), callback)
+    flags = {"tools": tuple(tools), "tool_threads": tool_threads}
+    wiring.serve_worker(
+        load_settings({name: flag for name, flag in flags.items() if flag is not None}, config=config, runs_tools=True),
+        url_of(server),
+        session,
+        listen=listen,
+        address=address,
+        worker_id=worker_id,
+        insecure=insecure,
+    )

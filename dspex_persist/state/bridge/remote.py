@@ -16,7 +16,7 @@ from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
-from dspex_persist.state.bridge.headers import EXECUTION_ID
+from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     InvalidValueError,
@@ -108,6 +108,14 @@ class RemoteTools:
         peer = self._peers.get(address)
         return "closed" if peer is None else peer.circuit.state
 
+    def allows(self, address: str) -> bool:
+        """See `RemotePort.allows`."""
+        try:
+            return self._allow(address)
+        except ListenError:
+            # Calls say what is wrong with it.
+            return True
+
     async def close(self) -> None:
         """Close all connections; calls in progress and later ones fail with `RemoteToolError`."""
         self._closed = True
@@ -123,7 +131,8 @@ class RemoteTools:
         """Connect to the tool's address; yields the connection and the options of the rpc. Errors name the tool."""
         address = call.tool.address
         limit_s = self._call_timeout_s if call.timeout_s is None else call.timeout_s
-        metadata = ((EXECUTION_ID, call.execution_id),) if call.execution_id else ()
+        texts = {EXECUTION_ID: call.execution_id, ASKED_BY: call.asked_by}
+        metadata = tuple((name, text) for name, text in texts.items() if text)
         bound = asyncio.timeout(limit_s)
         try:
             async with bound:

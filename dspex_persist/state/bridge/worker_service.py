@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from dspex_persist import clock
 from dspex_persist.state.bridge import codec
@@ -38,11 +38,14 @@ class WorkerServicer:
         limits: The limits of parameters, results and journals.
     """
 
+    session_kind: ClassVar[type[LentSession]] = LentSession
+    host_kind: ClassVar[type[WorkerHost]] = WorkerHost
+
     def __init__(self, server: Callback, tools: Mapping[str, ToolCode], *, threads: int, limits: Limits) -> None:
         self._limits = limits
         self._invoker = Invoker(Home(asyncio.get_running_loop()), threads, limits)
         self._tools = local_tools(tools, self._invoker)
-        self._host = WorkerHost(server, self._tools, limits)
+        self._host = self.host_kind(server, self._tools, limits)
         self._sessions: dict[str, LentSession] = {}
 
     def close(self) -> None:
@@ -117,11 +120,11 @@ class WorkerServicer:
             if size_bytes < _LARGE_BYTES
             else await asyncio.to_thread(read, request, self._limits)
         )
-        execution_id = headers.find(EXECUTION_ID) or ""
         asker = self._sessions.get(headers.find(ASKED_BY) or "")
         parent = asker.lent if asker is not None and headers.find(PARENT) else None
-        execution = LentExecution(execution_id, request.session_id, request.tool_name, self._host.server, parent)
-        origin = Origin(headers.find(ACTOR) or "worker", "ExecuteTool", Source.PYTHON, reason=headers.find(REASON))
+        execution = self._execution(request, headers, parent)
+        actor = headers.find(ACTOR) or self._host.server.default_origin("ExecuteTool").actor
+        origin = Origin(actor, "ExecuteTool", Source.PYTHON, reason=headers.find(REASON))
         tool_request = ToolRequest(
             request.session_id,
             request.tool_name,
@@ -130,8 +133,14 @@ class WorkerServicer:
             dict(request.metadata),
             outlet=None if emit is None else Outlet(emit),
         )
-        attempt, seed = int(headers.find(ATTEMPT) or 1), headers.find(SEED) or ""
-        return LentSession(self._host, execution, tool_request, attempt, seed, asker)
+        attempt, seed = int(headers.find(ATTEMPT) or 1), headers.find(SEED) or execution.id
+        return self.session_kind(self._host, execution, tool_request, attempt, seed, asker)
+
+    def _execution(
+        self, request: pb.ExecuteToolRequest, headers: RequestHeaders, parent: LentExecution | None
+    ) -> LentExecution:
+        execution_id = headers.find(EXECUTION_ID) or ""
+        return LentExecution(execution_id, request.session_id, request.tool_name, self._host.server, parent)
 
     @contextlib.contextmanager
     def _listed(self, session: LentSession) -> Iterator[Any]:

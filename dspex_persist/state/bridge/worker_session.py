@@ -67,10 +67,16 @@ _EXECUTE: Final[Rpc[Any, Any]] = Rpc(
 
 
 class Callback(BridgedState):
-    """The server, at the private address of this worker."""
+    """The server, at the private address of this worker.
 
-    def __init__(self, target: str) -> None:
-        super().__init__(target, timeout_s=_PATIENCE_S, actor="worker", breaker=None)
+    Args:
+        target: The address, or the URL of the server.
+        timeout_s: How long to wait for an answer, in seconds.
+        actor: Who makes the changes.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = _PATIENCE_S, actor: str = "worker") -> None:
+        super().__init__(target, timeout_s=timeout_s, actor=actor, breaker=None)
 
     def _rpc_of(self, command: Command[Any]) -> Rpc[Any, Any] | None:
         own = {commands.PublishVariable: _PUBLISH, commands.ExecuteTool: _EXECUTE}
@@ -129,12 +135,23 @@ class Callback(BridgedState):
 
 
 class LentExecution:
-    """What an `Execution` is in the server's process. The server checks whatever it is asked."""
+    """What an `Execution` is in the server's process. The server checks whatever it is asked.
+
+    Attributes:
+        key: What calls of this process name as their execution: its id, or what the server has told instead.
+    """
 
     def __init__(
-        self, execution_id: str, session_id: str, tool: str, server: Callback, parent: "LentExecution | None"
+        self,
+        execution_id: str,
+        session_id: str,
+        tool: str,
+        server: Callback,
+        parent: "LentExecution | None",
+        key: str = "",
     ) -> None:
         self.id = execution_id
+        self.key = key or execution_id
         self.session_id = session_id
         self.tool = tool
         self.parent = parent
@@ -170,7 +187,7 @@ class LentExecution:
     def ask(self, command: Command[R], origin: Origin) -> R:
         """Have the server run a command in the execution."""
         try:
-            return self._server.run_within(command, origin, self.id)
+            return self._server.run_within(command, origin, self.key)
         except ExecutionNotFoundError:
             raise self.gone() from None
 
@@ -204,7 +221,7 @@ class WorkerHost:
         # The context variables of the caller hold in the tool, too.
         lent.context = contextvars.copy_context()
         command = commands.ExecuteTool(request.session_id, request.tool, request.parameters)
-        return self.server.call_within(command, caller.origin, caller.execution_id, partial(_result_of, lent))
+        return self.server.call_within(command, caller.origin, lent.lent.key, partial(_result_of, lent))
 
     def result_type_of(self, tool: str) -> str:
         """See `Host.result_type_of`."""

@@ -123,6 +123,7 @@ class RemoteCall:
 
     Attributes:
         style: The encoding in which the client sent the parameters, "string_value" or "json"; the worker gets the same.
+        asked_by: The execution whose code waits for this one; "" if none does.
     """
 
     tool: RegisteredTool
@@ -132,6 +133,7 @@ class RemoteCall:
     metadata: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     style: str = "json"
+    asked_by: str = ""
 
 
 class RemotePort(Protocol):
@@ -150,3 +152,6 @@ class RemotePort(Protocol):
 
     def state_of(self, address: str) -> str:
         """Return the state of the circuit breaker of an address: closed, open or half_open."""
+
+    def allows(self, address: str) -> bool:
+        """Return whether an address may be called at all."""

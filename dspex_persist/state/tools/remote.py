@@ -14,6 +14,8 @@ from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY
 from dspex_persist.state.tools.results import NOTHING, checked
 from dspex_persist.state.tools.session import ToolSession
 
+REFUSED: Final = "refused"
+"""What the listed tool has instead of the state of a circuit if its address may not be called."""
 _LARGE_BYTES: Final = 100_000
 
 
@@ -28,9 +30,11 @@ class RemoteTool(RunnableTool):
 
     @property
     def where(self) -> Mapping[str, str]:
-        """Its worker, its address, and the state of the circuit breaker of that address."""
+        """Its worker, its address, and the state of the circuit of that address, or that it may not be called."""
         address = self._tool.address
-        circuit = self._port.state_of(address) if self._port is not None else "closed"
+        circuit = "closed" if self._port is None else self._port.state_of(address)
+        if self._port is not None and address and not self._port.allows(address):
+            circuit = REFUSED
         return {"dspex.where": f"worker {self.worker_id}", "dspex.address": address, "dspex.circuit": circuit}
 
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
@@ -85,4 +89,5 @@ class RemoteTool(RunnableTool):
             {name: text for name, text in request.metadata.items() if name != IDEMPOTENCY_KEY},
             session.timeout_s,
             request.style,
+            session.asker.execution_id if session.asker is not None else "",
         )

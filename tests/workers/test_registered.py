@@ -1,0 +1,239 @@
+"""`dspex-persist worker`: tools of a process of its own, registered for sessions of a running server."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import snakepit_bridge_pb2 as pb
+import snakepit_bridge_pb2_grpc as bridge
+
+from dspex_persist import Context
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridge.registering import Registrations
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.errors import StateError, ToolFailedError
+from dspex_persist.state.model import ExecutionStatus, ToolSpec
+from dspex_persist.testing.server import ServedDatabase
+from tests.deadline import within
+from tests.end_to_end.gates import DEADLINE_S
+from tests.end_to_end.old_style import ROOT, environment, serve, target_of, wait_until
+from tests.prepared import commands
+
+SESSIONS = ["first", "second"]
+
+
+def start(target: str, *arguments: str, tools: str = "tests.workers.own_tools", **more: str) -> ServerProcess:
+    argv = (sys.executable, "-m", "dspex_persist", "worker", "--tools", tools, "--server", target, *arguments)
+    return ServerProcess.start(argv, env=environment(**more), cwd=ROOT, ready_timeout_s=DEADLINE_S)
+
+
+def sessions(*names: str) -> list[str]:
+    return [word for name in names for word in ("--session", name)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serve(tmp_path_factory.mktemp("registered") / "sessions.db", "--sweep-interval", "0.2") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def provider(server: ServerProcess) -> Iterator[BridgedState]:
+    with BridgedState(target_of(server), timeout_s=DEADLINE_S) as provider:
+        for name in SESSIONS:
+            provider.initialize_session(name)
+            provider.register_variable(name, "a", "integer", 0)
+        yield provider
+
+
+@pytest.fixture(scope="module")
+def worker(server: ServerProcess, provider: BridgedState) -> Iterator[ServerProcess]:
+    with start(target_of(server), *sessions(*SESSIONS), "--worker-id", "w-1") as process:
+        yield process
+
+
+@pytest.fixture(params=SESSIONS)
+def session(request: pytest.FixtureRequest, worker: ServerProcess, provider: BridgedState) -> Context:
+    context = Context(request.param, provider)
+    context["a"] = 0
+    return context
+
+
+def test_its_tools_are_transactions(session: Context, provider: BridgedState, tmp_path: Path) -> None:
+    outcome = provider.execute_tool(session.session_id, "increase", {"amount": 2})
+    assert outcome.result is not None
+    assert (outcome.error, json.loads(outcome.result.json)) == (None, 2)
+    (newest,) = session.history("a", 1)
+    assert (newest.value, newest.cause) == (2, outcome.execution_id)
+    failed = provider.execute_tool(session.session_id, "fail", {})
+    assert (failed.error_code, str(failed.error)) == ("TOOL_FAILED", "ValueError: it went wrong")
+    wrong = provider.execute_tool(session.session_id, "increase", {"amount": "many"})
+    assert "'amount' of tool 'increase'" in str(wrong.error)
+    assert session.call("below", amount=3) == [5, 5]
+    assert list(provider.stream_tool(session.session_id, "count", {"to": 3})) == [0, 1, 2]
+    failing = provider.stream_tool(session.session_id, "count_and_fail")
+    assert next(failing) == 1
+    with pytest.raises(ToolFailedError, match="half way"):
+        next(failing)
+    gate = tmp_path / "gate"
+    with ThreadPoolExecutor() as threads:
+        holding = threads.submit(provider.execute_tool, session.session_id, "hold", {"gate": str(gate)})
+        wait_until((tmp_path / "gate.at").exists, "the tool is there")
+        session["a"] = 10
+        gate.touch()
+        assert holding.result().status is ExecutionStatus.CONFLICT
+    assert session["a"] == 10
+
+
+def test_it_does_nothing_after_its_callers_time(session: Context, provider: BridgedState, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    outcome = provider.execute_tool(session.session_id, "late", {"gate": str(gate)}, timeout_s=1.0)
+    assert outcome.status is ExecutionStatus.TIMED_OUT
+    gate.touch()
+    late = tmp_path / "gate.late"
+    wait_until(lambda: late.exists() and late.read_text(), "the tool has ended")
+    assert (late.read_text(), session["a"]) == ("FAILED_PRECONDITION", 0)
+
+
+def test_what_is_listed(session: Context, provider: BridgedState, worker: ServerProcess) -> None:
+    spec = next(spec for spec in provider.list_tools(session.session_id) if spec.name == "increase")
+    assert spec.description == "Add to a."
+    assert [(each.name, each.type, each.required) for each in spec.parameters] == [("amount", "integer", True)]
+    assert (spec.metadata["dspex.where"], spec.metadata["dspex.circuit"]) == ("worker w-1", "closed")
+    assert spec.metadata["dspex.address"] == f"127.0.0.1:{worker.port}"
+
+
+def test_only_the_server_calls_it(worker: ServerProcess) -> None:
+    with grpc.insecure_channel(target_of(worker)) as channel:
+        stub = bridge.BridgeServiceStub(channel)
+        assert stub.Ping(pb.PingRequest(message="alive?")).message == "alive?"
+        request = pb.ExecuteToolRequest(session_id="first", tool_name="count_and_fail")
+        with pytest.raises(grpc.RpcError, match="only the server calls this worker"):
+            stub.ExecuteTool(request)
+        answer = stub.ExecuteTool(
+            pb.ExecuteToolRequest(session_id="first", tool_name="fail"), metadata=(("x-dspex-execution-id", "exec_9"),)
+        )
+        assert (answer.success, "ExecutionEndedError" in answer.error_message) == (False, True)
+
+
+def test_a_session_that_begins_again_gets_them_again(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with ServedDatabase(path) as served:
+        target = f"127.0.0.1:{served.port}"
+        with BridgedState(target, timeout_s=DEADLINE_S) as state:
+
+            def calls() -> bool:
+                try:
+                    return Context("s", state).call("increase", amount=1) == 1
+                except StateError:
+                    return False
+
+            def begin() -> None:
+                Context("s", state).define("a", 0)
+
+            begin()
+            with start(target, *sessions("s")) as worker:
+                assert calls()
+                state.cleanup_session("s")
+                begin()
+                wait_until(calls, "the tools are registered for the new session")
+                # The server comes back with another file.
+                served.kill()
+                for each in tmp_path.iterdir():
+                    each.unlink()
+                served.restart()
+                begin()
+                wait_until(calls, "the tools are registered on the new file")
+                assert worker.terminate(DEADLINE_S) == 0
+
+
+def test_a_call_in_progress_may_finish(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/server.sock"
+    with serve(tmp_path / "sessions.db", "--listen", address), BridgedState(address, timeout_s=DEADLINE_S) as state:
+        Context("s", state).define("a", 0)
+        gate = tmp_path / "gate"
+        with start(address, *sessions("s")) as worker, ThreadPoolExecutor() as threads:
+            holding = threads.submit(state.execute_tool, "s", "hold", {"gate": str(gate)})
+            wait_until((tmp_path / "gate.at").exists, "the tool is there")
+            worker.send_signal(signal.SIGTERM)
+            gate.touch()
+            assert holding.result().status is ExecutionStatus.COMMITTED
+            assert worker.wait(DEADLINE_S) == 0
+        assert state.get_variable("s", "a").version == 1
+        outcome = state.execute_tool("s", "increase", {"amount": 1})
+        assert outcome.error_code == "UNAVAILABLE"
+
+
+def test_looking_keeps_no_session_alive(provider: BridgedState) -> None:
+    Context("short", provider, ttl_s=1).define("a", 0)
+    looking = Registrations(provider, ["short"], "w", [ToolSpec("t")], "127.0.0.1:1")
+    looking.register()
+
+    def has_ended() -> bool:
+        looking._look()
+        return looking._begin_of("short") is None
+
+    wait_until(has_ended, "the session has expired")
+
+
+def refused(target: str, *arguments: str, tools: str = "tests.workers.own_tools", **more: str) -> tuple[int, str]:
+    words = ["worker", "--tools", tools, "--server", target, *arguments]
+    done = commands().run(words, cwd=ROOT, env=environment(**more), timeout_s=within(60))
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+CASES: dict[str, tuple[list[str], int, str]] = {
+    "no session": (["--session", "nobody"], 1, "session not found: 'nobody'"),
+    "no tools": (["--session", "first", "--tools", "json"], 2, "there are no tools in the module itself"),
+    "no module": (["--session", "first", "--tools", "nothing_here"], 2, "the import failed"),
+    "another machine": (["--session", "first", "--listen", "0.0.0.0:0"], 2, "with --insecure"),
+    "every address": (["--session", "first", "--listen", "0.0.0.0:0", "--insecure"], 2, "with --address"),
+    "no address": (["--session", "first", "--listen", "nowhere"], 75, "nowhere"),
+    "not allowed": (
+        ["--session", "first", "--address", "192.0.2.1:50060"],
+        1,
+        "192.0.2.1:50060: the server may not call this address: it is not one of its tool_addresses",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be(case: str, server: ServerProcess, provider: BridgedState) -> None:
+    arguments, code, text = CASES[case]
+    status, error = refused(target_of(server), *arguments)
+    assert status == code, error
+    assert text in " ".join(error.split())
+
+
+def test_a_server_that_is_not_there() -> None:
+    status, error = refused("127.0.0.1:1", "--session", "s")
+    assert (status, "is the server running?" in error) == (1, True)
+    assert refused("grpcs://192.0.2.1:50051", "--session", "s")[0] == 2
+
+
+def test_names_of_the_server_and_tokens(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    argv = ["token", "new", "w", "--scopes", "read,write,execute", "--token-file", str(tokens)]
+    token = commands().run(argv, cwd=tmp_path, env=environment(), timeout_s=within(60)).stdout.split()[-1]
+    options = ("--tools", "tests.workers.own_tools", "--token-file", str(tokens))
+    with serve(tmp_path / "sessions.db", *options) as process:
+        target = target_of(process)
+        with BridgedState(target, token=token) as state:
+            state.initialize_session("s")
+        status, error = refused(target, "--session", "s", DSPEX_PERSIST_TOKEN=token)
+        assert status == 1
+        assert "admin" in error
+        status, error = refused(target, "--session", "s")
+        assert (status, "token" in error) == (1, True)
+        admin = ["token", "new", "a", "--scopes", "admin,read,write,execute", "--token-file", str(tokens)]
+        done = commands().run(admin, cwd=tmp_path, env=environment(), timeout_s=within(60))
+        told = done.stdout.split()[-1]
+        status, error = refused(target, "--session", "s", DSPEX_PERSIST_TOKEN=told)
+        assert status == 1
+        assert "already exists: the server has a tool of this name" in error
