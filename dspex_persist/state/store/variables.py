@@ -226,7 +226,7 @@ def variable_as_of(
         value=value,
         version=version.version,
         constraints=constraints,
-        metadata=metadata,
+        metadata=freeze(metadata),
         source=version.source,
         updated_at=version.created_at,
     )

@@ -83,6 +83,17 @@ class SharingContract(Contract):
         assert provider.get_variable(session, "x").metadata == {"a": "1", "optimizer_id": "me"}
         assert provider.get_session(session).metadata == {"a": "1"}
 
+    def test_nor_can_what_a_resumed_watch_hands_out(self, provider: StateProvider) -> None:
+        provider.initialize_session(session := uuid.uuid4().hex)
+        provider.register_variable(session, "x", "integer", 0)
+        begun = provider.get_variable_history(session, "x")[0].sequence
+        provider.set_variable(session, "x", 1, metadata={"a": "1"})
+        with provider.watch(session, after_sequence=begun) as watch:
+            (update,) = take(watch, 1)
+        for change in _CHANGES:
+            with pytest.raises(TypeError, match="read-only"):
+                change(update.variable.metadata)
+
     def test_a_value_that_was_read_is_a_copy(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "map", {"a": [1]})
         read: Any = provider.get_value(session, "x")
