@@ -594,7 +594,12 @@ class LogWatch(Watch):
         return updates
 
     def _current_state(self) -> SessionState:
-        state = self._groups.find_loaded(self._state.session.id)
+        session_id = self._state.session.id
+        state = self._groups.find_loaded(session_id)
+        if state is None:
+            # Others may have had it in memory since, and added dependencies.
+            with contextlib.suppress(StateError), self._groups.log.snapshot() as past:
+                state = past.load(session_id)
         if state is not None and state.session.sequence == self.first_sequence:
             self._state = state
         return self._state

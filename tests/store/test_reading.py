@@ -19,9 +19,10 @@ from dspex_persist import DspexError, connect, open_audit
 from dspex_persist.state import audit as questions
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError
-from dspex_persist.state.model import PrunePolicy
+from dspex_persist.state.model import PrunePolicy, UpdateKind
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import transfer
+from dspex_persist.state.store.session_store import StoreOptions
 
 STRANGER = 23456
 DEADLINE_S = 60
@@ -387,3 +388,23 @@ def test_a_damaged_file_is_no_database(path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(NotADatabaseError, match="malformed"):
         open_audit(path)
+
+
+# Watches
+
+
+def test_a_watch_that_is_behind_sees_new_dependants_of_a_session_that_left_memory(tmp_path: Path) -> None:
+    with EmbeddedState(tmp_path / "x.db", StoreOptions(cache_size_bytes=1)) as state:
+        state.initialize_session("s")
+        for name in "abc":
+            state.register_variable("s", name, "integer", 0)
+        with state.watch("s", ["b"]) as watch:
+            state.add_dependency("s", "b", "a")
+            state.set_variable("s", "a", 1)
+            # More commits than a watch finds in memory, and then other sessions.
+            for number in range(300):
+                state.set_variable("s", "c", number)
+            for number in range(3):
+                state.initialize_session(f"other {number}")
+            (update,) = watch.next(DEADLINE_S)
+    assert (update.kind, update.dependency) == (UpdateKind.DEPENDENCY_CHANGED, "a")
