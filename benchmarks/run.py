@@ -85,7 +85,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "pool": [_Job("pool.measure", (plan, folder))],
         "watchers": [_Job("watchers.measure", (plan, folder))],
         "connections": [_Job("connections.measure", (plan, folder))],
-        "engine": [_Job("engine.measure", (plan, folder))],
+        "engine": [_Job(f"{each}.measure", (plan, folder)) for each in ("engine", "metered")],
         "parts": [_Job("parts.measure", (plan, folder))],
         "versions": [_Job("versions.measure", (plan, folder / "versions.db"))],
         "cognitive": [_Job(f"{each}.measure", (plan, folder)) for each in ("cognitive", "callbacks", "moving")],

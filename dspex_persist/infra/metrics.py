@@ -224,6 +224,7 @@ class RpcMeter:
         if isinstance(seconds, Histogram):
             # Not before: rpcs that nobody calls should not fill the page.
             seconds = self._seconds = seconds.of(*self.labels)
+            self._handled.expect(*self.labels, "Internal")
         seconds.observe(perf_counter() - began)
         self._handled.add(*self.labels, _CODES.get(code) or code.title().replace("_", ""))
 

@@ -121,6 +121,8 @@ class Meter:
         self._group_jobs, self._group_s, self._commit_s = group_jobs.of(), group_s.of(), commit_s.of()
         self.observe_commit = self._commit_s.observe
         self._errors = Counter("dspex_persist_write_errors_total", "Writes that failed, by their error.", "error")
+        for broken in (errors.StorageError, errors.DamagedSessionError):
+            self._errors.expect(broken.__name__)
         self._refused = Counter("dspex_persist_queue_full_total", "Writes that were refused because too many waited.")
         self._conflicts = Counter(
             "dspex_persist_conflicts_total", "Writes and executions that failed because of what others did.", "kind"

@@ -33,6 +33,7 @@ ENGINE = (
     "GetVariable.1",
     "GetVariable.threads",
     "values.1",
+    *(f"{each}metered.{where}" for each in ("", "un") for where in ("1", "rpc")),
 )
 
 

@@ -1,5 +1,6 @@
 """`serve --metrics-listen`: what a real server serves, where it refuses to, and whether docs/metrics.md tells all."""
 
+import json
 import re
 import signal
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import pytest
+import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
@@ -24,6 +27,7 @@ from dspex_persist.state.errors import (
     PermissionDeniedError,
     SessionNotFoundError,
 )
+from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.state.values import encode
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect, serve
@@ -32,6 +36,16 @@ from tests.end_to_end.metered_tools import MODEL
 
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENT: Final = ROOT / "docs" / "metrics.md"
+GRAFANA: Final = ROOT / "docs" / "grafana"
+ALERTS: Final = yaml.safe_load((GRAFANA / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
+OF_PROMETHEUS: Final = frozenset({"job", "instance", "le"})
+"""Labels that Prometheus adds, and that of buckets."""
+NOT_SHOWN: Final = {"dspex_persist_last_commit"}
+"""Of our metrics, those that neither the dashboard nor an alert shows."""
+REASONS: Final = {
+    "dspex_persist_pool_call_failures_total": {"saturated", "queue_timeout"},
+    "dspex_persist_pool_worker_ends_total": {"crashed"},
+}
 BRIDGE: Final = "snakepit.bridge.BridgeService"
 
 
@@ -107,6 +121,124 @@ def metrics(served: Served, state: BridgedState) -> dict[str, Metric]:
     with pytest.raises(ExecutionConflictError):
         transaction.commit()
     return served.scrape()
+
+
+# --- What the dashboard and the alert rules ask for ---
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Each expression of the dashboard and of the alert rules, with what it is shown or named by."""
+    board = json.loads((GRAFANA / "dspex-persist.json").read_text(encoding="utf-8"))
+    for panel in board["panels"]:
+        for target in panel.get("targets", ()):
+            yield target["expr"], target["legendFormat"]
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["definition"], ""
+    for annotation in board["annotations"]["list"]:
+        yield annotation.get("expr", ""), annotation.get("textFormat", "")
+    for rule in ALERTS:
+        yield rule["expr"], " ".join(rule["annotations"].values())
+
+
+class Asked:
+    """What an expression asks for: metrics, with the labels and values that select them; and labels to group by."""
+
+    def __init__(self, expression: str) -> None:
+        self.selectors: list[tuple[str, dict[str, str]]] = []
+        self.grouped = {label for group in re.findall(r"\bby \(([^)]*)\)", expression) for label in group.split(", ")}
+        rest = re.sub(r"\bby \([^)]*\)|\[[^\]]*\]|label_values\(", " ", expression)
+        for name, labels in re.findall(r"\b([a-z][a-z_0-9]*)\b(?!\s*\()(?:\{([^}]*)\})?", rest):
+            matchers = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"', labels)
+            self.selectors.append((name, dict(matchers)))
+
+
+def test_the_dashboard_and_the_alerts_ask_for_what_is_served(metrics: dict[str, Metric]) -> None:
+    samples: dict[str, list[dict[str, str]]] = {"up": [{}]}
+    for metric in metrics.values():
+        for sample in metric.samples:
+            samples.setdefault(sample.name, []).append(sample.labels)
+    asked_for = set()
+    for expression, legend in expressions():
+        asked = Asked(expression)
+        known: set[str] = set(OF_PROMETHEUS)
+        for name, selected in asked.selectors:
+            if name in ("job", "instance"):
+                continue
+            assert name in samples, f"{name} is not served: {expression}"
+            asked_for.add(name)
+            labels = {label for each in samples[name] for label in each}
+            known |= labels
+            assert selected.keys() <= labels | OF_PROMETHEUS, expression
+        shown = set(re.findall(r"\{\{ ?(?:\$labels\.)?([a-z_]+) ?\}\}", legend))
+        assert asked.grouped | shown <= known, expression
+        if asked.grouped and shown:
+            assert shown <= asked.grouped, f"{shown} is not in the answer: {expression}"
+    ours = {name for name in samples if name.startswith("dspex_persist_") and not name.endswith("_created")}
+    unused = {each.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum") for each in ours - asked_for}
+    used = {each.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum") for each in asked_for}
+    assert unused - used == NOT_SHOWN
+
+
+def test_what_is_selected_is_what_is_counted() -> None:
+    """A value that is misspelled in a selector would select nothing, without an error."""
+    codes = {code.name.title().replace("_", "") for code in grpc.StatusCode} - {"Ok", "Cancelled"} | {"OK", "Canceled"}
+    values = {
+        "grpc_code": codes,
+        "grpc_type": {"unary", ".*_stream"},
+        "grpc_method": {"WatchVariables"},
+        "status": {status.value for status in ExecutionStatus},
+        "state": {"idle", "busy", "starting"},
+        "error": {"StorageError", "DamagedSessionError"},
+        "outcome": {"ok", "error", "cached"},
+        "job": {"$job", "dspex-persist"},
+        "instance": {"$instance"},
+    }
+    for expression, _ in expressions():
+        for name, selected in Asked(expression).selectors:
+            for label, text in selected.items():
+                known = values[label] if label != "reason" else REASONS[name]
+                assert set(text.split("|")) <= known, expression
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    board = json.loads((GRAFANA / "dspex-persist.json").read_text(encoding="utf-8"))
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert [panel["title"] for panel in panels if panel["type"] == "row"] == [
+        "Overview",
+        "Traffic",
+        "Writes",
+        "Executions",
+        "Workers",
+        "Watches",
+        "Language models",
+        "Refusals",
+    ]
+    cells: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        own = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not own & cells, f"{panel['title']} covers another panel"
+        assert all(x < 24 for x, _ in own)
+        cells |= own
+        if panel["type"] != "row":
+            sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
+            assert all(source["uid"] == "${datasource}" for source in sources)
+    first = board["templating"]["list"][0]
+    assert (first["name"], first["type"]) == ("datasource", "datasource")
+
+
+def test_an_alert_says_what_is_wrong_and_how_bad_it_is() -> None:
+    assert len({rule["alert"] for rule in ALERTS}) == len(ALERTS)
+    for rule in ALERTS:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+        # A comparison: without one, it would always fire.
+        assert re.search(r" (==|<|>) [0-9.e]+$", rule["expr"]), rule["alert"]
+
+
+# --- What is counted ---
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -110,7 +110,7 @@ def test_calls_have_the_usual_names_and_codes() -> None:
     (started,) = families["grpc_server_started_total"].samples
     assert started == (("server_stream", "shop.Shop", "Buy"), 4)
     codes = [sample.labels[-1] for sample in families["grpc_server_handled_total"].samples]
-    assert codes == ["OK", "Canceled", "NotFound", "DeadlineExceeded"]
+    assert codes == ["Internal", "OK", "Canceled", "NotFound", "DeadlineExceeded"]
     assert families["grpc_server_handling_seconds"].distributions[0].buckets[-1][1] == 4
 
 
