@@ -824,6 +824,8 @@ async def _serve_bridge(
     meter = engine.meter
     denials = Denials(_counting(engine.denials.note, meter))
     access = _access(certificates, tokens, denials)
+    if tokens is not None:
+        engine.limit_storage(tokens.allowance_of)
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(

@@ -79,6 +79,10 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "show_certificate": (
         "if it demands certificates of clients, name this one's in DSPEX_PERSIST_CERT and its key in DSPEX_PERSIST_KEY"
     ),
+    "store_less": (
+        "end some of its sessions (`dspex-persist sessions end`), or prune their history (`db prune`), "
+        "or raise sessions= or bytes= on its line in the token file"
+    ),
     "trust_ca": "name the certificate of the one that issued it in DSPEX_PERSIST_CA",
     "upgrade_file": "`dspex-persist db upgrade --db {path}` upgrades it",
     "upgrade_package": "upgrade dspex-persist",

@@ -71,11 +71,19 @@ def new(
         str | None,
         typer.Option("--inflight", metavar="CALLS", help="Calls in progress at a time.", show_default=False),
     ] = None,
+    sessions: Annotated[
+        str | None,
+        typer.Option("--sessions", metavar="NUMBER", help="Live sessions that it began.", show_default=False),
+    ] = None,
+    bytes_: Annotated[
+        str | None,
+        typer.Option("--bytes", metavar="SIZE", help="Stored bytes in them, such as 1GiB.", show_default=False),
+    ] = None,
     token_file: File = None,
     as_json: Json = False,
 ) -> None:
     """Add a token."""
-    given = {"expires": expires, "rate": rate, "inflight": inflight}
+    given = {"expires": expires, "rate": rate, "inflight": inflight, "sessions": sessions, "bytes": bytes_}
 
     def work(_: object) -> dict[str, Any]:
         from dspex_persist.infra import tokens

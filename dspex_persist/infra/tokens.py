@@ -18,7 +18,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,8 @@ _TOKEN, _CERTIFICATE = "sha256:", "cert:"
 _LINE: Final = "a line is NAME SCOPES sha256:HASH, with the scopes separated by commas"
 _RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)/(s|min|h)")
 _SECONDS: Final = {"s": 1, "min": 60, "h": 3_600}
+_SIZE: Final = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB|TiB|)")
+_UNITS: Final = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 _AGE: Final = re.compile(r"([0-9]{1,8})(min|h|d|w)")
 _AGES: Final = {"min": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 # What only the owner, and readers in its group, may do.
@@ -59,10 +61,14 @@ class Allowance:
     Attributes:
         rate: Calls per second, on average; after a pause, as many at once as one second allows, or one.
         inflight: Calls in progress at the same time, streams included.
+        sessions: Live sessions.
+        bytes: Stored bytes of them.
     """
 
     rate: float | None = None
     inflight: int | None = None
+    sessions: int | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,8 @@ class Identity:
         """Whether the token is not valid any longer."""
         return self.expires_at is not None and clock.now() >= self.expires_at
 
+
+UNLIMITED: Final = Allowance()
 
 CALLER: Final[ContextVar[Identity | None]] = ContextVar("dspex_persist_caller", default=None)
 """Who makes the call that is being handled; None if the server demands no tokens."""
@@ -139,9 +147,18 @@ class Tokens:
         self._refresh()
         return next((self._certificates[name] for name in names if name in self._certificates), None)
 
+    def allowance_of(self, name: str) -> Allowance:
+        """Return how much an identity may do: of several lines for one name, the most of each. On any thread."""
+        return self._allowances.get(name, UNLIMITED)
+
     def _take(self, lines: "Lines") -> None:
         self._tokens = [(credential, each) for credential, each in lines.items() if isinstance(credential, bytes)]
         self._certificates = {name: each for name, each in lines.items() if isinstance(name, str)}
+        allowances: dict[str, Allowance] = {}
+        for each in lines.values():
+            known = allowances.get(each.name)
+            allowances[each.name] = each.allowance if known is None else _most(known, each.allowance)
+        self._allowances = allowances
 
     def _refresh(self) -> None:
         now = _signature(self.path)
@@ -163,6 +180,11 @@ class Tokens:
 def digest_of(token: str) -> bytes:
     """Return the SHA-256 of a token."""
     return hashlib.sha256(token.encode(errors="surrogateescape")).digest()
+
+
+def _most(one: Allowance, other: Allowance) -> Allowance:
+    pairs = {each.name: (getattr(one, each.name), getattr(other, each.name)) for each in fields(Allowance)}
+    return Allowance(**{name: None if None in pair else max(pair) for name, pair in pairs.items()})
 
 
 def add(path: Path, name: str, scopes: Iterable[str], allowance: Mapping[str, str] | None = None) -> str:
@@ -317,6 +339,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None or not int(match[1]):
+        raise ValueError("it must be a size, such as 1GiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
 def _time(text: str) -> datetime:
     try:
         given = datetime.fromisoformat(text)
@@ -329,6 +358,8 @@ _EXPIRES: Final = "expires"
 _WORDS: Final[Mapping[str, Callable[[str], object]]] = {
     "rate": _rate,
     "inflight": _count,
+    "sessions": _count,
+    "bytes": _size,
     _EXPIRES: _time,
 }
 """What may follow the credential of a line."""

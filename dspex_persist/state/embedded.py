@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.tokens import Allowance
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
@@ -34,6 +35,7 @@ from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
+from dspex_persist.state.quotas import Quotas
 from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
 from dspex_persist.state.store import created
 from dspex_persist.state.store.history import prune_plan, recordings
@@ -104,6 +106,14 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
     def file_figures(self) -> FileFigures:
         """Return the sizes of the file, and how many live sessions it has; from any thread."""
         return self._store.figures()
+
+    def limit_storage(self, allowance_of: Callable[[str], Allowance]) -> None:
+        """Limit how many live sessions, and stored bytes in them, identities may have; see `quotas`.
+
+        Args:
+            allowance_of: Returns how much an identity may have. Called on the thread that writes.
+        """
+        self._groups.quotas = Quotas(allowance_of, self._store.actor_of, self._store.stored_by)
 
     @property
     def url(self) -> str:

@@ -51,6 +51,7 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.options import SessionOptions
+from dspex_persist.state.quotas import Quotas
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import (
     START,
@@ -145,6 +146,8 @@ class Groups(Generic[S_co]):
         self.derivations: dict[str, tuple[Derivation, ...]] = {}
         # Sessions whose writers wait, by id.
         self.held: dict[str, Held] = {}
+        # How much identities may store; None where that is not limited.
+        self.quotas: Quotas | None = None
         self._last_at = log.last_at
         self.alive_at = time.monotonic()
         """When a group, or a page of an import, was begun last, as `time.monotonic` counts."""
@@ -186,6 +189,8 @@ class Groups(Generic[S_co]):
         try:
             with self.log.group(wait=wait):
                 drafts, at = Drafts(self), self.moment()
+                if self.quotas is not None:
+                    self.quotas.begin()
                 results, units = self._apply(jobs, drafts, at)
                 states = drafts.states.values()
                 touched = [state for state in states if state and state.lease and state.lease.is_unsaved()]
@@ -246,6 +251,8 @@ class Groups(Generic[S_co]):
             return Outcome(error=error if isinstance(error, StateError) else _refusal(command, error))
         self._last_at = importing.at.now
         self._publish(importing.drafts, importing.expired)
+        if self.quotas is not None:
+            self.quotas.forget()
         self.hub.advance(self.log.sequence)
         return Outcome(result)
 
@@ -259,6 +266,7 @@ class Groups(Generic[S_co]):
             job.command.check()
             self.prepare(job.command, drafts, at, units)
             unit = unit_of(self.options, drafts, job.origin, at, self.log.sequence + len(units) + 1)
+            unit.quotas = self.quotas
             if self.derivations:
                 unit.derivations = self.derivations.get(job.command.session_id, ())
             result = _apply_once(job, unit, self.meter)
@@ -297,6 +305,10 @@ class Groups(Generic[S_co]):
 
     def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork]) -> None:
         """Let readers and watchers see the commits that are now durable."""
+        if self.quotas is not None:
+            self.quotas.settle()
+            if any(event.kind is EventKind.PRUNED for unit in units for event in unit.events):
+                self.quotas.forget()
         for session_id, state in drafts.states.items():
             if state is None:
                 self._cache.drop(session_id)

@@ -134,6 +134,18 @@ class LogStore(ABC):
         """
         return self.sequence, {}
 
+    def actor_of(self, sequence: int) -> str:
+        """Return who made a commit; "" in a store that does not override this, for which nothing is limited."""
+        return ""
+
+    def stored_by(self, identity: str) -> Mapping[int, int]:
+        """Return the live sessions that an identity began, by their first commits, with their stored bytes.
+
+        The actors of the first commits are the identity, or it for somebody: see `quotas`. A store that does not
+        override this limits nothing.
+        """
+        return {}
+
     # Reading, on any thread
 
     @abstractmethod

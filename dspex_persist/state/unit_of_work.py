@@ -50,6 +50,7 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
+from dspex_persist.state.quotas import Quotas, stored_bytes
 from dspex_persist.state.session_state import SessionState, Undo, growth_of, size_of_tool
 from dspex_persist.state.values.constraints import count_matching
 
@@ -158,6 +159,7 @@ class UnitOfWork:
         "optimization_lease_s",
         "origin",
         "outcome",
+        "quotas",
         "rules_deferred",
         "sequence",
         "session_ttl_s",
@@ -196,6 +198,8 @@ class UnitOfWork:
         self.rules_deferred = False
         # How variables are computed from others; see `commands.derivations`.
         self.derivations: Sequence[Any] = ()
+        # Counts what identities store; None where that is not limited.
+        self.quotas: Quotas | None = None
         self._undo: Undo = []
         self._previous_sequence = 0
         self._matching = 0
@@ -230,13 +234,19 @@ class UnitOfWork:
         state = fold(None, event, self._moment, self._undo)
         assert state is not None, "a new session has a state"
         self._replace_state(event.session_id, state)
+        if self.quotas is not None and self.quotas.start(self.sequence, self.origin.actor):
+            self._undo.append((self.quotas.take_back, (self.sequence,)))
         self.events.append(event)
         return state
 
     def end_session(self, session_id: str, reason: str) -> None:
         """End the session and interrupt its running executions; its history stays."""
         # Sorted, because a rollback can have changed their order.
-        running = sorted(self._edit(session_id).executions.values(), key=attrgetter("began_sequence"))
+        state = self._edit(session_id)
+        running = sorted(state.executions.values(), key=attrgetter("began_sequence"))
+        first = state.session.sequence
+        if self.quotas is not None and (size_bytes := self.quotas.end(first)) is not None:
+            self._undo.append((self.quotas.take_back, (first, size_bytes)))
         self.interrupt(session_id, [each.id for each in running], f"session {reason}")
         self._forget_outcomes(session_id)
         self.record(session_id, SessionEnded(session_id, reason))
@@ -581,6 +591,10 @@ class UnitOfWork:
     def _stage(
         self, version: VariableVersion, variable: Variable, merged: bool = False, previous: Value | None = None
     ) -> None:
+        if self.quotas is not None and self.state is not None:
+            first, size_bytes = self.state.session.sequence, stored_bytes(version)
+            if self.quotas.add(first, size_bytes):
+                self._undo.append((self.quotas.add, (first, -size_bytes)))
         change = Change(version, variable, merged, previous)
         self._drafts.versions.append(change)
         self.versions.append(change)

@@ -17,7 +17,13 @@ from dspex_persist.infra import tokens
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access import names_of
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.errors import PermissionDeniedError, RateLimitedError, UnauthenticatedError, UnavailableError
+from dspex_persist.state.errors import (
+    PermissionDeniedError,
+    QuotaExceededError,
+    RateLimitedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from dspex_persist.testing.server import ServedDatabase
 from tests.certificates import Authority, Pair
 from tests.deadline import within
@@ -213,3 +219,16 @@ def test_with_tokens_a_certificate_needs_a_line_or_a_token(authority: Authority,
         expired = pytest.raises(UnauthenticatedError, match="line of the certificate in the token file expired on 2020")
         with secured(served.target, authority, known) as state, expired:
             state.get_value("s", "x")
+
+
+def test_sessions_and_stored_bytes(served: ServedDatabase, file: Path) -> None:
+    token = tokens.add(file, "tenant", ["read", "write"], {"sessions": "1", "bytes": "1KiB"})
+    with BridgedState(served.target, token=token, timeout_s=within(20)) as state:
+        state.initialize_session("mine")
+        state.register_variable("mine", "text", "string", "x" * 500)
+        with pytest.raises(QuotaExceededError, match="tenant may have 1 live sessions, and would have 2"):
+            state.initialize_session("more", actor="user:ada")
+        with pytest.raises(QuotaExceededError, match="tenant may have 1,024 stored bytes, and would have 1,102"):
+            state.set_variable("mine", "text", "x" * 598)
+        # It began neither.
+        assert state.set_variable("s", "x", 7)

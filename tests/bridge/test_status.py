@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 from hypothesis import given
@@ -73,8 +73,11 @@ def test_other_clients_can_read_the_rich_status(error: StateError) -> None:
     assert rich.code == sent.code.value[0]
     assert rich.details[0].Unpack(info)
     assert (info.reason, info.domain) == (error.error_code, "dspex-persist")
-    assert (len(rich.details) == 2) == (sent.code is StatusCode.INVALID_ARGUMENT)
-    if len(rich.details) == 2:
+    is_limited = isinstance(error, errors.RateLimitedError)
+    assert (len(rich.details) == 2) == (sent.code is StatusCode.INVALID_ARGUMENT or is_limited)
+    if is_limited:
+        assert rich.details[1].Unpack(RetryInfo())
+    elif len(rich.details) == 2:
         assert rich.details[1].Unpack(violations)
 
 

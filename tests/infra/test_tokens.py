@@ -132,14 +132,14 @@ def test_tokens_are_added_and_revoked(tmp_path: Path) -> None:
 
 
 def test_what_may_follow_the_credential(path: Path) -> None:
-    words = "rate=6/min inflight=20 expires=2027-01-01"
+    words = "rate=6/min inflight=20 sessions=50 bytes=1GiB expires=2027-01-01"
     path.write_text(
         line("a", "read", "one").replace("\n", f" {words} # as agreed\n") + "ci admin cert:ci.example.org\n"
     )
     tokens = Tokens(path)
     ours = tokens.look_up(digest_of("one"))
     assert ours is not None
-    assert ours.allowance == Allowance(0.1, 20)
+    assert ours.allowance == Allowance(0.1, 20, 50, 1024**3)
     assert ours.expires_at == datetime(2027, 1, 1, tzinfo=UTC)
     ci = tokens.find_certificate(["other", "ci.example.org"])
     assert ci == Identity("ci", frozenset({"admin"}), certificate="ci.example.org")
@@ -154,9 +154,11 @@ def test_what_may_follow_the_credential(path: Path) -> None:
         ("rate=0/s", "calls in a time"),
         ("inflight=0", "whole number above 0"),
         ("inflight=²", "whole number above 0"),
+        ("sessions=many", "whole number above 0"),
+        ("bytes=1GB", "such as 1GiB"),
         ("expires=soon", "a day or a time"),
         ("expires=2027-01-01 expires=2028-01-01", "expires= is there twice"),
-        ("burst=3", "'burst=3' means nothing after the credential: there are rate=, inflight=, exp"),
+        ("burst=3", "'burst=3' means nothing after the credential: there are rate=, inflight=, sessions=, bytes=, exp"),
         ("alone", "means nothing"),
     ],
 )
@@ -184,3 +186,11 @@ def test_a_token_is_valid_until_it_expires(tmp_path: Path) -> None:
         assert [each.has_expired for each in listed(file)] == [True, True]
     with pytest.raises(TokenFileError, match="too long"):
         add(file, "a", ["read"], {"expires": "99999999w"})
+
+
+def test_several_lines_of_a_name_allow_the_most_of_each(path: Path) -> None:
+    lines = [("a", "one", " rate=5/s sessions=3"), ("a", "two", " rate=7/s"), ("b", "three", "")]
+    path.write_text("".join(line(name, "read", token).replace("\n", f"{words}\n") for name, token, words in lines))
+    tokens = Tokens(path)
+    assert tokens.allowance_of("a") == Allowance(rate=7.0)
+    assert tokens.allowance_of("b") == tokens.allowance_of("nobody") == Allowance()

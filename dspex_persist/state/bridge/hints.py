@@ -71,6 +71,10 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
     Hint.SEND_TOKEN: "send the header `authorization: Bearer TOKEN`, with a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients, show one",
+    Hint.STORE_LESS: (
+        "end some of its sessions with CleanupSession, or prune their history, or raise sessions= or bytes= on its "
+        "line in the token file"
+    ),
     Hint.TRUST_CA: "trust the one that issued it",
     Hint.UPGRADE_FILE: "`dspex-persist db upgrade` upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",

@@ -22,6 +22,7 @@ from dspex_persist.state.errors import Hint, StateError
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK: Final = "grpc-retry-pushback-ms"
+_LONGEST_DELAY_S: Final = 1e6
 # Metadata is limited to a few kilobytes (base64 adds a third), and an entry that does not fit is left out as a whole.
 _DETAILS_BYTES = 2_900
 _FIELD_LENGTHS = (None, 300, 60, 20)
@@ -87,6 +88,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.CircuitOpenError: StatusCode.UNAVAILABLE,
     errors.UnauthenticatedError: StatusCode.UNAUTHENTICATED,
     errors.PermissionDeniedError: StatusCode.PERMISSION_DENIED,
+    errors.QuotaExceededError: StatusCode.RESOURCE_EXHAUSTED,
     errors.RateLimitedError: StatusCode.RESOURCE_EXHAUSTED,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
     errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
@@ -162,7 +164,7 @@ def status_of(error: BaseException) -> RpcStatus | None:
         trailers.append((AFTER_SEQUENCE, str(error.after_sequence)))
     if isinstance(error, errors.RateLimitedError):
         # gRPC's own retries wait for that long.
-        trailers.append((_PUSHBACK, str(ceil(error.retry_in_s * 1_000))))
+        trailers.append((_PUSHBACK, str(_delay_ms(error))))
     if error.advice is not None and error.advice is not kind.advice:
         trailers.append((HINT, error.advice.value))
     return RpcStatus(code, details, tuple(trailers))
@@ -188,12 +190,17 @@ def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: 
             status.details.append(violation)
         if isinstance(error, errors.RateLimitedError):
             delay = RetryInfo()
-            delay.retry_delay.FromMilliseconds(ceil(error.retry_in_s * 1_000))
+            delay.retry_delay.FromMilliseconds(_delay_ms(error))
             status.details.add().Pack(delay)
         if status.ByteSize() <= _DETAILS_BYTES:
             break
     serialized: bytes = status.SerializeToString()
     return serialized
+
+
+def _delay_ms(error: errors.RateLimitedError) -> int:
+    """Return after which time a call may be repeated, within what a message can carry."""
+    return ceil(min(max(error.retry_in_s, 0.0), _LONGEST_DELAY_S) * 1_000)
 
 
 def _fields_of(error: StateError, length: int | None = None) -> dict[str, str]:

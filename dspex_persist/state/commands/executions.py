@@ -13,6 +13,7 @@ from dspex_persist.state.errors import (
     ExecutionEndedError,
     IdempotencyConflictError,
     LimitExceededError,
+    QuotaExceededError,
     StateError,
     ToolExistsError,
     UnsupportedError,
@@ -291,8 +292,12 @@ class FinishExecution(Command[Verdict]):
         writes: dict[str, list[tuple[str, int]]] = {}
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
-            conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
-            broken = None if conflicts else _broken(uow, self.session_id, start)
+            broken: StateError | None
+            try:
+                conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
+                broken = None if conflicts else _broken(uow, self.session_id, start)
+            except QuotaExceededError as error:
+                conflicts, broken = (), error
             if conflicts or broken is not None:
                 uow.rollback_to(start)
                 writes.clear()
@@ -352,6 +357,8 @@ class FinishExecution(Command[Verdict]):
                 step.command.apply(uow)
                 written = [(change.variable.name, change.version.version) for change in uow.versions[before:]]
                 writes.setdefault(step.execution_id, []).extend(written)
+        except QuotaExceededError:
+            raise
         except StateError as error:
             # It succeeded on the snapshot, so others have changed what it needs.
             return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error.sentence}"),)

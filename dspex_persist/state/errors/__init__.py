@@ -34,6 +34,7 @@ from dspex_persist.state.errors.service import InternalError as InternalError
 from dspex_persist.state.errors.service import OutcomeUnknownError as OutcomeUnknownError
 from dspex_persist.state.errors.service import PermissionDeniedError as PermissionDeniedError
 from dspex_persist.state.errors.service import QueueFullError as QueueFullError
+from dspex_persist.state.errors.service import QuotaExceededError as QuotaExceededError
 from dspex_persist.state.errors.service import RateLimitedError as RateLimitedError
 from dspex_persist.state.errors.service import ShuttingDownError as ShuttingDownError
 from dspex_persist.state.errors.service import UnauthenticatedError as UnauthenticatedError

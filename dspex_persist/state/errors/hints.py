@@ -72,6 +72,7 @@ class Hint(StrEnum):
     """Another process owns the database."""
     SEND_TOKEN = "send_token"
     SHOW_CERTIFICATE = "show_certificate"
+    STORE_LESS = "store_less"
     TRUST_CA = "trust_ca"
     UPGRADE_FILE = "upgrade_file"
     UPGRADE_PACKAGE = "upgrade_package"
@@ -154,6 +155,10 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     ),
     Hint.SEND_TOKEN: "connect(url, token=...), or set DSPEX_PERSIST_TOKEN, to a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients: connect(url, cert='client.pem', key='client.key')",
+    Hint.STORE_LESS: (
+        "end some of its sessions (cleanup_session), or prune their history, or raise sessions= or bytes= on its "
+        "line in the token file"
+    ),
     Hint.TRUST_CA: "trust the one that issued it: connect(url, ca='ca.pem')",
     Hint.UPGRADE_FILE: f"{_MAINTENANCE}.upgrade(path) upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",

@@ -100,6 +100,25 @@ class RateLimitedError(StateError):
 
 
 @dataclass(eq=False)
+class QuotaExceededError(StateError):
+    """An identity would have more sessions or stored bytes than its line in the token file allows; nothing was done.
+
+    Attributes:
+        identity: The one that began the session.
+        what: Of what: "live sessions" or "stored bytes".
+        actual: How many it would have.
+        limit: How many it may have.
+    """
+
+    template = "{identity} may have {limit:,} {what}, and would have {actual:,}; nothing was done"
+    advice = Hint.STORE_LESS
+    identity: str
+    what: str
+    actual: int
+    limit: int
+
+
+@dataclass(eq=False)
 class EngineClosedError(StateError):
     """The engine was closed, or is closing."""
 

@@ -281,6 +281,14 @@ class SessionStore(StoredSessions, LogStore):
             log.save_expiry(self._connection, state)
         self._appended = writer.head, keys
 
+    def actor_of(self, sequence: int) -> str:
+        """See `LogStore.actor_of`."""
+        return stored_sessions.actor_of(self._connection, sequence)
+
+    def stored_by(self, identity: str) -> Mapping[int, int]:
+        """See `LogStore.stored_by`."""
+        return stored_sessions.stored_by(self._connection, identity)
+
     def note_import(self, first: int, last: int) -> None:
         """See `LogStore.note_import`."""
         log.note_import(self._connection, first, last)

@@ -12,7 +12,7 @@ from dspex_persist.state.rules import Rules
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
-from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.engine import driver_of, raw_rows
 from dspex_persist.state.store.schema import executions, is_unicode, sessions
 
 # Run by the driver: each takes SQLAlchemy several times as long as SQLite, and all of them are needed for a session.
@@ -107,3 +107,34 @@ def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
         .limit(limit)
     )
     return list(connection.execute(query).scalars())
+
+
+_ACTOR: Final = "SELECT actor FROM commits WHERE sequence = ?"
+# The bytes as `db stats` counts them.
+_STORED: Final = """
+    SELECT sessions.started_sequence, (
+        SELECT ifnull(sum(
+            ifnull(length(CAST(versions.value AS BLOB)), 0) + ifnull(length(versions.binary), 0)
+            + ifnull(length(CAST(versions.metadata AS BLOB)), 0)
+            + ifnull((SELECT length(content) FROM blobs WHERE blob_key = value_blob), 0)
+            + ifnull((SELECT length(content) FROM blobs WHERE blob_key = binary_blob), 0)
+        ), 0)
+        FROM variables INDEXED BY variables_by_session
+        CROSS JOIN versions ON versions.variable_key = variables.variable_key
+        WHERE variables.session_key = sessions.session_key
+    )
+    FROM sessions INDEXED BY sessions_live
+    CROSS JOIN commits ON commits.sequence = sessions.started_sequence
+    WHERE sessions.ended_sequence IS NULL AND (commits.actor = ?1 OR instr(commits.actor, ?1 || ' for ') = 1)
+"""
+
+
+def actor_of(connection: Connection, sequence: int) -> str:
+    """Return who made a commit; "" if there is none."""
+    row = driver_of(connection).execute(_ACTOR, (sequence,)).fetchone()
+    return "" if row is None else str(row[0])
+
+
+def stored_by(connection: Connection, identity: str) -> dict[int, int]:
+    """Return the live sessions that an identity began, by their first commits, with their stored bytes."""
+    return dict(driver_of(connection).execute(_STORED, (identity,)).fetchall())
