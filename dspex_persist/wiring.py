@@ -463,7 +463,7 @@ def _refuse_passed_sockets() -> None:
     if passed_sockets():
         reason = (
             "the service manager has opened a socket for this server (socket activation), which gRPC cannot use: let "
-            "the server open its own, and systemd-socket-proxyd pass connections on to it"
+            "the server open its own, and systemd-socket-proxyd pass connections on to it (docs/production.md)"
         )
         raise SettingsError("listen", reason, "environment variable LISTEN_FDS")
 
