@@ -252,6 +252,17 @@ class Settings(LimitSettings):
         description="Other machines whose registered tools may be called: a list of `HOST`, `HOST:PORT` or networks "
         "such as `10.1.0.0/16`. This machine's always may.",
     )
+    worker_ca: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None,
+        description="The authorities to trust when a registered tool's address is `grpcs://HOST:PORT` (PEM); `none`: "
+        "the public ones.",
+    )
+    worker_cert: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="The certificate that the server shows to such workers (PEM)."
+    )
+    worker_key: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None, description="The private key of `worker_cert`, without a passphrase (PEM)."
+    )
     tool_threads: Annotated[Count, Field(le=10_000)] = Field(
         64, description="Threads for tools; further calls wait. Asynchronous tools need none."
     )

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dspex_persist.infra.metrics import CallMeter
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.infra.pool import PoolStatistics
-    from dspex_persist.infra.tls import Certificates
+    from dspex_persist.infra.tls import CallerFiles, Certificates
     from dspex_persist.infra.tokens import Tokens
     from dspex_persist.infra.worker import WorkerCommand
     from dspex_persist.state.abilities import StreamsTools
@@ -447,6 +447,7 @@ def serve(settings: Settings) -> None:
         _refuse_passed_sockets()
         certificates, tokens = _certificates_of(settings), _tokens_of(settings)
         _allowed_of(settings)
+        _worker_tls_of(settings)
         _check_metrics(settings, has_tls=certificates is not None)
         _quiet(settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -557,6 +558,24 @@ def _allowed_of(settings: Settings) -> Callable[[str], bool]:
         return AllowedAddresses(settings.tool_addresses).allows
     except ValueError as error:
         raise SettingsError("tool_addresses", str(error)) from error
+
+
+def _worker_tls_of(settings: Settings) -> "CallerFiles":
+    """Return the files for TLS with registered workers; raise `SettingsError` for a fault in one."""
+    from dspex_persist.infra.tls import CallerFiles, TlsError
+
+    given = (settings.worker_ca, settings.worker_cert, settings.worker_key)
+    ca, cert, key = (each and each.absolute() for each in given)
+    for name, own, other in (("worker_cert", cert, key), ("worker_key", key, cert)):
+        if own is not None and other is None:
+            raise SettingsError(name, "a certificate and its private key go together: give both")
+    files = CallerFiles(ca, cert, key)
+    try:
+        files.read()
+    except TlsError as error:
+        names = {str(cert): "worker_cert", str(key): "worker_key"}
+        raise SettingsError(names.get(error.path, "worker_ca"), str(error)) from error
+    return files
 
 
 def _tokens_of(settings: Settings) -> "Tokens | None":
@@ -819,6 +838,7 @@ async def _serve_bridge(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
         allow=_allowed_of(settings),
+        tls=_worker_tls_of(settings),
         limits=limits,
     )
     meter = engine.meter

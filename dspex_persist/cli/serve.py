@@ -141,6 +141,11 @@ ToolAddresses = _option(
     "none",
     "Other machines whose registered tools may be called.",
 )
+WorkerCa = _option(
+    _TOOLS, "--worker-ca", "PATH", "public", "Authorities of registered workers at grpcs://HOST:PORT, PEM."
+)
+WorkerCert = _option(_TOOLS, "--worker-cert", "PATH", "none", "The server's certificate for such workers, PEM.")
+WorkerKey = _option(_TOOLS, "--worker-key", "PATH", "none", "Its private key, PEM.")
 ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for tools that are not asynchronous.")
 Workers = _option(_TOOLS, "--workers", "NUMBER", "0", "Processes in which the tools run; 0: they run in the server.")
 RemoteTimeout = _option(_TOOLS, "--remote-timeout", "SECONDS", "300", "Default timeout of a tool in another process.")
@@ -197,6 +202,9 @@ def serve(
     stall_timeout_s: Annotated[str | None, Stall] = None,
     tools: Annotated[list[str] | None, Tools] = None,
     tool_addresses: Annotated[str | None, ToolAddresses] = None,
+    worker_ca: Annotated[str | None, WorkerCa] = None,
+    worker_cert: Annotated[str | None, WorkerCert] = None,
+    worker_key: Annotated[str | None, WorkerKey] = None,
     tool_threads: Annotated[str | None, ToolThreads] = None,
     workers: Annotated[str | None, Workers] = None,
     remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,

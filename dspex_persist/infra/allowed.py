@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen
+from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_callee, parse_listen
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -43,9 +43,9 @@ class AllowedAddresses:
         self._entries = tuple(map(_entry, entries))
 
     def allows(self, address: str) -> bool:
-        """Return whether HOST:PORT or unix:PATH may be called. Raises `ListenError` if it is no address."""
-        parsed = parse_listen(address)
-        if isinstance(parsed, UnixAddress) or is_loopback(address):
+        """Return whether an address of `parse_callee` may be called. Raises `ListenError` if it is none."""
+        parsed, _ = parse_callee(address)
+        if isinstance(parsed, UnixAddress) or is_loopback(str(parsed)):
             return True
         return any(entry.has(parsed) for entry in self._entries)
 

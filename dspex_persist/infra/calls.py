@@ -15,6 +15,7 @@ import grpc
 from dspex_persist.infra.channels import Options, channel_options
 from dspex_persist.infra.circuit import Circuit, OpenCircuitError
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.tls import CallerFiles, TlsError
 
 A = TypeVar("A")
 
@@ -60,9 +61,13 @@ class StatusError(Exception):
 class Channel:
     """One connection. It is retired when it fails, and closed when its last call has ended."""
 
-    def __init__(self, target: str, connect_timeout_s: float, service: Service) -> None:
+    def __init__(self, target: str, connect_timeout_s: float, service: Service, tls: CallerFiles | None = None) -> None:
         self._connect_timeout_s = connect_timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=_options(target, connect_timeout_s))
+        options = _options(target, connect_timeout_s)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, _credentials(tls), options=options)
         self.stub = service.stub(self._channel)
         self.users = 0
         self.retired = False
@@ -92,6 +97,13 @@ class Channel:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _credentials(tls: CallerFiles) -> grpc.ChannelCredentials:
+    try:
+        return grpc.ssl_channel_credentials(*tls.read())
+    except TlsError as error:
+        raise UnreachableError(f"no TLS with it: {error}") from error
 
 
 def _options(target: str, connect_timeout_s: float) -> Options:
@@ -167,7 +179,16 @@ class Call:
 class Peer:
     """An address, with its circuit breaker, the channel in use, and retired channels whose calls have not ended."""
 
-    def __init__(self, service: Service, address: str, target: str, circuit: Circuit, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        address: str,
+        target: str,
+        circuit: Circuit,
+        connect_timeout_s: float,
+        tls: CallerFiles | None = None,
+    ) -> None:
+        self._tls = tls
         self.circuit = circuit
         self._service = service
         self._target = target
@@ -252,7 +273,7 @@ class Peer:
         if not (self._channels and self._channels[-1].usable):
             for channel in self._channels:
                 channel.retired = True
-            self._channels.append(Channel(self._target, self._connect_timeout_s, self._service))
+            self._channels.append(Channel(self._target, self._connect_timeout_s, self._service, self._tls))
         return self._channels[-1]
 
     def _settle(self, call: Call) -> None:

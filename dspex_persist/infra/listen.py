@@ -66,6 +66,22 @@ def parse_listen(listen: str) -> Address:
     return TcpAddress(match["bracketed"] or match["plain"], port)
 
 
+def parse_callee(address: str) -> tuple[Address, bool]:
+    """Parse an address to call: one that `parse_listen` takes, or grpcs://HOST:PORT.
+
+    Returns:
+        The address, and whether it is called with TLS.
+
+    Raises:
+        ListenError: It is no address.
+    """
+    parsed = parse_listen(address.removeprefix(TLS_SCHEME))
+    has_tls = address.startswith(TLS_SCHEME)
+    if has_tls and isinstance(parsed, UnixAddress):
+        raise ListenError(address, "a Unix socket has no TLS")
+    return parsed, has_tls
+
+
 def target_of(address: str) -> str:
     """Return the gRPC target of an address, which may be a URL: grpc(s)://HOST:PORT, grpc+unix:/PATH."""
     if address.startswith("grpc+unix:"):

@@ -60,6 +60,33 @@ class Material:
     ca: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class CallerFiles:
+    """The files of whoever calls others with TLS, all PEM. They are read for each new connection.
+
+    Attributes:
+        ca: The certificates of the authorities to trust; None for the public ones.
+        cert: The caller's own certificate, for those who demand one; None for none.
+        key: Its private key.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """Return the authorities, the key and the certificate.
+
+        Raises:
+            TlsError: A file cannot be used, or they do not belong together.
+        """
+        ca = None if self.ca is None else read_authorities(self.ca)
+        if self.cert is None or self.key is None:
+            return ca, None, None
+        cert, key = read_pair(self.cert, self.key)
+        return ca, key, cert
+
+
 def read_authorities(path: Path) -> bytes:
     """Return the PEM certificates of authorities in a file.
 

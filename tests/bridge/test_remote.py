@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
@@ -18,6 +20,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.infra.tls import CallerFiles
 from dspex_persist.state.bridge import codec, remote
 from dspex_persist.state.bridge.headers import EXECUTION_ID
 from dspex_persist.state.bridge.remote import RemoteTools
@@ -26,6 +29,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
 from dspex_persist.state.tools.ports import RemoteCall
 from tests.bridge.worker import Worker, serving
+from tests.certificates import Authority
 from tests.deadline import within
 from tests.logs import capture_logs
 
@@ -682,3 +686,38 @@ def test_the_style_is_that_of_the_parameters() -> None:
     plain = AnyMessage(type_url=JSON_URL + "float", value=b"1")
     assert codec.style_of([]) == codec.style_of([plain]) == codec.style_of([plain, packed]) == codec.JSON_STYLE
     assert codec.style_of([plain, packed, unpacked]) == codec.STRING_VALUE_STYLE
+
+
+# --- TLS ---
+
+
+def test_an_address_with_tls_is_called_with_the_certificates_of_the_moment(tmp_path: Path) -> None:
+    authority, other = Authority(tmp_path / "ours"), Authority(tmp_path / "others")
+    worker_pair, ours, theirs = authority.issue("worker"), authority.issue("server"), other.issue("server")
+    material = (worker_pair.key.read_bytes(), worker_pair.cert.read_bytes())
+    credentials = grpc.ssl_server_credentials([material], authority.cert.read_bytes(), require_client_auth=True)
+    trusted = tmp_path / "trusted.pem"
+
+    async def test() -> None:
+        worker = Worker()
+        async with serving(worker, credentials=credentials) as address:
+            assert address.startswith("grpcs://127.0.0.1:")
+            plain = address.removeprefix("grpcs://")
+            async with remote_tools(tls=CallerFiles(trusted, ours.cert, ours.key), pause_s=0.001) as tools:
+                assert (
+                    "trusted.pem: cannot read it: No such file" in (await failure(tools, call_of("t", address))).reason
+                )
+                trusted.write_bytes(other.cert.read_bytes())
+                assert "CERTIFICATE_VERIFY_FAILED" in (await failure(tools, call_of("t", address))).reason
+                shutil.copy(authority.cert, trusted)
+                result = await tools.execute(call_of("t", address))
+                assert result == Value('{"tool":"t"}') or result == Value('{"tool": "t"}')
+                await failure(tools, call_of("t", plain))
+            for files in (CallerFiles(trusted), CallerFiles(trusted, theirs.cert, theirs.key)):
+                async with remote_tools(tls=files) as tools:
+                    await failure(tools, call_of("t", address))
+            async with remote_tools(tls=CallerFiles(trusted), allow=lambda _: False) as tools:
+                assert "are refused" in (await failure(tools, call_of("t", address))).reason
+        assert len(worker.requests) == 1
+
+    run(test())

@@ -131,7 +131,11 @@ def _handlers(worker: Worker, leave_out: tuple[str, ...]) -> Any:
 
 @asynccontextmanager
 async def serving(
-    worker: Worker, listen: str = "127.0.0.1:0", *, leave_out: tuple[str, ...] = ()
+    worker: Worker,
+    listen: str = "127.0.0.1:0",
+    *,
+    leave_out: tuple[str, ...] = (),
+    credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the end of the block; yields the address."""
     options = [
@@ -141,10 +145,11 @@ async def serving(
     ]
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((_handlers(worker, leave_out),))
-    port = server.add_insecure_port(listen)
+    secure = credentials is not None
+    port = server.add_secure_port(listen, credentials) if secure else server.add_insecure_port(listen)
     await server.start()
     try:
-        yield listen if listen.startswith("unix:") else f"127.0.0.1:{port}"
+        yield listen if listen.startswith("unix:") else f"{'grpcs://' if secure else ''}127.0.0.1:{port}"
     finally:
         await server.stop(0)
 

@@ -8,7 +8,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.infra.listen import ListenError, parse_listen
+from dspex_persist.infra.listen import ListenError, parse_callee
 from dspex_persist.state.bridge import wrapped
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, LimitExceededError, quote
@@ -433,9 +433,10 @@ def registered_tool(registration: pb.ToolRegistration, worker_id: str, limits: L
     address = metadata.get(_ADDRESS, "")
     if address:
         try:
-            parse_listen(address)
+            parse_callee(address)
         except ListenError as error:
-            reason = f"{_ADDRESS} of tool {quote(registration.name)}: {error}; it is HOST:PORT or unix:PATH"
+            forms = "HOST:PORT, grpcs://HOST:PORT or unix:PATH"
+            reason = f"{_ADDRESS} of tool {quote(registration.name)}: {error}; it is {forms}"
             raise InvalidArgumentError("metadata", reason) from error
     parameters = _parameters_of(registration.name, registration.parameters, limits)
     spec = ToolSpec(

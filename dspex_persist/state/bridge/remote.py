@@ -10,8 +10,9 @@ import grpc
 
 from dspex_persist.infra.calls import CLOSED, Call, Peer, Service, StatusError, UnreachableError
 from dspex_persist.infra.circuit import Circuit
-from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
+from dspex_persist.infra.listen import ListenError, TcpAddress, parse_callee
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.tls import CallerFiles
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
@@ -44,7 +45,7 @@ _SERVICE: Final = Service(
 
 
 class RemoteTools:
-    """Calls tools at the addresses of their registrations, "HOST:PORT" or "unix:PATH".
+    """Calls tools at the addresses of their registrations, "HOST:PORT", "grpcs://HOST:PORT" or "unix:PATH".
 
     A tool that fails, or is slow, does not count as a failure of its address. Made and used on one event loop.
 
@@ -55,6 +56,7 @@ class RemoteTools:
         pause_s: The length of the first pause, in seconds. Each further one is twice as long.
         longest_pause_s: The longest pause.
         allow: Whether an address may be called at all.
+        tls: The certificates for addresses with TLS.
         limits: The limits of results.
     """
 
@@ -67,6 +69,7 @@ class RemoteTools:
         pause_s: float = 5.0,
         longest_pause_s: float = 60.0,
         allow: Callable[[str], bool],
+        tls: CallerFiles | None = None,
         limits: Limits | None = None,
     ) -> None:
         self._call_timeout_s = call_timeout_s
@@ -75,6 +78,7 @@ class RemoteTools:
         self._pause_s = pause_s
         self._longest_pause_s = longest_pause_s
         self._allow = allow
+        self._tls = tls or CallerFiles()
         self._limits = limits or Limits()
         # Ordered by last use.
         self._peers: dict[str, Peer] = {}
@@ -149,7 +153,7 @@ class RemoteTools:
             raise RemoteToolError(call.tool.spec.name, address, f"no answer within {limit_s:g} s") from None
 
     async def _peer(self, address: str) -> "Peer":
-        target = self._target(address)
+        target, tls = self._target(address)
         while address not in self._peers and len(self._peers) >= _MOST_ADDRESSES:
             await self._forget_one()
         if self._closed:
@@ -157,15 +161,16 @@ class RemoteTools:
         peer = self._peers.pop(address, None)
         if peer is None:
             circuit = Circuit(self._failures, self._pause_s, self._longest_pause_s)
-            peer = Peer(_SERVICE, address, target, circuit, self._connect_timeout_s)
+            peer = Peer(_SERVICE, address, target, circuit, self._connect_timeout_s, tls)
         self._peers[address] = peer
         return peer
 
-    def _target(self, address: str) -> str:
+    def _target(self, address: str) -> tuple[str, CallerFiles | None]:
+        """Return gRPC's name for an address, and the files for TLS if it has that."""
         if not address:
             raise UnreachableError('its address is unknown; register it with metadata["address"]')
         try:
-            parsed = parse_listen(address)
+            parsed, has_tls = parse_callee(address)
         except ListenError as error:
             raise UnreachableError(f"the address is not valid: {error.reason}") from error
         if not self._allow(address):
@@ -173,7 +178,8 @@ class RemoteTools:
                 "calls to other machines are refused; allow them with --insecure, or this one with tool_addresses"
             )
         # With a scheme, because a host may be called "dns", as in "dns:80".
-        return f"dns:///{parsed}" if isinstance(parsed, TcpAddress) else str(parsed)
+        target = f"dns:///{parsed}" if isinstance(parsed, TcpAddress) else str(parsed)
+        return target, self._tls if has_tls else None
 
     async def _forget_one(self) -> None:
         idle = next((address for address, peer in self._peers.items() if peer.idle), None)
