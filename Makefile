@@ -49,7 +49,7 @@ TESTS_cli := tests/unit/test_settings.py tests/unit/test_pictures.py tests/end_t
 	tests/end_to_end/test_completion.py tests/end_to_end/test_health.py tests/end_to_end/test_live_commands.py tests/end_to_end/test_lm_shown.py \
 	tests/end_to_end/test_refused_files.py tests/end_to_end/test_restore_command.py tests/end_to_end/test_serve.py \
 	tests/end_to_end/test_service_manager.py \
-	tests/end_to_end/test_session_commands.py tests/end_to_end/test_shell.py
+	tests/end_to_end/test_session_commands.py tests/end_to_end/test_shell.py tests/end_to_end/test_wheel.py
 TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_execution_model.py \
 	tests/property/test_moves.py tests/property/test_mutants.py tests/property/test_mutated_recordings.py \
 	tests/property/test_store_model.py \

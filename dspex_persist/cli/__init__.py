@@ -14,6 +14,7 @@ from dspex_persist.cli import (
     demo,
     health,
     maintenance,
+    protocol,
     replay,
     serve,
     session,
@@ -62,6 +63,7 @@ app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
 app.command("health", help=health.HELP, epilog=health.EPILOG)(health.health)
 app.command("worker", help=worker.HELP, epilog=worker.EPILOG)(worker.worker)
 app.command("workers", help=workers.HELP, epilog=workers.EPILOG)(workers.workers)
+app.command("protocol", help=protocol.HELP, epilog=protocol.EPILOG)(protocol.protocol)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
 app.command("replay", help=replay.HELP, epilog=replay.EPILOG)(replay.replay)
 app.command("get", help=get_command.HELP, epilog=get_command.EPILOG, rich_help_panel=_LIVE)(get_command.get)

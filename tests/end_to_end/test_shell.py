@@ -30,6 +30,7 @@ COMMANDS: dict[str, list[str]] = {
     "worker": ["--help"],
     "health": ["--target", "127.0.0.1:1"],
     "workers": ["--target", "127.0.0.1:1"],
+    "protocol": [],
     "demo": ["--help"],
     "replay": ["DB.jsonl", "--tools", "nothing_here"],
     "get": ["é✓", "--db", "DB"],

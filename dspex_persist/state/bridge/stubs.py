@@ -10,8 +10,10 @@ import grpc
 from dspex_persist.state import errors
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.client import BridgedState
-from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.bridge.generated import snakepit_bridge_pb2_grpc as pb_grpc
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as dspex_persist_audit_pb2
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2_grpc as dspex_persist_audit_pb2_grpc
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as snakepit_bridge_pb2
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2_grpc as snakepit_bridge_pb2_grpc
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub as BridgeServiceStub
 from dspex_persist.state.bridge.secure import Peer
@@ -22,7 +24,10 @@ from dspex_persist.state.model import RegisteredTool, ToolSpec
 _SHOWN: Final = "the server behind the stub"
 _METHODS: Final = ("GetVariable", "SetVariable", "ExecuteTool")
 """Rpcs that every stub of this protocol has; those of newer ones lack the first two."""
-MODULES: Final[Mapping[str, ModuleType]] = {"snakepit_bridge_pb2": pb, "snakepit_bridge_pb2_grpc": pb_grpc}
+MODULES: Final[Mapping[str, ModuleType]] = {
+    "snakepit_bridge_pb2": snakepit_bridge_pb2,
+    "snakepit_bridge_pb2_grpc": snakepit_bridge_pb2_grpc,
+}
 """The generated modules, by the names that they have where they are generated without a package."""
 
 
@@ -95,15 +100,15 @@ class _NoMethod:
         return self()
 
 
-def registration(spec: ToolSpec) -> pb.ToolRegistration:
+def registration(spec: ToolSpec) -> snakepit_bridge_pb2.ToolRegistration:
     """Return the message with which a worker registers a tool whose address somebody else supplies."""
-    message: pb.ToolRegistration = codec.registration_message(RegisteredTool(spec, ""))
+    message: snakepit_bridge_pb2.ToolRegistration = codec.registration_message(RegisteredTool(spec, ""))
     return message
 
 
-def registration_request(session_id: str, worker_id: str, tools: Any) -> pb.RegisterToolsRequest:
+def registration_request(session_id: str, worker_id: str, tools: Any) -> snakepit_bridge_pb2.RegisterToolsRequest:
     """Return the request to register tools: messages of `registration`."""
-    return pb.RegisterToolsRequest(session_id=session_id, worker_id=worker_id, tools=tools)
+    return snakepit_bridge_pb2.RegisterToolsRequest(session_id=session_id, worker_id=worker_id, tools=tools)
 
 
 # Errors
