@@ -118,6 +118,32 @@ def test_it_registers_once_and_ends_no_session(provider: BridgedState, session: 
     assert result_of(execute(provider, session, "extra")) == "extra"
 
 
+@pytest.mark.parametrize("generation", ["old", "new"], indirect=True)
+def test_a_tool_that_only_workers_know_can_be_called_first(
+    provider: BridgedState, session: str, generation: str
+) -> None:
+    """No setting names it, and no worker has been called for the session: one is asked what it has."""
+
+    def called() -> int:
+        return sum(pool.requests for pool in provider.list_workers())
+
+    assert {spec.name for spec in provider.list_tools(session)}.isdisjoint({"extra"})
+    before, lent = commits(provider, session), called()
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(lambda _: execute(provider, session, "extra"), range(2))
+    assert (result_of(first), result_of(second)) == ("extra", "extra")
+    # One registers, and each execution has its beginning and its end.
+    assert (commits(provider, session), called()) == (before + 5, lent + 3)
+    for _ in range(2):
+        assert execute(provider, session, "nobodys").error_code == "UNKNOWN_TOOL"
+    assert called() == lent + 3
+    provider.cleanup_session(session)
+    provider.initialize_session(session)
+    if generation == "old":
+        # The new ones believe that they have registered already.
+        assert result_of(execute(provider, session, "extra")) == "extra"
+
+
 def test_a_failure_writes_nothing(provider: BridgedState, session: str, generation: str) -> None:
     failed = execute(provider, session, "fail")
     assert (failed.status, failed.error_code) == (ExecutionStatus.FAILED, "TOOL_FAILED")

@@ -7,21 +7,24 @@ at an address that only they have been told.
 import asyncio
 import base64
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
 import grpc
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.pool import Lease
+from dspex_persist.infra.pool_errors import PoolError
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import EXECUTION_ID
-from dspex_persist.state.bridge.lending import Leases, Lender, WorkerContact
+from dspex_persist.state.bridge.lending import SETTLE_S, Leases, Lender, WorkerContact, error_of_pool
 from dspex_persist.state.bridge.lent import RaisedThereError
 from dspex_persist.state.bridge.remote import chunk_in, result_in, says_nothing
-from dspex_persist.state.errors import RemoteToolError, StateError, ToolFailedError
+from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, StateError, ToolFailedError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Failure, ToolSpec, Value
+from dspex_persist.state.model import Failure, Origin, ToolSpec, Value
 from dspex_persist.state.tools.chunks import Chunks
 from dspex_persist.state.tools.failures import RaisedError
 from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY
@@ -30,7 +33,13 @@ from dspex_persist.state.tools.session import ToolSession
 
 CALLBACK: Final = "x-dspex-callback"
 """Metadata of a request: the address of the worker's callbacks."""
+NOBODYS: Final = "dspex_persist.which_tools"
+"""The name of a tool that no worker has."""
 _BINARY: Final = ".binary"
+# How long a worker may take to register what it has, in seconds.
+_ASK_S: Final = 10.0
+
+_logger: Final = get_logger(__name__)
 
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "SNAKEPIT_GRPC_ADDRESS": "{address}",
@@ -79,6 +88,28 @@ class ExistingLending(Lender):
         except StateError as error:
             raise ToolFailedError(session.execution_id, f"its result is not a value: {error}") from error
 
+    async def ask(self, session_id: str, origin: Origin) -> None:
+        """See `PoolPort.ask`: calls a tool that no worker has, of no execution, so that it can only register tools."""
+        if self.pool is None:
+            return
+        asking: Any = _Asking(session_id, origin)
+        try:
+            async with self.pool.lend(session_id) as lease:
+                lease.contact.began(asking)
+                request = pb.ExecuteToolRequest(session_id=session_id, tool_name=NOBODYS)
+                call = asyncio.ensure_future(_asked(lease.contact, request, asking.execution_id))
+                call.add_done_callback(lambda _: lease.contact.ended(asking.execution_id))
+                try:
+                    async with asyncio.timeout(_ASK_S):
+                        await asyncio.shield(call)
+                finally:
+                    if lease.contact.executions:
+                        lease.release_when(lease.contact.quiet(), SETTLE_S)
+        except PoolError as error:
+            raise error_of_pool(NOBODYS, error) from None
+        except TimeoutError:
+            _logger.warning("a worker does not say which tools it has", pool=self.name, session=session_id)
+
     @staticmethod
     async def _answer(contact: WorkerContact, request: pb.ExecuteToolRequest, session: ToolSession) -> Any:
         try:
@@ -118,6 +149,32 @@ class ExistingLending(Lender):
                 lease.discard("its stream was given up")
             contact.ended(session.execution_id)
         return chunks.result()
+
+
+async def _asked(contact: WorkerContact, request: pb.ExecuteToolRequest, execution_id: str) -> None:
+    try:
+        await contact.stub.ExecuteTool(request, metadata=((EXECUTION_ID, execution_id),))
+    except grpc.aio.AioRpcError as error:
+        if contact.lost(error):
+            raise
+
+
+class _Asking:
+    """Stands for the session of an execution where there is none. The runner does not know it, so it writes nothing."""
+
+    def __init__(self, session_id: str, origin: Origin) -> None:
+        self.execution_id = f"{NOBODYS}.{secrets.token_hex(8)}"
+        self.origin = origin
+        self.execution = self
+        self._session_id = session_id
+
+    def check_running(self) -> None:
+        """Do nothing: it ends with the call."""
+
+    def check_is_of(self, session_id: str) -> None:
+        """See `Execution.check_is_of`."""
+        if session_id != self._session_id:
+            raise InvalidArgumentError("session_id", "the worker was asked for another session")
 
 
 def _request(session: ToolSession, callback: str) -> pb.ExecuteToolRequest:

@@ -33,7 +33,7 @@ from dspex_persist.state.errors import (
     WorkerTimeoutError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ToolSpec, Value
+from dspex_persist.state.model import Origin, ToolSpec, Value
 from dspex_persist.state.tools.chunks import Chunks
 from dspex_persist.state.tools.results import checked
 from dspex_persist.state.tools.session import ToolSession
@@ -193,6 +193,11 @@ class Lender(ABC):
                         lease.release_when(lease.contact.quiet(), SETTLE_S)
         except pool_errors.PoolError as error:
             raise error_of_pool(spec.name, error) from None
+
+    async def ask(self, session_id: str, origin: Origin) -> None:
+        """See `PoolPort.ask`."""
+        # What workers of ours have, the server knows.
+        return
 
     def _lease_around(self, session: ToolSession) -> Lease[Any] | None:
         """Return the lease of the execution that waits for this one, directly or not; None if none does."""

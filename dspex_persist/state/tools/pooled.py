@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from dspex_persist.state.errors import ToolArgumentError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
+from dspex_persist.state.model import Origin, RegisteredTool, ToolSpec, Value
 from dspex_persist.state.tools.invoke import Invoker
 from dspex_persist.state.tools.local import LocalTool
 from dspex_persist.state.tools.ports import RunnableTool, ToolCode
@@ -31,6 +31,17 @@ class PoolPort(Protocol):
     @property
     def takes_binary(self) -> bool:
         """Whether parameters may have binary content."""
+
+    async def ask(self, session_id: str, origin: Origin) -> None:
+        """Have a worker register the tools that it has for a session, as some do only when they are called for it.
+
+        Args:
+            session_id: The session.
+            origin: Who is the reason for it.
+
+        Raises:
+            StateError: There is no worker, or it was lost.
+        """
 
     async def run(self, spec: ToolSpec, session: ToolSession) -> Value:
         """Lend a worker to an execution, and run the code of a tool in it.

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import json
 import random
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, TypeVar, cast
+from datetime import datetime
+from typing import Any, Final, Protocol, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from dspex_persist.infra.mailbox import Reply
@@ -76,6 +77,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
+_MOST_ASKED: Final = 10_000
 _REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (
@@ -86,6 +88,12 @@ _REFUSALS: Final = (
     SessionBusyError,
 )
 """Errors of a request that is refused before an execution begins."""
+
+
+class Asked(Protocol):
+    """A pool that can be asked for its tools; see `PoolPort`."""
+
+    async def ask(self, session_id: str, origin: Origin) -> None: ...
 
 
 class ToolRunner:
@@ -103,6 +111,7 @@ class ToolRunner:
         limits: The limits of parameters, results, journals and the number of executions.
         budget: What the recorded LM calls of each session may use.
         meter: Counts executions and LM calls; None not to count.
+        pools: Pools whose workers may have tools that they register only when they are called for a session.
     """
 
     def __init__(
@@ -115,8 +124,12 @@ class ToolRunner:
         limits: Limits,
         budget: Budget = NO_BUDGET,
         meter: Meter | None = None,
+        pools: Iterable[Asked] = (),
     ) -> None:
         self._meter = meter
+        self._pools = tuple(pools)
+        # By session and its begin.
+        self._asking: dict[tuple[str, datetime], asyncio.Future[list[BaseException | None]]] = {}
         self.store = store
         self.tools = dict(tools)
         self.limits = limits
@@ -243,7 +256,7 @@ class ToolRunner:
         try:
             if emit is not None:
                 request = replace(request, outlet=Outlet(emit))
-            tool = tool or await self._find_tool(request)
+            tool = tool or await self._find_or_ask(request, asker_id)
             if tool.spec.concurrency is not None:
                 place.join(await self._strictest(request, tool.spec.concurrency))
             arguments = await self._bind(request, tool)
@@ -363,6 +376,31 @@ class ToolRunner:
         present = within.run(query, request.origin) if within else await self._submit(query, request.origin)
         if present.missing:
             raise MissingVariablesError(request.tool, ", ".join(present.missing))
+
+    async def _find_or_ask(self, request: ToolRequest, asker_id: str | None) -> RunnableTool:
+        try:
+            return await self._find_tool(request)
+        except ToolNotFoundError:
+            # A tool that waits for this one may hold the worker; and it has been called for the session.
+            if asker_id is not None or not self._pools:
+                raise
+        await self._ask_pools(request)
+        return await self._find_tool(request)
+
+    async def _ask_pools(self, request: ToolRequest) -> None:
+        """Have the pools register what they have for a session, once in its life, and wait for that."""
+        view = await self._submit(commands.GetSession(request.session_id), request.origin)
+        session = request.session_id, view.created_at
+        asking = self._asking.get(session)
+        if asking is None:
+            while len(self._asking) >= _MOST_ASKED:
+                del self._asking[next(iter(self._asking))]
+            asks = (pool.ask(request.session_id, request.origin) for pool in self._pools)
+            asking = self._asking[session] = asyncio.gather(*asks, return_exceptions=True)
+        await asyncio.wait((asking,))
+        if any(isinstance(each, BaseException) for each in asking.result()) and self._asking.get(session) is asking:
+            # They are asked again, for example when there is a worker.
+            del self._asking[session]
 
     async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)

@@ -111,6 +111,7 @@ class WithTools(Around, StreamsTools, Transacts):
             limits=limits,
             budget=budget,
             meter=meter,
+            pools=(pools or {}).values(),
         )
         self._can_execute = bool(self.runner.tools) or remote is not None
         # The commands that do not simply go to the provider.
