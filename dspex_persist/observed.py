@@ -3,20 +3,27 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
 
 from dspex_persist import clock
-from dspex_persist.infra.metrics import CallMeter, Family, Kind, Sample, gauge, total
+from dspex_persist.infra.listen import TcpAddress, parse_listen
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.metrics import Asker, CallMeter, Family, Kind, Sample, gauge, total
 from dspex_persist.infra.pool import PoolStatistics
+from dspex_persist.infra.tls import Certificates
+from dspex_persist.infra.tokens import READ, Tokens
 from dspex_persist.state.bridge.servicer import BridgeServicer
+from dspex_persist.state.denials import NoteDenial, Refused
 from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.tools.runner import ToolRunner
 
 Source = Callable[[], Iterator[Family] | Sequence[Family]]
 
+_log: Final = get_logger(__name__)
 _LAG_MOST_S: Final = 1.0
 """A scrape does not wait longer for an event loop."""
 _FAILURES: Final = (
@@ -27,6 +34,28 @@ _FAILURES: Final = (
     ("worker_exit", "exits"),
 )
 _REPLACEMENTS: Final = (("crashed", "crashed"), ("recycled", "recycled"), ("replaced", "replaced"))
+
+
+class _Readers:
+    """Those who may read the metrics of a server that demands tokens."""
+
+    def __init__(self, tokens: Tokens, note_denial: NoteDenial) -> None:
+        # Its own, for the threads of the metrics, one of which asks at a time.
+        self._tokens = Tokens(tokens.path)
+        self._note = note_denial
+
+    def admit(self, asker: Asker) -> bool:
+        """Return whether somebody may read the metrics: by a token, or by a certificate with a line in the file."""
+        if asker.token is not None:
+            identity = self._tokens.find(asker.token)
+        else:
+            identity = self._tokens.find_certificate(asker.names)
+        is_known = identity is not None and not identity.has_expired
+        if is_known and identity is not None and identity.may(READ):
+            return True
+        name, missing = (identity.name, f"scope {READ}") if is_known and identity is not None else ("", "a valid token")
+        self._note(Refused(name, asker.host, "/metrics", "", missing))
+        return False
 
 
 def loop_lag_s(loop: asyncio.AbstractEventLoop) -> float:
@@ -49,6 +78,7 @@ class Observed:
         servicer: Has the watches.
         pools: Returns what the pools do.
         loop: The server's event loop.
+        version: The version of the package.
     """
 
     def __init__(
@@ -62,7 +92,9 @@ class Observed:
         servicer: BridgeServicer,
         pools: Callable[[], tuple[PoolStatistics, ...]],
         loop: asyncio.AbstractEventLoop,
+        version: str,
     ) -> None:
+        self._version = version
         self._engine = engine
         self._cache_limit_bytes = cache_limit_bytes
         self._runner = runner
@@ -71,6 +103,7 @@ class Observed:
         self._loop = loop
         self._first = engine.head_sequence
         self.sources: tuple[Source, ...] = (
+            self._of_build,
             calls.families,
             meter.families,
             self._of_engine,
@@ -81,6 +114,49 @@ class Observed:
             # Last, because it asks the disk.
             self._of_file,
         )
+
+    @asynccontextmanager
+    async def served(
+        self,
+        listen: str,
+        unfit: Callable[[], str],
+        certificates: Certificates | None,
+        tokens: Tokens | None,
+        note_denial: NoteDenial,
+    ) -> AsyncIterator[None]:
+        """Serve the families over HTTP, with the certificates and the tokens of the server itself.
+
+        Args:
+            listen: HOST:PORT.
+            unfit: Returns why the server cannot do its work, or ""; called on any thread.
+            certificates: Those of the server; None to serve without encryption.
+            tokens: Those of the server; None to demand none.
+            note_denial: Notes who was refused the metrics; called on any thread.
+
+        Raises:
+            ListenError: The address is in use, or cannot be bound.
+        """
+        from dspex_persist.infra.exposition import MetricsServer
+
+        address = parse_listen(listen)
+        assert isinstance(address, TcpAddress), "other addresses were refused"
+        metrics = MetricsServer(
+            address,
+            self.sources,
+            health=unfit,
+            tls=None if certificates is None else certificates.files,
+            admit=None if tokens is None else _Readers(tokens, note_denial).admit,
+        )
+        _log.info("serving metrics", url=metrics.url)
+        try:
+            yield
+        finally:
+            # A scrape that is in progress may wait for this loop.
+            await asyncio.to_thread(metrics.close)
+
+    def _of_build(self) -> Iterator[Family]:
+        samples = (Sample((self._version,), 1),)
+        yield Family("dspex_persist_build_info", "gauge", "The version of the server.", ("version",), samples)
 
     def _of_engine(self) -> Iterator[Family]:
         now, limits = self._engine.figures(), self._engine.limits

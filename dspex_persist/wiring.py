@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
 from dspex_persist.infra.interrupts import interrupts
-from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen, prepare, settled
+from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.infra.stopping import End, loop_factory, spare_the_collector
 from dspex_persist.opening import Opening
@@ -46,8 +46,6 @@ from dspex_persist.state.provider import Progress, StateProvider, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from dspex_persist.infra.exposition import MetricsServer, Source
-    from dspex_persist.infra.metrics import CallMeter
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.infra.pool import PoolStatistics
     from dspex_persist.infra.tls import CallerFiles, Certificates
@@ -57,8 +55,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.denials import Denials
-    from dspex_persist.state.bridge.pools import PoolPlan, Pools
-    from dspex_persist.state.bridge.servicer import BridgeServicer
+    from dspex_persist.state.bridge.pools import PoolPlan
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.denials import NoteDenial, Refused
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
@@ -67,7 +64,6 @@ if TYPE_CHECKING:
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.store.maintenance.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
-    from dspex_persist.state.tools.with_tools import WithTools
     from dspex_persist.working import Options as WorkerOptions
 
 EXIT_STORAGE_FAILED: Final = 70
@@ -821,6 +817,7 @@ async def _serve_bridge(
         address = f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen
         engine.announce(address)
         life.serving(address)
+        ready.set()
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:
             # The parent process may not wait for that line, and clients can be served without it.
@@ -833,7 +830,7 @@ async def _serve_bridge(
             "serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence, **tls
         )
 
-    limits = limits_of(settings)
+    limits, ready = limits_of(settings), threading.Event()
     remote = RemoteTools(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
@@ -842,7 +839,8 @@ async def _serve_bridge(
         limits=limits,
     )
     meter = engine.meter
-    denials = Denials(_counting(engine.denials.note, meter))
+    note_denial = _counting(engine.denials.note, meter)
+    denials = Denials(note_denial)
     access = _access(certificates, tokens, denials)
     if tokens is not None:
         engine.limit_storage(tokens.allowance_of)
@@ -891,10 +889,25 @@ async def _serve_bridge(
         stack.callback(interrupts.take_from_loop)
         calls = None
         if meter is not None:
+            from dspex_persist import __version__
+            from dspex_persist.observed import Observed
+
             calls = CallMeter()
-            sources = _sources(settings, engine, meter, calls, provider, servicer, pools)
-            unfit = partial(_unfit, end, engine)
-            stack.enter_context(_serve_metrics(settings, certificates, tokens, sources, unfit))
+            observed = Observed(
+                engine,
+                meter=meter,
+                calls=calls,
+                cache_limit_bytes=int(settings.cache_size_bytes),
+                runner=provider.runner,
+                servicer=servicer,
+                pools=pools.statistics,
+                loop=home,
+                version=__version__,
+            )
+            unfit = partial(_unfit, end, engine, ready)
+            await stack.enter_async_context(
+                observed.served(settings.metrics_listen or "", unfit, certificates, tokens, note_denial)
+            )
         await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor, stop=end.stop))
         if end.stop.is_set():
             return
@@ -931,7 +944,7 @@ def _counting(note: "NoteDenial", meter: "Meter | None") -> "NoteDenial":
     return counting
 
 
-def _unfit(end: "_End", engine: "SqliteState") -> str:
+def _unfit(end: "_End", engine: "SqliteState", ready: threading.Event) -> str:
     """Return why the server cannot do its work, or ""."""
     if end.stop.is_set():
         return "draining"
@@ -939,67 +952,7 @@ def _unfit(end: "_End", engine: "SqliteState") -> str:
         engine.check_open()
     except StateError as error:
         return str(error)
-    return ""
-
-
-def _sources(
-    settings: Settings,
-    engine: "SqliteState",
-    meter: "Meter",
-    calls: "CallMeter",
-    provider: "WithTools",
-    servicer: "BridgeServicer",
-    pools: "Pools",
-) -> "Sequence[Source]":
-    """Return what the metrics show."""
-    from dspex_persist.observed import Observed
-
-    return Observed(
-        engine,
-        meter=meter,
-        calls=calls,
-        cache_limit_bytes=int(settings.cache_size_bytes),
-        runner=provider.runner,
-        servicer=servicer,
-        pools=pools.statistics,
-        loop=asyncio.get_running_loop(),
-    ).sources
-
-
-def _serve_metrics(
-    settings: Settings,
-    certificates: "Certificates | None",
-    tokens: "Tokens | None",
-    sources: "Sequence[Source]",
-    unfit: Callable[[], str],
-) -> "MetricsServer":
-    """Begin to serve metrics; `unfit` returns why this server cannot do its work, or ""."""
-    from dspex_persist import __version__
-    from dspex_persist.infra.exposition import MetricsServer
-    from dspex_persist.infra.metrics import Family, Sample
-    from dspex_persist.infra.tokens import READ, Tokens
-
-    def build() -> list[Family]:
-        samples = (Sample((__version__,), 1),)
-        return [Family("dspex_persist_build_info", "gauge", "The version of the server.", ("version",), samples)]
-
-    def admit(token: str) -> bool:
-        identity = own.find(token) if own is not None else None
-        return identity is not None and identity.may(READ)
-
-    # One for each thread.
-    own = None if tokens is None else Tokens(tokens.path)
-    address = parse_listen(settings.metrics_listen or "")
-    assert isinstance(address, TcpAddress), "other addresses were refused"
-    metrics = MetricsServer(
-        address,
-        [build, *sources],
-        health=unfit,
-        tls=None if certificates is None else certificates.files,
-        admit=None if own is None else admit,
-    )
-    _log.info("serving metrics", url=metrics.url)
-    return metrics
+    return "" if ready.is_set() else "starting"
 
 
 def _access(certificates: "Certificates | None", tokens: "Tokens | None", denials: "Denials") -> "Access | None":

@@ -33,13 +33,15 @@ from prometheus_client.registry import Collector
 from dspex_persist.infra import forks
 from dspex_persist.infra.listen import ListenError, TcpAddress
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.metrics import Counter, Family
+from dspex_persist.infra.metrics import Asker, Counter, Family
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.tls import Certificates, TlsFiles
 from dspex_persist.infra.traces import trace_of
 
 Source = Callable[[], Iterable[Family]]
 """Returns families of metrics; called on any thread, once for each scrape."""
+Admit = Callable[[Asker], bool]
+"""Returns whether somebody may read the metrics."""
 
 _MOST_CONNECTIONS: Final = 16
 _TIMEOUT_S: Final = 10.0
@@ -57,7 +59,7 @@ class MetricsServer:
         sources: What `/metrics` shows. If one of them fails, that is logged, and the others are shown.
         health: Returns why the process cannot do its work, or "".
         tls: The files for TLS, which are read again when they change; None to serve without encryption.
-        admit: Returns whether a token may read the metrics; None to demand no token. Nobody needs one for `/healthz`.
+        admit: Returns whether somebody may read the metrics, one at a time; None if everybody may. `/healthz` is open.
 
     Attributes:
         port: The port.
@@ -74,7 +76,7 @@ class MetricsServer:
         *,
         health: Callable[[], str],
         tls: TlsFiles | None = None,
-        admit: Callable[[str], bool] | None = None,
+        admit: Admit | None = None,
     ) -> None:
         self.scheme = "http" if tls is None else "https"
         self._address = address
@@ -93,9 +95,10 @@ class MetricsServer:
         return f"{self.scheme}://{TcpAddress(self._address.host, self.port)}/metrics"
 
     def close(self) -> None:
-        """Stop listening, and return when that is over; answers that are being sent may end later."""
+        """Stop listening, and return when nothing more is read for a scrape; answers may still be sent afterwards."""
         self._wake.send(b"x")
         self._ended.result()
+        self._pages.close()
         forks.unregister(self)
 
     def __enter__(self) -> "MetricsServer":
@@ -209,13 +212,12 @@ class _Page:
 class _Pages:
     """What is at which path. Usable from any thread."""
 
-    def __init__(
-        self, sources: Sequence[Source], health: Callable[[], str], admit: Callable[[str], bool] | None
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], health: Callable[[], str], admit: Admit | None) -> None:
         self._health = health
         self._admit = admit
         # One at a time: several scrapes at once would only take longer.
         self._turn = forks.Lock()
+        self._closed = False
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(sources))
         ProcessCollector(registry=self._registry)
@@ -230,12 +232,18 @@ class _Pages:
             return _Page(HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK, f"{reason or 'ok'}\n")
         if path != "/metrics":
             return _Page(HTTPStatus.NOT_FOUND, "there is only /metrics and /healthz\n")
-        scheme, _, token = (request.headers.get("Authorization") or "").partition(" ")
         with self._turn:
-            if self._admit is not None and not (scheme.lower() == "bearer" and self._admit(token.strip())):
+            if self._closed:
+                return _Page(HTTPStatus.SERVICE_UNAVAILABLE, "ending\n")
+            if self._admit is not None and not self._admit(_asker_of(request)):
                 challenge = {"WWW-Authenticate": "Bearer"}
                 return _Page(HTTPStatus.UNAUTHORIZED, "this takes a token with the scope read\n", headers=challenge)
             return self._metrics(request)
+
+    def close(self) -> None:
+        """Wait until no metrics are read, and read none any more."""
+        with self._turn:
+            self._closed = True
 
     def _metrics(self, request: "_Handler") -> _Page:
         encode, kind = choose_encoder(request.headers.get("Accept") or "")
@@ -245,6 +253,27 @@ class _Pages:
             content = gzip.compress(content, 1)
             headers["Content-Encoding"] = "gzip"
         return _Page(HTTPStatus.OK, content, kind, headers)
+
+
+def _asker_of(request: "_Handler") -> Asker:
+    host = str(request.client_address[0])
+    scheme, _, token = (request.headers.get("Authorization") or "").partition(" ")
+    given = token.strip() if scheme else None
+    # Another scheme is a token that nobody has.
+    return Asker(
+        f"ipv6:[{host}]" if ":" in host else f"ipv4:{host}",
+        "" if scheme and scheme.lower() != "bearer" else given,
+        _names_of(request.connection),
+    )
+
+
+def _names_of(connection: socket.socket) -> tuple[str, ...]:
+    """Return the names in the certificate that a client has shown."""
+    facts: Any = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
+    if not facts:
+        return ()
+    common = [text for part in facts.get("subject", ()) for name, text in part if name == "commonName"]
+    return (*common, *(text for _, text in facts.get("subjectAltName", ())))
 
 
 class _Families(Collector):

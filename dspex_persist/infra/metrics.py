@@ -59,6 +59,20 @@ class Family:
     distributions: tuple[Distribution, ...] = ()
 
 
+class Asker(NamedTuple):
+    """Who asks for metrics.
+
+    Attributes:
+        host: Where it is, as gRPC would say: `ipv4:10.0.0.7`.
+        token: Its token; None if it has none.
+        names: The names in its certificate, the common name first; () if it has shown none.
+    """
+
+    host: str
+    token: str | None
+    names: tuple[str, ...]
+
+
 def gauge(name: str, text: str, value: float) -> Family:
     """Return a gauge without labels."""
     return Family(name, "gauge", text, samples=(Sample((), value),))

@@ -16,7 +16,6 @@ from dspex_persist.state.model import RECORDING, TRANSACTION, ExecutionStatus
 MOST_TOOLS: Final = 100
 """How many tools that workers have registered, or recordings, have a name of their own in labels."""
 MOST_MODELS: Final = 50
-_MOST_REASONS: Final = 50
 _JOBS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # A commit takes 0.1 ms on a fast disk, and 10 ms on a slow one.
 _COMMIT_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *SECONDS)
@@ -28,6 +27,9 @@ _CONFLICTS: Final[dict[type[StateError], str]] = {
     errors.VariableLockedError: "lock",
     errors.IdempotencyConflictError: "idempotency_key",
 }
+_SCOPE: Final = "scope "
+# How what a caller lacked begins, where it was known, and what that is counted as.
+_REASONS: Final = (("rule", "rule"), ("execution", "execution"), ("more than", "rate"))
 _KINDS: Final = ("execution", "transaction", "version", "lock", "idempotency_key")
 
 
@@ -154,7 +156,6 @@ class Meter:
         self._lm_tokens = Counter("dspex_persist_lm_tokens_total", "Tokens of these calls.", "model", "tool", "kind")
         self._lm_cost = Counter("dspex_persist_lm_cost_usd_total", "What they cost.", "model", "tool")
         self._lm_s = Histogram("dspex_persist_lm_call_seconds", "How long they took.", _MODEL_S, "model")
-        self._reasons = Names(_MOST_REASONS)
         self._denials = Counter(
             "dspex_persist_denials_total", "Calls that were refused because of who made them.", "reason"
         )
@@ -226,13 +227,10 @@ class Meter:
             self._refusals.add(type(error).__name__)
 
     def denied(self, missing: str) -> None:
-        """Count a refusal because of who made a call; from any thread.
-
-        Args:
-            missing: What the caller lacked, such as `scope write`; what follows " of " is not counted apart.
-        """
+        """Count a refusal because of who made a call; from any thread. `missing`: see `Refused`."""
+        known = (reason for begin, reason in _REASONS if missing.startswith(begin))
         with self._lock:
-            self._denials.add(self._reasons.label(missing.partition(" of ")[0]))
+            self._denials.add(missing if missing.startswith(_SCOPE) else next(known, "credentials"))
 
     # Calls of language models
 

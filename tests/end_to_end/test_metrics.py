@@ -4,11 +4,13 @@ import json
 import re
 import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import grpc
@@ -21,7 +23,9 @@ from dspex_persist.infra.tokens import add
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import GetVariable, SetVariable
+from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.errors import (
+    EngineClosedError,
     ExecutionConflictError,
     IdempotencyConflictError,
     PermissionDeniedError,
@@ -30,7 +34,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.state.values import encode
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import connect, serve
+from dspex_persist.wiring import _unfit, connect, serve
 from tests.deadline import within
 from tests.end_to_end.metered_tools import MODEL
 
@@ -356,11 +360,27 @@ def test_a_signal_ends_it_with_the_server(tmp_path: Path) -> None:
 
 
 def test_a_server_with_tokens_shows_them_to_who_may_read(served: Served, tmp_path: Path) -> None:
-    url, writer = url_of(served), add(served.path.parent / "tokens", "write", ["write"])
-    for token, status in ((served.tokens["read"], 200), (served.tokens["admin"], 200), (writer, 401), ("", 401)):
+    url, file = url_of(served), served.path.parent / "tokens"
+    writer, late = add(file, "write", ["write"]), add(file, "late", ["read"], {"expires": "2026-01-01"})
+    for token, status in ((served.tokens["read"], 200), (served.tokens["admin"], 200), (writer, 401), (late, 401)):
         assert get(url, Authorization=f"Bearer {token}").status == status
-    assert get(url).status == 401
+    before = served.value("dspex_persist_denials_total", reason="credentials")
+    assert [get(url).status, get(url, Authorization="Basic eA==").status] == [401, 401]
+    assert served.value("dspex_persist_denials_total", reason="credentials") == before + 2
     assert get(url.replace("/metrics", "/healthz")).status == 200
+
+
+def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path) -> None:
+    end: Any = SimpleNamespace(stop=threading.Event())
+    engine, ready = SqliteState(tmp_path / "a.db"), threading.Event()
+    said = [_unfit(end, engine, ready)]
+    ready.set()
+    said.append(_unfit(end, engine, ready))
+    engine.close()
+    said.append(_unfit(end, engine, ready))
+    end.stop.set()
+    said.append(_unfit(end, engine, ready))
+    assert said == ["starting", "", str(EngineClosedError()), "draining"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import gzip
 import os
 import socket
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from dspex_persist.infra.exposition import MetricsServer
 from dspex_persist.infra.listen import ListenError, TcpAddress
-from dspex_persist.infra.metrics import CallMeter, Counter, Family, Histogram, Names, gauge, total
+from dspex_persist.infra.metrics import Asker, CallMeter, Counter, Family, Histogram, Names, gauge, total
 from dspex_persist.infra.tls import TlsFiles
 from tests.certificates import Authority
 from tests.deadline import within
@@ -153,7 +155,7 @@ def test_a_part_that_cannot_be_read_leaves_the_others(serve: Serve, caplog: pyte
 
 
 def test_a_token_is_demanded_for_metrics_but_not_for_health(serve: Serve) -> None:
-    server = serve(gauge("g", "G.", 1), admit=lambda token: token == "secret")
+    server = serve(gauge("g", "G.", 1), admit=lambda asker: asker == Asker("ipv4:127.0.0.1", "secret", ()))
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
         answer = get(server.url, **headers)
         assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
@@ -165,7 +167,12 @@ def test_a_token_is_demanded_for_metrics_but_not_for_health(serve: Serve) -> Non
 def test_tls_has_the_certificate_of_now_and_may_ask_for_one(serve: Serve, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair, later, client = authority.issue("a"), authority.issue("b"), authority.issue("c", "DNS:client")
-    server = serve(gauge("g", "G.", 1), tls=TlsFiles(pair.cert, pair.key, authority.cert))
+    askers: list[Asker] = []
+    server = serve(
+        gauge("g", "G.", 1),
+        tls=TlsFiles(pair.cert, pair.key, authority.cert),
+        admit=lambda asker: not askers.append(asker),
+    )
     assert server.url.startswith("https://")
     trusting = ssl.create_default_context(cafile=str(authority.cert))
     with pytest.raises((OSError, urllib.error.URLError)):
@@ -179,6 +186,7 @@ def test_tls_has_the_certificate_of_now_and_may_ask_for_one(serve: Serve, tmp_pa
             return str(certificate["subject"][0][0][1])
 
     assert (get(server.url, tls=trusting).status, subject()) == (200, "a")
+    assert askers == [Asker("ipv4:127.0.0.1", None, ("c", "client"))]
     pair.replace(later)
     assert subject() == "b"
 
@@ -205,6 +213,26 @@ def test_its_port_is_free_when_it_has_ended() -> None:
         get(server.url)
     with MetricsServer(TcpAddress("127.0.0.1", server.port), [], health=lambda: "") as again:
         assert get(again.url).status == 200
+
+
+def test_it_ends_when_nothing_is_read_any_more(serve: Serve) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow() -> list[Family]:
+        reading.set()
+        assert go_on.wait(within(20))
+        return [gauge("g", "G.", 1)]
+
+    server = MetricsServer(HERE, [slow], health=lambda: "")
+    with ThreadPoolExecutor() as threads:
+        scrape = threads.submit(get, server.url)
+        assert reading.wait(within(20))
+        closing = threads.submit(server.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.05)
+        go_on.set()
+        closing.result(within(20))
+        assert b"g 1.0" in scrape.result(within(20)).read()
 
 
 def test_a_forked_child_does_not_hold_the_port() -> None:

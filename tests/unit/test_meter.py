@@ -94,6 +94,21 @@ def test_calls_of_models_count_as_far_as_the_journal_says(
     assert list(values_of(families, "lm_cost_usd_total").values()) == ([] if cost is None else [cost])
 
 
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("scope write", "scope write"),
+        ("rule for read of secret_*", "rule"),
+        ("more than 100 calls per second", "rate"),
+        ("execution of another", "execution"),
+        ("the call has no token, and this server demands one", "credentials"),
+    ],
+)
+def test_refusals_are_counted_by_what_was_missing(meter: Meter, missing: str, reason: str) -> None:
+    meter.denied(missing)
+    assert values_of(meter.families(), "denials_total") == {(reason,): 1}
+
+
 # --- The engine ---
 
 
@@ -172,6 +187,7 @@ def show(engine: SqliteState, meter: Meter) -> Iterator[Callable[..., list[Famil
                 servicer=BridgeServicer(provider),
                 pools=lambda: pools,
                 loop=loop,
+                version="1",
             )
             return await asyncio.to_thread(lambda: [each for source in shown.sources for each in source()])
 
