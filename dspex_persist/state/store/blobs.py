@@ -2,15 +2,16 @@
 
 from hashlib import sha256
 
-from sqlalchemy import Connection, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from dspex_persist.state.store.schema import blobs
 
 INLINE_BYTES = 1024
 """Contents up to this size stay in the row of their version."""
 
-_KEEP = insert(blobs).on_conflict_do_nothing(index_elements=[blobs.c.digest])
+# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
+_FIND = select(blobs.c.blob_key).where(blobs.c.digest == bindparam("digest"))
+_KEEP = insert(blobs).returning(blobs.c.blob_key)
 
 
 def digest(content: bytes) -> bytes:
@@ -21,11 +22,9 @@ def digest(content: bytes) -> bytes:
 def keep(connection: Connection, content: bytes) -> tuple[int, bytes]:
     """Store `content` unless it is there already; return its key and digest."""
     name = digest(content)
-    find = select(blobs.c.blob_key).where(blobs.c.digest == name)
-    key = connection.execute(find).scalar()
+    key = connection.execute(_FIND, {"digest": name}).scalar()
     if key is None:
-        connection.execute(_KEEP, {"digest": name, "content": content})
-        key = connection.execute(find).scalar_one()
+        key = connection.execute(_KEEP, {"digest": name, "content": content}).scalar_one()
     return key, name
 
 
