@@ -16,7 +16,6 @@ from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.budgets import Spent
 from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import (
     CheckpointError,
@@ -33,14 +32,13 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError
 from dspex_persist.state.meter import FileFigures, Meter
-from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
+from dspex_persist.state.model import CommitChanges
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import damage, log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
-from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.engine import (
     Durability,
@@ -59,7 +57,8 @@ from dspex_persist.state.store.engine import (
     warn_of_others,
 )
 from dspex_persist.state.store.guard import FileGuard
-from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
+from dspex_persist.state.store.stored import StoredSessions
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 _logger: Final = get_logger(__name__)
 
@@ -105,47 +104,6 @@ class StoreOptions(SessionOptions):
         for name in ("retention_keep_versions", "warn_size_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-
-
-class StoredSessions:
-    """The `Backing` of units of work, read from a connection."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def load(self, session_id: str) -> SessionState | None:
-        """Return the live session's state. Damaged rows fail only the calls on this session."""
-        with damage.reading(session_id):
-            return stored_sessions.load(self._connection, session_id)
-
-    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """Return one committed version."""
-        key = state.keys.get(variable_id)
-        with damage.reading(state.session.id):
-            return stored_variables.find_version(self._connection, key, version) if key is not None else None
-
-    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """Return committed versions, newest first; None if the session never had the variable."""
-        variable = state.find(query.identifier) if query.as_of is None else None
-        key = state.keys.get(variable.id) if variable is not None else None
-        if key is None:
-            key = stored_variables.find_key(self._connection, state.key, query.identifier, query.as_of)
-        with damage.reading(state.session.id):
-            return stored_variables.history(self._connection, key, query) if key is not None else None
-
-    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """Return the outcome recorded under an idempotency key."""
-        return outcomes.find(self._connection, session_id, key)
-
-    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """Return the last ended execution with an idempotency key."""
-        with damage.reading(state.session.id):
-            return stored_executions.find_by_key(self._connection, state.key, key)
-
-    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
-        """Return what the LM calls of ended executions have used, by tool, and up to which commit."""
-        with damage.reading(state.session.id):
-            return stored_executions.spent(self._connection, state.key)
 
 
 class SessionStore(StoredSessions, LogStore):
