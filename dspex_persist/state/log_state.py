@@ -1,4 +1,4 @@
-"""LogState: session state in this process, over any log store (the port `LogStore`)."""
+"""LogEngine: session state in this process, over any log store (the port `LogStore`). LogState: over one's own."""
 
 import contextlib
 import threading
@@ -71,7 +71,7 @@ def default_actor(actor: str | None) -> str:
     return f"user:{user_name()}" if actor is None else arguments.text("actor", actor)
 
 
-class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
+class LogEngine(StateProvider, KeepsOrder, Importable):
     """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
     It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
@@ -219,47 +219,6 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
     def _held_for(self, command: Command[Any]) -> Held | None:
         held = self._groups.held.get(command.session_id)
         return held if held is not None and held.parks(command) else None
-
-    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
-        """See `Holdable.hold_session`."""
-        self.check_open()
-        session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
-        held = Held(session_id)
-        if self._groups.held.setdefault(session_id, held) is not held:
-            raise SessionHeldError(session_id)
-        hold = _Hold(self, held, origin)
-        try:
-            self._fill(held, timeout_s)
-        except BaseException:
-            hold.close()
-            raise
-        return hold
-
-    def _fill(self, held: Held, timeout_s: float) -> None:
-        """Wait until no tool runs in the session, and have all writes wait."""
-        deadline = time.monotonic() + timeout_s
-        while not self.run(HoldSession(held.session_id, held.fill)):
-            if time.monotonic() > deadline:
-                reason = f"a tool is still running in session {quote(held.session_id)} after {timeout_s:g} s"
-                raise UnavailableError(reason)
-            time.sleep(_POLL_S)
-
-    def add_derivation(self, session_id: str, derivation: Derivation) -> Callable[[], None]:
-        """See `Derives.add_derivation`."""
-        self.check_open()
-        known = self._groups.derivations
-        with self._deriving:
-            known[session_id] = with_derivation(known.get(session_id, ()), derivation)
-        return partial(self._remove_derivation, session_id, derivation)
-
-    def _remove_derivation(self, session_id: str, derivation: Derivation) -> None:
-        known = self._groups.derivations
-        with self._deriving:
-            left = tuple(each for each in known.get(session_id, ()) if each is not derivation)
-            if left:
-                known[session_id] = left
-            else:
-                known.pop(session_id, None)
 
     def on_loop(self, mailbox: LoopMailbox) -> "OnLoop":
         """See `StateProvider.on_loop`."""
@@ -413,6 +372,54 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             self._fatal_callback(error)
 
 
+class LogState(LogEngine, Holdable, Derives):
+    """The engine of a log with one owner.
+
+    Only this process writes to the log. So it can hold a session, and derived variables are computed whoever writes.
+    """
+
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
+        """See `Holdable.hold_session`."""
+        self.check_open()
+        session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
+        held = Held(session_id)
+        if self._groups.held.setdefault(session_id, held) is not held:
+            raise SessionHeldError(session_id)
+        hold = _Hold(self, held, origin)
+        try:
+            self._fill(held, timeout_s)
+        except BaseException:
+            hold.close()
+            raise
+        return hold
+
+    def _fill(self, held: Held, timeout_s: float) -> None:
+        """Wait until no tool runs in the session, and have all writes wait."""
+        deadline = time.monotonic() + timeout_s
+        while not self.run(HoldSession(held.session_id, held.fill)):
+            if time.monotonic() > deadline:
+                reason = f"a tool is still running in session {quote(held.session_id)} after {timeout_s:g} s"
+                raise UnavailableError(reason)
+            time.sleep(_POLL_S)
+
+    def add_derivation(self, session_id: str, derivation: Derivation) -> Callable[[], None]:
+        """See `Derives.add_derivation`."""
+        self.check_open()
+        known = self._groups.derivations
+        with self._deriving:
+            known[session_id] = with_derivation(known.get(session_id, ()), derivation)
+        return partial(self._remove_derivation, session_id, derivation)
+
+    def _remove_derivation(self, session_id: str, derivation: Derivation) -> None:
+        known = self._groups.derivations
+        with self._deriving:
+            left = tuple(each for each in known.get(session_id, ()) if each is not derivation)
+            if left:
+                known[session_id] = left
+            else:
+                known.pop(session_id, None)
+
+
 def _refuse(ticket: Ticket[StateError], error: StateError) -> None:
     if ticket.begin():
         ticket.settle(None, error)
@@ -447,7 +454,7 @@ def _release(all_held: dict[str, Held], held: Held, moved_to: str | None) -> Non
 class OnLoop:
     """Submits commands from one event loop. See `StateProvider.on_loop`."""
 
-    def __init__(self, state: LogState, mailbox: LoopMailbox) -> None:
+    def __init__(self, state: LogEngine, mailbox: LoopMailbox) -> None:
         self._state = state
         self._mailbox = mailbox
         self._writes = LoopWrites(state._writer, mailbox)
