@@ -65,6 +65,12 @@ def crash(ctx: ToolContext) -> None:
 
 
 @tool
+def note(ctx: ToolContext) -> None:
+    """Log something, under names that logs have themselves."""
+    ctx.log("noted", event="e", tool="t", execution_id="x", level="l")
+
+
+@tool
 def count(ctx: ToolContext, to: int) -> Iterator[int]:
     """Write and yield."""
     for number in range(to):

@@ -80,6 +80,7 @@ def test_its_tools_are_transactions(session: Context, provider: BridgedState, tm
     assert next(failing) == 1
     with pytest.raises(ToolFailedError, match="half way"):
         next(failing)
+    assert session.call("note") is None
     gate = tmp_path / "gate"
     with ThreadPoolExecutor() as threads:
         holding = threads.submit(provider.execute_tool, session.session_id, "hold", {"gate": str(gate)})

@@ -39,7 +39,9 @@ class RegisteredSession(LentSession):
     def log(self, message: str, **fields: object) -> None:
         """See `ToolSession.log`: the line goes to the log of this process."""
         super().log(message, **fields)
-        _logger.info(message, execution_id=self.execution_id, tool=self.request.tool, **fields)
+        _logger.info(
+            "a tool logged", execution_id=self.execution_id, tool=self.request.tool, message=message, fields=fields
+        )
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Record nothing."""
