@@ -57,7 +57,7 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 	tests/end_to_end/test_forks.py tests/end_to_end/test_large_values.py tests/end_to_end/test_lm_calls.py tests/end_to_end/test_programs.py tests/end_to_end/test_moves.py \
 	tests/end_to_end/test_moves_away.py \
 	tests/end_to_end/test_readme.py tests/end_to_end/test_refused_calls.py tests/end_to_end/test_remote_workers.py \
-	tests/end_to_end/test_pages.py tests/end_to_end/test_production.py tests/end_to_end/test_pooled_tools.py tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_tool_log.py tests/end_to_end/test_watchers.py \
+	tests/end_to_end/test_pages.py tests/end_to_end/test_production.py tests/end_to_end/test_pooled_tools.py tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_tool_log.py tests/end_to_end/test_tracing.py tests/end_to_end/test_watchers.py \
 	tests/end_to_end/test_without_tools.py
 
 .PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs docs-serve

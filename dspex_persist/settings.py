@@ -304,6 +304,11 @@ class Settings(LimitSettings):
         ByteSize(100 * _MIB), description="Largest gRPC message, received or sent."
     )
     reflection: bool = Field(True, description="Enable server reflection, for tools such as grpcurl.")
+    otel: bool = Field(
+        False,
+        description="Send traces with OpenTelemetry, as its variables `OTEL_*` say (docs/tracing.md); needs the extra "
+        "`otel`.",
+    )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
         "info", description="The lowest level that is logged, to stderr."
     )

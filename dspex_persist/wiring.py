@@ -74,6 +74,8 @@ _ANSWER_FAILED_S: Final = 1.0
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
 _STARTING_S: Final = 3_600.0
 _ENDING_S: Final = 600.0
+# How long it may take at the end to send the last traces.
+_FLUSH_S: Final = 3.0
 # Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
 
@@ -447,7 +449,7 @@ def serve(settings: Settings) -> None:
         _check_metrics(settings, has_tls=certificates is not None)
         _quiet(settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        with _traced(settings), asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_serve(settings, certificates, tokens, notifier))
     except (DspexError, SettingsError) as error:
         notifier.status(str(error))
@@ -463,6 +465,23 @@ def _refuse_passed_sockets() -> None:
             "the server open its own, and systemd-socket-proxyd pass connections on to it (docs/production.md)"
         )
         raise SettingsError("listen", reason, "environment variable LISTEN_FDS")
+
+
+def _traced(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """Return what makes spans of what this process does, if the settings ask for that, and sends them."""
+    if not settings.otel:
+        return contextlib.nullcontext()
+    try:
+        from dspex_persist import otel
+    except ImportError as error:
+        reason = "it needs OpenTelemetry, which is not installed: pip install 'dspex-persist[otel]'"
+        raise SettingsError("otel", reason) from error
+    from dspex_persist import __version__
+
+    try:
+        return otel.Tracing(__version__, _FLUSH_S)
+    except otel.TracingError as error:
+        raise SettingsError("otel", str(error)) from error
 
 
 def _quiet(settings: Settings) -> None:
@@ -808,6 +827,7 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
+    from dspex_persist.state.bridge.traced import OF_CLIENTS
     from dspex_persist.state.budgets import Budget
     from dspex_persist.state.tools.with_tools import WithTools
 
@@ -928,6 +948,7 @@ async def _serve_bridge(
             on_drain=drain,
             belongs=servicer.belongs,
             meter=calls,
+            spans=OF_CLIENTS,
             **({} if access is None else {"admit": access.admit}),
         )
 
@@ -1021,6 +1042,7 @@ def _worker_command(settings: Settings, here: Path) -> "WorkerCommand":
 
 
 def _worker_options(settings: Settings) -> "WorkerOptions":
+    from dspex_persist import __version__
     from dspex_persist.working import Options
 
     return Options(
@@ -1029,6 +1051,8 @@ def _worker_options(settings: Settings) -> "WorkerOptions":
         tool_threads=settings.tool_threads,
         max_message_bytes=int(settings.max_message_bytes),
         log_level=settings.log_level,
+        otel=settings.otel,
+        version=__version__,
         limits=limits_of(settings),
     )
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Final
@@ -26,6 +27,8 @@ from dspex_persist.state.limits import Limits
 _COLLECT_S: Final = 2.0
 # How long a worker lets code go on when the server ends it.
 _GRACE_S: Final = 1.0
+# How long a worker may take at the end to send the last traces.
+_FLUSH_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Options:
         max_message_bytes: The largest message.
         log_level: The lowest level to write.
         limits: The limits of parameters, results and journals.
+        otel: Whether to send traces.
+        version: The version of this package, which they name.
     """
 
     tools: tuple[str, ...]
@@ -47,6 +52,8 @@ class Options:
     max_message_bytes: int
     log_level: LogLevel
     limits: Limits
+    otel: bool = False
+    version: str = ""
 
     def written(self) -> str:
         """Return them as JSON."""
@@ -94,8 +101,16 @@ def run(options: Options, listen: str, callback: str) -> None:
     # With it, gRPC would restart its threads in processes that tools fork, on the worker's sockets, and crash there.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     _write_logs(options.log_level)
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _traced(options), asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(options, listen, callback))
+
+
+def _traced(options: Options) -> AbstractContextManager[object]:
+    if not options.otel:
+        return nullcontext()
+    from dspex_persist.otel import Tracing
+
+    return Tracing(options.version, _FLUSH_S)
 
 
 async def _serve(options: Options, listen: str, callback: str) -> None:
@@ -103,6 +118,7 @@ async def _serve(options: Options, listen: str, callback: str) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
     from dspex_persist.state.bridge.status import status_of
+    from dspex_persist.state.bridge.traced import OF_THE_SERVER
     from dspex_persist.state.bridge.worker_service import WorkerServicer
     from dspex_persist.state.bridge.worker_session import Callback
 
@@ -133,6 +149,7 @@ async def _serve(options: Options, listen: str, callback: str) -> None:
                 stop=end.stop,
                 # The server decides what still runs.
                 belongs=lambda _: True,
+                spans=OF_THE_SERVER,
             )
         finally:
             interrupts.take_from_loop()

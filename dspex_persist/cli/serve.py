@@ -169,6 +169,7 @@ Config = _option(
     "dspex-persist.toml",
     "TOML settings file. The default one is read if it exists, but cannot name tools.",
 )
+Otel = _option(_LOGS, "--otel/--no-otel", None, "no", "Send traces with OpenTelemetry, as its variables OTEL_* say.")
 LogLevel = _option(_LOGS, "--log-level", "LEVEL", "info", "debug, info, warning, error or critical.")
 LogStyle = _option(_LOGS, "--log-style", "auto|json|console", "auto", "auto: console on a terminal, else json.")
 
@@ -213,6 +214,7 @@ def serve(
     max_cost: Annotated[str | None, MaxCost] = None,
     limit: Annotated[list[str] | None, Limit] = None,
     config: Annotated[Path | None, Config] = None,
+    otel: Annotated[bool | None, Otel] = None,
     log_level: Annotated[str | None, LogLevel] = None,
     log_style: Annotated[str | None, LogStyle] = None,
 ) -> None:

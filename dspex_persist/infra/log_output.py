@@ -11,6 +11,7 @@ from typing import Final, Literal, TextIO, get_args
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
+from dspex_persist.infra import tracing
 from dspex_persist.infra.logs import FIELDS, LINES, LogHandler, LogLevel, quiet_libraries
 
 LogStyle = Literal["auto", "json", "console"]
@@ -25,8 +26,8 @@ def configure_logs(level: LogLevel, style: LogStyle, *, stream: TextIO | None = 
     """Send every log event of `level` and above to a stream.
 
     Each event has an ISO time in UTC, its level, the fields bound in `structlog.contextvars`, and `source`, the module
-    or library that logged it. Tracebacks never show the values of local variables, which are users' data. A later call
-    replaces the configuration.
+    or library that logged it; while tracing is on, also the ids of the current trace and span. Tracebacks never show
+    the values of local variables, which are users' data. A later call replaces the configuration.
 
     Args:
         level: The lowest level to write.
@@ -61,6 +62,7 @@ def _shared_processors() -> list[Processor]:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
+        _add_trace,
     ]
 
 
@@ -105,6 +107,14 @@ def _configure_stdlib(number: int, shared: list[Processor], render: list[Process
     logging.basicConfig(level=number, handlers=[handler], force=True)
     logging.captureWarnings(True)
     quiet_libraries(number)
+
+
+def _add_trace(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Say during which span the event happened, while tracing is on."""
+    ids = tracing.ids() if tracing.tracer() is not None else None
+    if ids is not None:
+        event["trace_id"], event["span_id"] = ids
+    return event
 
 
 def _add_fields(_logger: object, _method: str, event: EventDict) -> EventDict:

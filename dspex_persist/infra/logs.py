@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
 
+from dspex_persist.infra import tracing
 from dspex_persist.infra.traces import trace_of
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -129,6 +130,9 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat().replace("+00:00", "Z"),
         }
+        ids = tracing.ids() if tracing.tracer() is not None else None
+        if ids is not None:
+            event["trace_id"], event["span_id"] = ids
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
         return json.dumps(event, default=repr)

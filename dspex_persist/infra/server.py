@@ -39,6 +39,8 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import CallMeter, RpcMeter
 from dspex_persist.infra.tls import Certificates, Material
 from dspex_persist.infra.tokens import CALLER
+from dspex_persist.infra.traced_calls import CallSpans, TracedRpc
+from dspex_persist.infra.tracing import tracer
 from dspex_persist.infra.traffic import traffic_of
 
 __all__ = [
@@ -169,6 +171,7 @@ async def serve(
     belongs: Callable[[Context], bool] = lambda _: False,
     admit: Admit = _admit_all,
     meter: CallMeter | None = None,
+    spans: CallSpans | None = None,
 ) -> None:
     """Serve until `stop` is set, then drain; returns when no call is left.
 
@@ -186,6 +189,7 @@ async def serve(
         admit: Called first for each call, also of health and reflection, with the full name of the rpc; what it raises
             refuses the call.
         meter: Counts all calls, also those that are refused.
+        spans: How calls are traced, but those of health and reflection, which others make all the time.
 
     Raises:
         ListenError: The address is not available.
@@ -199,7 +203,7 @@ async def serve(
     calls, own_calls = _Calls(status_of, draining, belongs, admit), _Calls(status_of, admit=admit)
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
-    handlers = [_handler_of(service, calls, meter) for service in services]
+    handlers = [_handler_of(service, calls, meter, options.listen, spans) for service in services]
     handlers += [_handler_of(service, own_calls, meter) for service in _own_services(options, services, draining)]
     server.add_generic_rpc_handlers(tuple(handlers))
     port = _bind(server, address, options.certificates)
@@ -478,21 +482,30 @@ def _fitting_trailers(metadata: tuple[Metadatum, ...]) -> tuple[Metadatum, ...]:
 # --- From descriptors to handlers ---
 
 
-def _handler_of(service: Service, calls: _Calls, meter: CallMeter | None) -> grpc.GenericRpcHandler:
-    handlers = {method.name: _handler(method, service.servicer, calls, meter) for method in service.descriptor.methods}
+def _handler_of(
+    service: Service, calls: _Calls, meter: CallMeter | None, listen: str = "", spans: CallSpans | None = None
+) -> grpc.GenericRpcHandler:
+    made, handlers = tracer(), dict[str, Handler]()
+    for method in service.descriptor.methods:
+        traced = None if made is None or spans is None else TracedRpc(method.full_name, listen, spans, made)
+        handlers[method.name] = _handler(method, service.servicer, calls, meter, traced)
     return grpc.method_handlers_generic_handler(service.descriptor.full_name, handlers)
 
 
-def _handler(method: MethodDescriptor, servicer: object, calls: _Calls, meter: CallMeter | None) -> Handler:
+def _handler(
+    method: MethodDescriptor, servicer: object, calls: _Calls, meter: CallMeter | None, traced: TracedRpc | None
+) -> Handler:
     run = getattr(servicer, method.name, None) or _unimplemented(method)
     _check_kind(method, run)
+    parse = _parser(GetMessageClass(method.input_type))
     rpc = _Rpc(
         name=method.full_name,
         run=run,
-        parse=_parser(GetMessageClass(method.input_type)),
+        parse=parse if traced is None else traced.parser(parse),
         serialize=GetMessageClass(method.output_type).SerializeToString,
         calls=calls,
         meter=None if meter is None else _meter_of(method, meter),
+        around=(lambda handle: handle) if traced is None else traced.handler,
     )
     if method.client_streaming:
         return _stream_stream(rpc)
@@ -536,7 +549,7 @@ def _parser(message_class: type[Message]) -> Callable[[bytes], Message]:
 
 @dataclass(frozen=True, slots=True)
 class _Rpc:
-    """What a handler needs to answer an rpc. `run` is the servicer's method."""
+    """What a handler needs to answer an rpc. `run` is the servicer's method; `around` wraps the whole handler."""
 
     name: str
     run: Callable[..., Any]
@@ -544,6 +557,7 @@ class _Rpc:
     serialize: Callable[[Any], bytes]
     calls: _Calls
     meter: RpcMeter | None
+    around: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Awaitable[Any]]]
 
 
 def _unary_unary(rpc: _Rpc) -> Handler:
@@ -562,7 +576,8 @@ def _unary_unary(rpc: _Rpc) -> Handler:
         finally:
             calls.leave(admission)
 
-    return grpc.unary_unary_rpc_method_handler(handle if rpc.meter is None else _metered(handle, rpc.meter))
+    counted = handle if rpc.meter is None else _metered(handle, rpc.meter)
+    return grpc.unary_unary_rpc_method_handler(rpc.around(counted))
 
 
 def _unary_stream(rpc: _Rpc) -> Handler:
@@ -577,7 +592,7 @@ def _unary_stream(rpc: _Rpc) -> Handler:
         # A message for many streams is already serialized, once for all of them.
         return message if isinstance(message, bytes) else rpc.serialize(message)
 
-    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=serialize)
+    return grpc.unary_stream_rpc_method_handler(rpc.around(handle), response_serializer=serialize)
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:
@@ -586,7 +601,7 @@ def _stream_stream(rpc: _Rpc) -> Handler:
     async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
         await answer(rpc, context, [], lambda context: _messages_of(rpc, context))
 
-    return grpc.stream_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
+    return grpc.stream_stream_rpc_method_handler(rpc.around(handle), response_serializer=rpc.serialize)
 
 
 async def _messages_of(rpc: _Rpc, context: Context) -> AsyncIterator[Any]:

@@ -25,6 +25,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,
     RECORDING_ID,
+    TRACE_ID,
     TRANSACTION,
     ExecutionStatus,
     Origin,
@@ -258,7 +259,7 @@ class _Rerun:
             root.tool,
             root.parameters,
             Origin(root.actor, root.cause, reason=root.metadata.get(REASON)),
-            without_reason(root.metadata),
+            {key: text for key, text in without_reason(root.metadata).items() if key != TRACE_ID},
             timeout_s=TOOL_TIMEOUT_S,
         )
         with clock.reading(run.now):

@@ -11,8 +11,10 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from dspex_persist import clock
+from dspex_persist.infra import tracing
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
+from dspex_persist.infra.tracing import Place
 from dspex_persist.state import outcomes
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.cache import CountingCache, SessionCache
@@ -76,10 +78,11 @@ _IMPORT: Final = Origin(actor="dspex-persist", cause="import")
 
 
 class Job(NamedTuple):
-    """A command, and the origin of the request."""
+    """A command, the origin of the request, and its place in a trace, if there is one."""
 
     command: Command[Any]
     origin: Origin
+    place: Place | None = None
 
 
 class Outcome(NamedTuple):
@@ -212,8 +215,24 @@ class Groups(Generic[S_co]):
             return [Outcome(error=_refusal(job.command, error)) for job in jobs]
         if units:
             self._last_at = at.now
+            self._trace(jobs, len(units), at.now)
         self._publish(drafts, units)
         return results
+
+    def _trace(self, jobs: Sequence[Job], commits: int, began: datetime) -> None:
+        """Make a span for each job of a group that wants to write, in the trace of that one."""
+        tracer = tracing.tracer()
+        if tracer is None:
+            return
+        facts = {
+            "dspex.commit.group_size": len(jobs),
+            "dspex.commit.count": commits,
+            "dspex.commit.last_sequence": self.log.sequence,
+        }
+        ended = clock.now()
+        for job in jobs:
+            if job.place is not None and job.command.writes:
+                tracer.past("commit", facts, job.place, began, ended)
 
     def _write_halves(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Write the others if one job cannot be written: halving the group isolates that job with its error.
@@ -226,7 +245,7 @@ class Groups(Generic[S_co]):
     def _write_apart(self, jobs: Sequence[Job], wait: bool) -> list[Outcome]:
         """Write an import in a group of its own, between those of the jobs before it and after it."""
         outcomes: list[Outcome] = []
-        for place, (command, _) in enumerate(jobs):
+        for place, (command, *_) in enumerate(jobs):
             if isinstance(command, ImportSession):
                 before, after = jobs[:place], jobs[place + 1 :]
                 outcomes += self.write_group(before, wait=wait) if before else []

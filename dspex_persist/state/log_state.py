@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final, TypeVar, Unpack, cast
 
-from dspex_persist.infra import forks
+from dspex_persist.infra import forks, tracing
 from dspex_persist.infra.futures import Ticket, failed, settled
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
@@ -265,7 +265,7 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         known = command.ahead is not None and command.ahead.limits is self.limits
         if not known and command.json_length > values.SHORT_JSON:
             self._read_values(command, origin)
-        return Job(command, origin)
+        return Job(command, origin, tracing.here())
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
         """See `StateProvider.read_ahead`."""

@@ -601,6 +601,8 @@ PART = "dspex.part"
 """The key of an execution's metadata with the number of the recording's part that it is, from 1."""
 OF_RECORDINGS = frozenset((RECORDING_ID, PART))
 """The keys that only recordings have in their metadata."""
+TRACE_ID = "dspex.trace_id"
+"""The key of an execution's metadata with the trace that it was a part of, if it was traced."""
 PINNED = "pinned"
 """The metadata key of a change that exempts its version from pruning; the entry is then "true"."""
 

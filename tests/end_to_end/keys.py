@@ -3,3 +3,5 @@
 from typing import Final
 
 SECRET: Final = "sk-secret-0123456789"
+PROMPT, ANSWER = "which prompt-text is it", "the answer-text"
+"""What no trace may show of LM calls."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,12 @@ from dspex_persist import ToolContext, tool
 def pid() -> int:
     """Return the process that runs it."""
     return os.getpid()
+
+
+@tool
+def loaded(package: str) -> list[str]:
+    """Return which modules of a package the process has imported."""
+    return [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]
 
 
 @tool

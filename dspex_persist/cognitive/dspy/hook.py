@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import Token
 from typing import Any, Final, Protocol
 
@@ -43,9 +43,12 @@ from dspex_persist.cognitive.dspy.requests import (
     response_of,
     secrets_of,
 )
+from dspex_persist.infra import tracing
+from dspex_persist.infra.tracing import Place
 from dspex_persist.state import arguments
 from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.errors import BudgetExceededError, InvalidArgumentError
+from dspex_persist.state.tools import traced
 from dspex_persist.state.tools.failures import conceal
 from dspex_persist.state.tools.session import LM_CALLS, ToolSession
 
@@ -157,6 +160,10 @@ class Sink(Protocol):
     def is_quick(self) -> bool:
         """Whether neither `admit` nor `put` waits for anything that takes long."""
 
+    @property
+    def place(self) -> Place | None:
+        """Its place in a trace of this process."""
+
     def admit(self) -> None:
         """Raise `BudgetExceededError` if no call may be made."""
 
@@ -180,6 +187,10 @@ class _InTool:
     @property
     def is_quick(self) -> bool:
         return not self._session.is_far
+
+    @property
+    def place(self) -> Place | None:
+        return self._session.place
 
     @property
     def is_open(self) -> bool:
@@ -277,9 +288,31 @@ class _Call:
         recorded = self._recorded if self.is_played else None
         return recorded is not None and recorded.get("error", {}).get("type") == _CANCELLED
 
-    @contextmanager
-    def watched(self) -> Iterator[list[Any]]:
+    def watched(self) -> AbstractContextManager[list[Any]]:
         """Observe the call, which the block makes; it puts the answer into the list."""
+        tracer = tracing.tracer()
+        if tracer is None or self._recorder is None or self.is_played:
+            return self._watched()
+        return self._traced(tracer, self._recorder.sink.place)
+
+    @contextmanager
+    def _traced(self, tracer: tracing.Tracer, place: tracing.Place | None) -> Iterator[list[Any]]:
+        name, facts = traced.asking(self._request.model, self._request.model_type)
+        # A thread of DSPy is in no trace by itself.
+        below = place if tracer.here() is None else None
+        with tracer.span(name, facts, kind=tracing.Kind.CLIENT, below=below, judges=False) as span:
+            try:
+                with self._watched() as answers:
+                    yield answers
+            finally:
+                if self._ended is not None:
+                    known, error_type = traced.answered(self._ended)
+                    span.set(known)
+                    if error_type is not None:
+                        span.fail(error_type)
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[Any]]:
         answers: list[Any] = []
         # If the LM calls another LM, only the outer call counts.
         token = _observe(None, None, None if self.is_played else self._account)

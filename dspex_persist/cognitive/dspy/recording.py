@@ -158,6 +158,7 @@ class _Parts:
     """The executions of a recording, one after the other. Usable from any thread."""
 
     is_tool = False
+    place = None
 
     def __init__(
         self,
@@ -318,6 +319,7 @@ class _InTransaction:
     """A transaction of a context."""
 
     is_tool = False
+    place = None
 
     def __init__(self, transaction: InTransaction) -> None:
         self._transaction = transaction

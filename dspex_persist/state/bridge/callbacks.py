@@ -22,6 +22,7 @@ from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.bridge.status import status_of
+from dspex_persist.state.bridge.traced import from_workers
 from dspex_persist.state.budgets import Budget
 from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
 from dspex_persist.state.model import Source
@@ -83,7 +84,12 @@ class Callbacks:
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
         serving = server.serve(
-            options, self._services(), status_of=status_of, on_ready=ready.set_result, stop=self._stop
+            options,
+            self._services(),
+            status_of=status_of,
+            on_ready=ready.set_result,
+            stop=self._stop,
+            spans=from_workers(lambda: self._worker.executions),
         )
         # Of its own: the call for which a worker is started is not around what that one does later.
         self._serving = asyncio.create_task(serving, context=contextvars.Context())

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import grpc
 
+from dspex_persist.infra import tracing
 from dspex_persist.infra.futures import failed, settled
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
@@ -303,7 +304,7 @@ class BridgedState(
 
         def open_stream(resumption: Resumption | None) -> Any:
             if resumption is None:
-                return self._stub.WatchVariables(request, metadata=first)
+                return self._stub.WatchVariables(request, metadata=(*first, *tracing.headers()))
             headers = zip((AFTER_SEQUENCE, CONTINUES), map(str, resumption), strict=True)
             return self._stub.WatchVariables(again, metadata=tuple(headers))
 
@@ -543,7 +544,7 @@ class BridgedState(
         return (*self._headers_of_origin(origin), *_headers(own))
 
     def _headers_of_origin(self, origin: Origin) -> Headers:
-        return _headers(
+        stated = _headers(
             {
                 ACTOR: origin.actor or None,
                 SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
@@ -552,6 +553,9 @@ class BridgedState(
                 REASON: origin.reason,
             }
         )
+        # Of the trace that the program is in, if it has one.
+        place = tracing.headers()
+        return (*stated, *place) if place else stated
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """Return the origin of a call without one: this client's actor."""

@@ -18,10 +18,11 @@ from dspex_persist.infra.pool import Lease
 from dspex_persist.infra.pool_errors import PoolError
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.bridge.headers import EXECUTION_ID
+from dspex_persist.state.bridge.headers import EXECUTION_ID, Headers
 from dspex_persist.state.bridge.lending import SETTLE_S, Leases, Lender, WorkerContact, error_of_pool
 from dspex_persist.state.bridge.lent import RaisedThereError
 from dspex_persist.state.bridge.remote import chunk_in, result_in, says_nothing
+from dspex_persist.state.bridge.traced import calling_tool
 from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, StateError, ToolFailedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Failure, Origin, ToolSpec, Value
@@ -74,10 +75,13 @@ class ExistingLending(Lender):
         lease.contact.began(session)
         if spec.streaming:
             return await self._stream(lease, request, session)
-        # It goes on if its caller does not wait for it any more: until it has ended, so may its callbacks.
-        asking = asyncio.ensure_future(self._answer(lease.contact, request, session))
-        asking.add_done_callback(lambda _: lease.contact.ended(session.execution_id))
-        response = await asyncio.shield(asking)
+        with calling_tool(lease.address, self._facts(lease), streams=False) as place:
+            request.metadata.update(place)
+            headers = ((EXECUTION_ID, session.execution_id), *place)
+            # It goes on if its caller does not wait for it any more: until it has ended, so may its callbacks.
+            asking = asyncio.ensure_future(self._answer(lease.contact, request, session, headers))
+            asking.add_done_callback(lambda _: lease.contact.ended(session.execution_id))
+            response = await asyncio.shield(asking)
         if not response.success:
             raise _raised(response.error_message)
         wire = response.result
@@ -111,9 +115,11 @@ class ExistingLending(Lender):
             _logger.warning("a worker does not say which tools it has", pool=self.name, session=session_id)
 
     @staticmethod
-    async def _answer(contact: WorkerContact, request: pb.ExecuteToolRequest, session: ToolSession) -> Any:
+    async def _answer(
+        contact: WorkerContact, request: pb.ExecuteToolRequest, session: ToolSession, headers: Headers
+    ) -> Any:
         try:
-            response = await contact.stub.ExecuteTool(request, metadata=((EXECUTION_ID, session.execution_id),))
+            response = await contact.stub.ExecuteTool(request, metadata=headers)
         except grpc.aio.AioRpcError as error:
             raise _error_of(contact, session, error) from None
         if response is None:
@@ -121,9 +127,17 @@ class ExistingLending(Lender):
         return response
 
     async def _stream(self, lease: Lease[WorkerContact], request: pb.ExecuteToolRequest, session: ToolSession) -> Value:
+        with calling_tool(lease.address, self._facts(lease), streams=True) as place:
+            request.metadata.update(place)
+            headers = ((EXECUTION_ID, session.execution_id), *place)
+            return await self._stream_chunks(lease, request, session, headers)
+
+    async def _stream_chunks(
+        self, lease: Lease[WorkerContact], request: pb.ExecuteToolRequest, session: ToolSession, headers: Headers
+    ) -> Value:
         contact, chunks = lease.contact, Chunks(request.tool_name, self._limits)
         request.stream = True
-        call = contact.stub.ExecuteStreamingTool(request, metadata=((EXECUTION_ID, session.execution_id),))
+        call = contact.stub.ExecuteStreamingTool(request, metadata=headers)
         has_ended = False
         try:
             while (message := await call.read()) is not grpc.aio.EOF:

@@ -15,6 +15,7 @@ import grpc
 from dspex_persist.infra import pool_errors
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.pool import Contact, Lease, WorkerPool
+from dspex_persist.infra.tracing import Attributes
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.callbacks import Callbacks, Running
@@ -23,6 +24,7 @@ from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import Bridge
 from dspex_persist.state.bridge.headers import ACTOR, ASKED_BY, BINARY, EXECUTION_ID, REASON
 from dspex_persist.state.bridge.lent import ATTEMPT, FAILURE, JOURNAL, PARENT, SEED, raised_in, take_entries
 from dspex_persist.state.bridge.status import error_of
+from dspex_persist.state.bridge.traced import calling_tool
 from dspex_persist.state.errors import (
     PoolSaturatedError,
     QueueTimeoutError,
@@ -220,6 +222,10 @@ class Lender(ABC):
                 raise
             raise await lease.lost(reason) from None
 
+    def _facts(self, lease: Lease[WorkerContact]) -> Attributes:
+        """What the span of a call says about the worker."""
+        return {"dspex.pool": self.name, "dspex.worker": lease.worker}
+
     @abstractmethod
     async def _call(self, lease: Lease[WorkerContact], spec: ToolSpec, session: ToolSession) -> Value:
         """Run a tool in a worker that is lent to the execution, or to one that waits for it."""
@@ -236,8 +242,10 @@ class Lending(Lender):
         has_ended = False
         contact.began(session)
         try:
-            run = self._stream if spec.streaming and session.outlet is not None else self._execute
-            result, facts = await run(contact, spec, session)
+            streams = spec.streaming and session.outlet is not None
+            run = self._stream if streams else self._execute
+            with calling_tool(lease.address, self._facts(lease), streams=streams) as headers:
+                result, facts = await run(contact, spec, session, (*_headers(session), *headers))
             has_ended = True
         except grpc.aio.AioRpcError as error:
             if contact.lost(error):
@@ -254,9 +262,9 @@ class Lending(Lender):
         return result
 
     async def _execute(
-        self, contact: WorkerContact, spec: ToolSpec, session: ToolSession
+        self, contact: WorkerContact, spec: ToolSpec, session: ToolSession, headers: Headers
     ) -> tuple[Value, Mapping[str, str]]:
-        response = await contact.stub.ExecuteTool(_request(session), metadata=_headers(session))
+        response = await contact.stub.ExecuteTool(_request(session), metadata=headers)
         if not response.success:
             return Value("null"), response.metadata
         result = response.result.value.decode()
@@ -269,11 +277,11 @@ class Lending(Lender):
         return checked(tool, Value(text), self._limits)
 
     async def _stream(
-        self, contact: WorkerContact, spec: ToolSpec, session: ToolSession
+        self, contact: WorkerContact, spec: ToolSpec, session: ToolSession, headers: Headers
     ) -> tuple[Value, Mapping[str, str]]:
         chunks, outlet = Chunks(spec.name, self._limits), session.outlet
         assert outlet is not None, "whoever streams has one"
-        call = contact.stub.ExecuteStreamingTool(_request(session), metadata=_headers(session))
+        call = contact.stub.ExecuteStreamingTool(_request(session), metadata=headers)
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 if message.is_final:

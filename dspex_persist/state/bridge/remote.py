@@ -13,11 +13,13 @@ from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_callee
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.tls import CallerFiles
+from dspex_persist.infra.tracing import Headers
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
+from dspex_persist.state.bridge.traced import calling_tool
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     InvalidValueError,
@@ -87,7 +89,7 @@ class RemoteTools:
     async def execute(self, call: RemoteCall) -> Value | None:
         """See `RemotePort.execute`."""
         request = _request(call, stream=False)
-        async with self._connected(call) as (connection, options):
+        async with self._connected(call, request) as (connection, options):
             response = await connection.response(connection.channel.stub.ExecuteTool(request, **options))
         if not response.success:
             raise _failed(call, response.error_message or "the tool failed without a message")
@@ -97,7 +99,7 @@ class RemoteTools:
     async def stream(self, call: RemoteCall, emit: Callable[[Value], Awaitable[None]]) -> Value | None:
         """See `RemotePort.stream`. Reads a chunk when `emit` is done with the one before; the result is always None."""
         request = _request(call, stream=True)
-        async with self._connected(call) as (connection, options):
+        async with self._connected(call, request) as (connection, options):
             chunks = connection.channel.stub.ExecuteStreamingTool(request, **options)
             try:
                 while (chunk := await connection.response(chunks.read())) is not grpc.aio.EOF:
@@ -131,12 +133,22 @@ class RemoteTools:
     # Connections
 
     @contextlib.asynccontextmanager
-    async def _connected(self, call: RemoteCall) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
+    async def _connected(
+        self, call: RemoteCall, request: pb.ExecuteToolRequest
+    ) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
         """Connect to the tool's address; yields the connection and the options of the rpc. Errors name the tool."""
+        facts = {"dspex.worker": call.tool.worker_id}
+        with calling_tool(call.tool.address, facts, streams=request.stream) as place:
+            request.metadata.update(place)
+            async with self._connected_for(call, place) as connected:
+                yield connected
+
+    @contextlib.asynccontextmanager
+    async def _connected_for(self, call: RemoteCall, place: Headers) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
         address = call.tool.address
         limit_s = self._call_timeout_s if call.timeout_s is None else call.timeout_s
         texts = {EXECUTION_ID: call.execution_id, ASKED_BY: call.asked_by}
-        metadata = tuple((name, text) for name, text in texts.items() if text)
+        metadata = (*((name, text) for name, text in texts.items() if text), *place)
         bound = asyncio.timeout(limit_s)
         try:
             async with bound:

@@ -26,6 +26,7 @@ from dspex_persist.state.tools.chunks import Emit
 from dspex_persist.state.tools.pooled import POOL
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
+from dspex_persist.state.tools.traced import kind_of
 from dspex_persist.state.tools.with_tools import WithTools
 
 _MUCH_BYTES: Final = 20_000
@@ -152,7 +153,7 @@ class ToolRpcs(Calls):
             reason = _reason_of(error, quotable)
         else:
             reason = await asyncio.to_thread(_reason_of, error, quotable)
-        log.info("tool failed", code=outcome.error_code, error=_kind_of(error), reason=reason, **facts)
+        log.info("tool failed", code=outcome.error_code, error=kind_of(error), reason=reason, **facts)
 
     def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
@@ -211,8 +212,3 @@ def _reason_of(error: Exception, quotable: Iterable[Value]) -> str:
     # Masked first: half a value could not be found.
     masked = str(Secrets(quotable).masked(text))
     return masked if len(masked) <= _REASON_LENGTH else f"{masked[:_REASON_LENGTH]}..."
-
-
-def _kind_of(error: Exception) -> str:
-    """The type of an error; for a `ToolFailedError`, the type of what the tool's code raised."""
-    return (error.kind if isinstance(error, ToolFailedError) else "") or type(error).__name__

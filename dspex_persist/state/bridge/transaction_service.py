@@ -17,6 +17,8 @@ from dspex_persist.state.errors import ExecutionNotFoundError, InvalidArgumentEr
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Failure, Isolation
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
+from dspex_persist.state.tools import traced
+from dspex_persist.state.tools.session import LM_CALLS
 from dspex_persist.state.tools.transactions import OpenTransaction
 from dspex_persist.state.tools.with_tools import WithTools
 
@@ -105,6 +107,8 @@ class TransactionRpcs:
         for entry in entries:
             session.execution.check_running()
             session.record(kind, entry)
+            if kind == LM_CALLS:
+                traced.recorded(session, entry)
         return pb.RecordInputsResponse()
 
     async def CheckBudget(self, request: pb.CheckBudgetRequest, context: Context) -> Any:

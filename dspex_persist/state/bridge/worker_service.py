@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from dspex_persist import clock
+from dspex_persist.infra import tracing
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ACTOR, ASKED_BY, EXECUTION_ID, REASON
@@ -109,8 +110,13 @@ class WorkerServicer:
         arguments = await tool.bind(session.request.parameters)
         asker = session.asker
         around = asker.context if isinstance(asker, LentSession) else None
+        context = around.copy() if around is not None else contextvars.Context()
+        tracer = tracing.tracer()
+        if tracer is not None:
+            session.place = tracer.here()
+            context.run(tracer.enter, session.place)
         run = tool.run(session, arguments)
-        return await asyncio.create_task(run, context=around.copy() if around is not None else contextvars.Context())
+        return await asyncio.create_task(run, context=context)
 
     async def _session(self, request: pb.ExecuteToolRequest, headers: RequestHeaders, emit: Emit | None) -> LentSession:
         size_bytes = request.ByteSize()

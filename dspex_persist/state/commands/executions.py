@@ -26,6 +26,7 @@ from dspex_persist.state.model import (
     CONCURRENCY,
     OF_RECORDINGS,
     REASON,
+    TRACE_ID,
     Concurrency,
     Conflict,
     ExecutionStatus,
@@ -79,7 +80,8 @@ class BeginExecution(Command[Begun]):
     """Begin an execution of a tool, and record it as running in the journal.
 
     `worker_id`: the worker that runs it; "" for the server itself. `retry_of`: the previous execution for the same
-    request, which ended as a conflict. `concurrency`: what the caller has seen to.
+    request, which ended as a conflict. `concurrency`: what the caller has seen to. `trace_id`: the trace that it is a
+    part of.
     """
 
     tool: str
@@ -92,6 +94,7 @@ class BeginExecution(Command[Begun]):
     worker_id: str = ""
     retry_of: str | None = None
     concurrency: Concurrency = Concurrency.OPTIMISTIC
+    trace_id: str = ""
 
     writes: ClassVar[bool] = True
 
@@ -134,8 +137,8 @@ class BeginExecution(Command[Begun]):
 
     def _request(self) -> dict[str, Any]:
         request = Command._request(self)
-        # It says nothing about what is asked for.
-        del request["concurrency"]
+        # They say nothing about what is asked for.
+        del request["concurrency"], request["trace_id"]
         return request
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
@@ -163,7 +166,7 @@ class BeginExecution(Command[Begun]):
             self.idempotency_key,
             fingerprint,
             self.parameters,
-            {**self.metadata, REASON: uow.origin.reason} if uow.origin.reason else self.metadata,
+            self._noted(uow.origin.reason),
             self.isolation,
             self.attempt,
             seed,
@@ -172,6 +175,12 @@ class BeginExecution(Command[Begun]):
         )
         state = uow.record(self.session_id, event)
         return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
+
+    def _noted(self, reason: str | None) -> Mapping[str, str]:
+        """Return the metadata with what the journal adds to it."""
+        added = {REASON: reason, TRACE_ID: self.trace_id}
+        noted = {key: text for key, text in added.items() if text}
+        return {**self.metadata, **noted} if noted else self.metadata
 
 
 def _speller(limits: Limits) -> values.Spell:

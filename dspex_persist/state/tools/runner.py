@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any, Final, Protocol, TypeVar, cast
 from weakref import WeakValueDictionary
 
+from dspex_persist.infra import tracing
 from dspex_persist.infra.mailbox import Reply
 from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
@@ -54,6 +55,7 @@ from dspex_persist.state.model import (
     Value,
 )
 from dspex_persist.state.provider import Submits
+from dspex_persist.state.tools import traced
 from dspex_persist.state.tools.chunks import Emit, Outlet
 from dspex_persist.state.tools.endings import Endings
 from dspex_persist.state.tools.execution import Execution
@@ -218,14 +220,14 @@ class ToolRunner:
 
     # Executing
 
-    async def execute(
+    def execute(
         self,
         request: ToolRequest,
         emit: Emit | None = None,
         *,
         asker_id: str | None = None,
         tool: RunnableTool | None = None,
-    ) -> ToolOutcome:
+    ) -> Coroutine[Any, Any, ToolOutcome]:
         """Execute a tool, with retries after conflicts as far as its options allow.
 
         Args:
@@ -242,6 +244,15 @@ class ToolRunner:
             SessionNotFoundError: There is no such session.
             StateError: The store failed, or a limit is exceeded.
         """
+        tracer = tracing.tracer()
+        if tracer is None:
+            return self._execute_request(request, emit, asker_id, tool)
+        execute = functools.partial(self._execute_request, request, emit, asker_id, tool)
+        return traced.executing(tracer, execute, request, is_tool=tool is None)
+
+    async def _execute_request(
+        self, request: ToolRequest, emit: Emit | None, asker_id: str | None, tool: RunnableTool | None
+    ) -> ToolOutcome:
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
         if asker_id is not None:
@@ -488,6 +499,7 @@ class ToolRunner:
             tool.worker_id,
             retry_of,
             concurrency,
+            tracing.trace_id(),
         )
         origin = request.origin
         if origin.idempotency_key is not None:
@@ -533,6 +545,7 @@ class ToolRunner:
         )
         session = ToolSession(self, execution, request, attempt, begun.seed, current_session.get())
         session.done = self._home.loop.create_future()
+        traced.begun(session)
         outcome = None
         with self._listed(session):
             try:
@@ -603,7 +616,13 @@ class ToolRunner:
             # As in `_conduct`.
             del raised
 
-    async def _child_result(self, parent: ToolSession, request: ToolRequest) -> Value:
+    def _child_result(self, parent: ToolSession, request: ToolRequest) -> Coroutine[Any, Any, Value]:
+        tracer = tracing.tracer()
+        if tracer is None:
+            return self._execute_called(parent, request)
+        return traced.called(tracer, functools.partial(self._execute_called, parent, request), request)
+
+    async def _execute_called(self, parent: ToolSession, request: ToolRequest) -> Value:
         # One at a time for each caller: savepoints nest, so interleaved calls could not be undone separately.
         async with parent.turn:
             request = self._timed(request)
@@ -619,6 +638,7 @@ class ToolRunner:
                 self._endings.end_without_waiting(session, session.verdict(ExecutionStatus.ABORTED))
                 execution.check_running()
             session.task = asyncio.current_task()
+            traced.begun(session)
             parent.calling = session
             try:
                 with self._listed(session):

@@ -16,6 +16,7 @@ from uuid import UUID
 from dspex_persist import clock
 from dspex_persist.infra.futures import mapped
 from dspex_persist.infra.threads import is_on_loop
+from dspex_persist.infra.tracing import Place
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Durable
 from dspex_persist.state.budgets import NO_BUDGET, Budget
@@ -156,6 +157,8 @@ class ToolSession:
         self.outlet = request.outlet
         # Set by the runner: how long the code may take, and the outcome for those that wait for it.
         self.timeout_s: float | None = None
+        # ... and its place in a trace, if there is one.
+        self.place: Place | None = None
         self.done: asyncio.Future[ToolOutcome | None] | None = None
         self._host = host
         # Generators are made on first use, because seeding one takes longer than a short tool.
