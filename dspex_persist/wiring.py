@@ -697,6 +697,11 @@ class _Life:
         self._is_ending = False
         self._watching: asyncio.Task[None] | None = None
 
+    def starting_workers(self, plans: "list[PoolPlan]") -> None:
+        """Say which workers the server waits for."""
+        if plans:
+            self._notifier.status(f"starting the workers of {', '.join(plan.name for plan in plans)}")
+
     def serving(self, address: str) -> None:
         """Say that the server is ready, and from now on that it is alive."""
         from dspex_persist.infra.traffic import traffic_of
@@ -725,6 +730,9 @@ class _Life:
         """Say that only the file is left to be closed."""
         if self._watching is not None:
             self._watching.cancel()
+        if not self._is_ending:
+            # It ends before it was ready.
+            self.draining()
         self._notifier.status(f"closing {self._settings.db}")
 
     def _draining(self, calls: int) -> str:
@@ -928,6 +936,7 @@ async def _serve_bridge(
             await stack.enter_async_context(
                 observed.served(settings.metrics_listen or "", unfit, certificates, tokens, note_denial)
             )
+        life.starting_workers(plans)
         await stack.enter_async_context(pools.running(str(here / settings.db), servicer, auditor, stop=end.stop))
         if end.stop.is_set():
             return

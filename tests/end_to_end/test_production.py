@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist import connect
-from dspex_persist.infra.health import serves
+from dspex_persist.infra.health import NoAnswerError, serves
 from dspex_persist.infra.listen import UnixAddress
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.settings import Settings
@@ -159,6 +160,8 @@ def test_the_unit_fits_the_server() -> None:
     given = dict(lines_of("dspex-persist.service"))
     settings = Settings()
     assert settings_in(variables_of("dspex-persist.service")) <= set(Settings.model_fields)
+    # For the stacks of all threads in the log, when the watchdog ends the server.
+    assert variables_of("dspex-persist.service")["PYTHONFAULTHANDLER"] == "1"
     assert (given["Type"], given["KillMode"], given["OOMPolicy"]) == ("notify", "mixed", "continue")
     assert float(given["TimeoutStopSec"]) > settings.grace_s
     # A writer that waits for a lock is not stuck.
@@ -240,7 +243,11 @@ def test_the_unit_starts_a_server_that_tells_when_it_is_ready(tmp_path: Path) ->
         backups = tmp_path / "state/dspex-persist/backups"
         backups.mkdir()
         back_up(backups, program(tmp_path))
-        assert server.terminate(within(30)) == 0
+        # As the watchdog ends it.
+        server.send_signal(signal.SIGABRT)
+        assert server.wait(within(30)) == -signal.SIGABRT
+        assert "Fatal Python error: Aborted" in server.stderr_tail
+        assert 'writer.py", line' in server.stderr_tail
 
 
 def back_up(folder: Path, binary: Path) -> None:
@@ -266,6 +273,13 @@ def back_up(folder: Path, binary: Path) -> None:
     assert left[0] == "sessions-2000-03.db"
 
 
+def is_served(path: Path) -> bool:
+    try:
+        return serves(UnixAddress(str(path)), None, within(10))
+    except NoAnswerError:
+        return False
+
+
 @needs("systemd-socket-activate")
 def test_the_proxy_lets_others_in(tmp_path: Path) -> None:
     unit = dict(lines_of("dspex-persist-proxy.service"))
@@ -276,8 +290,7 @@ def test_the_proxy_lets_others_in(tmp_path: Path) -> None:
     argv = ["systemd-socket-activate", "-l", str(outside), *command]
     with start_unit(tmp_path), subprocess.Popen(argv, stderr=subprocess.DEVNULL) as proxy:
         try:
-            wait_until(outside.exists, "the socket is open")
-            assert serves(UnixAddress(str(outside)), None, within(10))
+            wait_until(lambda: is_served(outside), "the socket is open, and passed on")
             with connect(f"grpc+unix:{outside}") as state:
                 state.initialize_session("s")
         finally:

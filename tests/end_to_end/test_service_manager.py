@@ -91,6 +91,14 @@ def test_it_gives_no_sign_of_life_while_its_writer_is_stuck(manager: ServiceMana
             assert call.result().error_code == ""
 
 
+def test_it_tells_its_manager_what_it_waits_for(manager: ServiceManager, tmp_path: Path) -> None:
+    with start(manager, tmp_path, "--tools", "tests.end_to_end.served_tools", "--workers", "1") as server:
+        started = manager.until(READY)
+        told = ["importing the tools of tests.end_to_end.served_tools", "starting the workers of tools"]
+        assert [line.removeprefix("STATUS=") for line in started if line.removeprefix("STATUS=") in told] == told
+        assert server.terminate(within(30)) == 0
+
+
 def test_it_tells_its_manager_why_it_did_not_start(manager: ServiceManager, tmp_path: Path) -> None:
     (tmp_path / "sessions.db").write_text("not a database" * 1000)
     with pytest.raises(ProcessFailedError) as failed:
