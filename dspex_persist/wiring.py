@@ -526,6 +526,8 @@ def _check_metrics(settings: Settings, *, has_tls: bool) -> None:
         raise SettingsError("metrics_listen", f"{listen!r} is invalid: {error.reason}") from error
     if isinstance(address, UnixAddress):
         raise SettingsError("metrics_listen", f"{listen!r} is a Unix socket, and Prometheus asks hosts: use HOST:PORT")
+    if address == parse_listen(settings.listen) and address.port:
+        raise SettingsError("metrics_listen", f"{listen!r} is the address of the server itself: take another port")
     if is_open:
         reason = (
             f"{listen!r} can be reached from other machines, and metrics tell the names of tools and models, and what "

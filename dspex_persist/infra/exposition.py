@@ -160,7 +160,8 @@ def _listen(address: TcpAddress) -> socket.socket:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ListenError(str(address), str(error)) from error
-    for family, _, _, _, name in found:
+    # Of the addresses of a name the one that others expect: they ask 127.0.0.1, not ::1, for localhost.
+    for family, _, _, _, name in sorted(found, key=lambda each: each[0] is not socket.AF_INET):
         both = family is socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
         try:
             listener = socket.create_server(name[:2], family=family, dualstack_ipv6=both)

@@ -388,6 +388,7 @@ def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path) -> None:
     [
         ("0.0.0.0:0", "can be reached from other machines"),
         ("unix:/tmp/metrics", "is a Unix socket"),
+        ("127.0.0.1:50051", "is the address of the server itself"),
         ("9464", "is invalid"),
         ("127.0.0.1:99999", "is invalid"),
     ],

@@ -191,6 +191,11 @@ def test_tls_has_the_certificate_of_now_and_may_ask_for_one(serve: Serve, tmp_pa
     assert subject() == "b"
 
 
+def test_localhost_is_the_address_that_others_ask(serve: Serve) -> None:
+    server = serve(gauge("g", "G.", 1), address=TcpAddress("localhost", 0))
+    assert get(f"http://127.0.0.1:{server.port}/metrics").status == 200
+
+
 def test_an_address_in_use_is_an_error(serve: Serve) -> None:
     port = serve().port
     with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: address already in use"):
