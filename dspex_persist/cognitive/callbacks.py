@@ -172,6 +172,13 @@ class Callbacks:
         """
         subscription._since = source.position
         with self._lock:
+            if self._thread is None:
+                # In this context, so that the thread reads the same clock.
+                run = contextvars.copy_context().run
+                thread = threading.Thread(target=run, args=(self._run,), name="dspex-persist-callbacks", daemon=True)
+                # First of all: the system may refuse to start it.
+                thread.start()
+                self._thread = thread
             # Before its feed has it, whose next updates come after these.
             self._initial.append((subscription, initial))
             feed = self._shared.get(key)
@@ -190,13 +197,6 @@ class Callbacks:
             subscription._feed = feed
             if subscription._pace.is_used:
                 self._paced.add(subscription)
-            if self._thread is None:
-                # In this context, so that the thread reads the same clock.
-                run = contextvars.copy_context().run
-                self._thread = threading.Thread(
-                    target=run, args=(self._run,), name="dspex-persist-callbacks", daemon=True
-                )
-                self._thread.start()
         self.wake(feed)
         if feed.source is not source:
             source.close()

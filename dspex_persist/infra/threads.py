@@ -232,12 +232,13 @@ class LoopThread:
         """Run a coroutine on the loop, in the caller's context.
 
         Raises:
-            RuntimeError: The `LoopThread` is closed.
+            RuntimeError: The `LoopThread` is closed, or the system has no thread for it.
+            OSError: The system has no descriptors for the loop.
         """
         with self._lock:
             try:
                 future = asyncio.run_coroutine_threadsafe(coroutine, self._open())
-            except RuntimeError:
+            except (RuntimeError, OSError):
                 coroutine.close()
                 raise
             started = self._started
@@ -284,9 +285,14 @@ class LoopThread:
         if self._closed:
             raise RuntimeError("the event loop is closed")
         if self._loop is None or self._loop.is_closed():
-            self._loop, self._started = _SharedLoop(), {}
-            run = (self._loop, self._started)
-            threading.Thread(target=self._run, args=run, name=self._name, daemon=True).start()
+            loop, started = _SharedLoop(), dict[Future[Any], Coroutine[Any, Any, Any]]()
+            try:
+                threading.Thread(target=self._run, args=(loop, started), name=self._name, daemon=True).start()
+            except RuntimeError:
+                # The system refuses to start a thread: the next use tries again.
+                loop.close_by_owner()
+                raise
+            self._loop, self._started = loop, started
         return self._loop
 
     def _run(self, loop: _SharedLoop, started: dict[Future[Any], Coroutine[Any, Any, Any]]) -> None:

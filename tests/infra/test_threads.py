@@ -129,6 +129,24 @@ def test_without_another_thread_the_existing_ones_do_the_work(name: str, monkeyp
     threads.close()
 
 
+def test_a_loop_whose_thread_did_not_start_is_tried_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = LoopThread(name)
+
+    async def work() -> str:
+        return "done"
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                loop.start(work())
+    assert loop.start(work()).result(DEADLINE_S) == "done"
+    loop.close()
+
+
 def test_there_are_never_too_many_threads_and_further_work_waits_in_order(name: str, gate: threading.Event) -> None:
     threads = DaemonThreads(2, name)
     busy = occupy(threads, gate, 2)

@@ -253,9 +253,11 @@ class _Parts:
             self._reopen(part).record(kind, entry)
         self._count += 1
         if self._timer is None and self._backend.kind == EMBEDDED:
-            self._timer = threading.Timer(self._keep_after_s, self._on_time)
-            self._timer.daemon = True
-            self._timer.start()
+            timer = threading.Timer(self._keep_after_s, self._on_time)
+            timer.daemon = True
+            timer.start()
+            # Only now: the system may have refused to start its thread.
+            self._timer = timer
 
     def _reopen(self, ended: abilities.Transaction) -> abilities.Transaction:
         """Begin another part, because this one has ended: its server was shut down, or killed, with its calls."""

@@ -357,7 +357,12 @@ class ValueCache:
                 return None
             self._leave(longest_unused)
         session = self._sessions[session_id] = _Session(session_id, now)
-        threading.Thread(target=self._run, args=(session,), name="dspex-persist-cache", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(session,), name="dspex-persist-cache", daemon=True).start()
+        except RuntimeError:
+            # The system has no thread for it, and may have one later.
+            self._leave(session)
+            return None
         return session
 
     def _leave(self, session: _Session) -> None:

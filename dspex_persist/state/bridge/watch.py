@@ -95,7 +95,12 @@ class BridgedWatch(Watch):
         self.first_sequence = int(headers.get(BEGAN, "0"))
         self._is_fresh = False
         self._thread = threading.Thread(target=self._run, name="dspex-persist-watch", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            # The system has no thread for it: nobody would ever end the stream.
+            self._call.cancel()
+            raise
 
     def _use(self, call: Any) -> None:
         """Read this stream from now on."""
