@@ -16,14 +16,20 @@ from tests.end_to_end.old_style import Entry, Journal, OldClient, environment, s
 TOOLS = ("--tools", "tests.end_to_end.lm_tools")
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lm") / "sessions.db"
+@pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.thorough)])
+def workers(request: pytest.FixtureRequest) -> str:
+    """How many workers run the tools. Each of them imports DSPy, which takes seconds."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def server(path: Path) -> Iterator[ServerProcess]:
-    with serve(path, *TOOLS, "--limit", "journal_size_bytes=64KiB") as process:
+def path(tmp_path_factory: pytest.TempPathFactory, workers: str) -> Path:
+    return tmp_path_factory.mktemp(f"lm{workers}") / "sessions.db"
+
+
+@pytest.fixture(scope="module")
+def server(path: Path, workers: str) -> Iterator[ServerProcess]:
+    with serve(path, *TOOLS, "--workers", workers, "--limit", "journal_size_bytes=64KiB") as process:
         yield process
 
 
@@ -109,10 +115,12 @@ def test_recorded_calls_count_towards_the_limit_of_the_journal(client: OldClient
     assert "journal_size_bytes" in failed.error
 
 
-def test_other_tools_are_recorded_if_the_server_says_so(client: OldClient, journal: Journal, tmp_path: Path) -> None:
+def test_other_tools_are_recorded_if_the_server_says_so(
+    client: OldClient, journal: Journal, workers: str, tmp_path: Path
+) -> None:
     assert calls_of(journal.of_id(client.execute("ask", question="x").execution_id)) == []
     other = tmp_path / "sessions.db"
-    with serve(other, *TOOLS, "--record-lm") as server:
+    with serve(other, *TOOLS, "--workers", workers, "--record-lm") as server:
         caller = OldClient(target_of(server), "s")
         done = caller.execute("ask", question="x")
         caller.close()

@@ -144,11 +144,11 @@ def test_a_call_is_one_execution_with_its_lm_calls(kind: str, tmp_path: Path) ->
         assert (summary.tool, detail.metadata["tool"]) == ("transaction", "programs/qa")
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A server that has a program as a tool: its address, and its file."""
+@pytest.fixture(scope="module", params=["0", pytest.param("1", marks=pytest.mark.thorough)])
+def running(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """A server that has a program as a tool, and runs it itself or in a worker: its address, and its file."""
     path = tmp_path_factory.mktemp("running") / "sessions.db"
-    with serve(path, "--tools", "tests.end_to_end.program_tools") as server:
+    with serve(path, "--tools", "tests.end_to_end.program_tools", "--workers", request.param) as server:
         yield f"grpc://{target_of(server)}", path
 
 

@@ -24,6 +24,7 @@ from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
     RECORDING_ID,
     ExecutionStatus,
+    Failure,
     Origin,
     ToolOutcome,
 )
@@ -125,7 +126,9 @@ class Endings:
         execution.close(verdict.status.value)
         for called in session.below():
             called.execution.close(verdict.status.value)
-            ended = called.verdict(verdict.status)
+            reason = f"it was running when {execution.id}, which waited for it, ended: {verdict.status.value}"
+            failure = Failure("ExecutionEndedError", reason) if verdict.failure is not None else None
+            ended = called.verdict(verdict.status, failure=failure)
             execution.children.append(ended)
             self.count(called, ended)
             execution.children.extend(called.execution.children)

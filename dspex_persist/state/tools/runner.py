@@ -660,6 +660,8 @@ class ToolRunner:
                 raised, failure = raised_of(error)
                 child.undo()
                 status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
+                # Its code has raised nothing then: whoever waited for it has gone.
+                failure = None if isinstance(raised, asyncio.CancelledError) else failure
                 self._endings.end_without_waiting(session, session.verdict(status, failure=failure))
                 # As in `_conduct`.
                 del raised
