@@ -173,6 +173,8 @@ class PoolSettings(BaseModel):
     max_rss_bytes: Size | None = Field(None, description="A worker with more memory in use after a call is replaced.")
     kill_rss_bytes: Size | None = Field(None, description="A worker with more memory in use during a call is killed.")
     max_age_s: Seconds | None = Field(None, description="An idle worker is replaced when it is older.")
+    crash_limit: Count = Field(5, description="After this many workers in a row that failed at once, none is started.")
+    crash_pause_s: Seconds = Field(60.0, description="For how long; then one is tried.")
 
 
 class Settings(LimitSettings):

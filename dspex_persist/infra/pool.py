@@ -204,10 +204,11 @@ class PoolStatistics:
 class _Member(Generic[C]):
     """A worker that is ready."""
 
-    def __init__(self, worker: Worker, contact: C, *, spare: bool, now: float) -> None:
+    def __init__(self, worker: Worker, contact: C, *, spare: bool, began: float, now: float) -> None:
         self.worker = worker
         self.contact = contact
         self.spare = spare
+        self.began = began
         self.ready_at = self.idle_since = now
         self.requests = 0
         self.has_succeeded = False
@@ -356,6 +357,8 @@ class WorkerPool(Generic[C]):
         self._starting = self._spares = self._coming = 0
         self._may_start = asyncio.Semaphore(self.options.batch)
         self._failures = 0
+        self._failed_at = float("-inf")
+        self._recovery = asyncio.Event()
         self._last_failure = ""
         self._counts: Counter[str] = Counter()
         self._changed = asyncio.Event()
@@ -731,28 +734,35 @@ class WorkerPool(Generic[C]):
         """Wait until another worker may be started."""
         if self._failures:
             pause_s = self.options.backoff_s * 2 ** min(self._failures - 1, 20)
-            await asyncio.sleep(min(pause_s, self.options.longest_backoff_s))
+            await self._sleep(min(pause_s, self.options.longest_backoff_s))
         while True:
             try:
                 self._circuit.admit()
                 break
             except OpenCircuitError as error:
-                await asyncio.sleep(max(error.retry_in_s, _TRIAL_POLL_S))
+                await self._sleep(max(error.retry_in_s, _TRIAL_POLL_S))
         # Workers that do not end must not become more and more.
         while len(self._ending) > self.options.size:
             await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _sleep(self, most_s: float) -> None:
+        """Sleep, at most until workers start again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._recovery.wait()
 
     async def _live(self, first: "asyncio.Future[None]", *, spare: bool) -> None:
         """Start a worker, and wait until it is over."""
         try:
             async with self._may_start:
+                began = self._time()
                 self._starting += 1
                 try:
                     member = await self._begin(spare=spare)
                 finally:
                     self._starting -= 1
         except WorkerStartError as error:
-            self._start_failed(error)
+            self._start_failed(error, began)
             # Nested calls may have waited for it.
             self._use_spare()
             return
@@ -793,7 +803,7 @@ class WorkerPool(Generic[C]):
             if isinstance(error, Exception):
                 raise WorkerStartError(worker_id, f"it does not answer as it should: {error}", tail) from error
             raise
-        member = _Member(worker, contact, spare=spare, now=self._time())
+        member = _Member(worker, contact, spare=spare, began=began, now=self._time())
         worker.exited.add_done_callback(lambda _: self._exited(member))
         self._members[worker_id] = self._idle[worker_id] = member
         self._counts["started"] += 1
@@ -826,7 +836,8 @@ class WorkerPool(Generic[C]):
             return
         self._counts["crashed"] += 1
         if not member.has_succeeded:
-            self._failed(f"worker {member.worker.id} {member.worker.ending} at once{_shown(member.worker.tail)}")
+            reason = f"worker {member.worker.id} {member.worker.ending} at once{_shown(member.worker.tail)}"
+            self._failed(reason, member.began)
         else:
             self._last_failure = f"worker {member.worker.id} {member.worker.ending}{_shown(member.worker.tail)}"
         # At once: nobody may get it any more.
@@ -855,24 +866,31 @@ class WorkerPool(Generic[C]):
             except Exception as error:
                 self._logger.error("closing what belongs to a worker failed", exc_info=error)
 
-    def _start_failed(self, error: WorkerStartError) -> None:
+    def _start_failed(self, error: WorkerStartError, began: float) -> None:
         self._counts["start_failures"] += 1
         self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
-        self._failed(str(error))
+        self._failed(str(error), began)
 
-    def _failed(self, reason: str) -> None:
-        self._failures += 1
+    def _failed(self, reason: str, began: float) -> None:
+        """Note that a worker failed at once whose start began at a time.
+
+        Those that were started together with one that has failed are no more failures in a row: what made them fail may
+        have been a moment without memory, processes or descriptors.
+        """
         self._last_failure = reason
-        pause_s = self._circuit.failed(reason)
-        if pause_s is not None:
-            self._logger.error(
-                "workers fail at once; no other is started for a while",
-                failures=self._failures,
-                pause_s=pause_s,
-                reason=reason,
-            )
-            if not self._members and not self._starting:
-                self._fail_waiters(self._failing())
+        if began >= self._failed_at:
+            self._failures += 1
+            self._failed_at = self._time()
+            pause_s = self._circuit.failed(reason)
+            if pause_s is not None:
+                self._logger.error(
+                    "workers fail at once; no other is started for a while",
+                    failures=self._failures,
+                    pause_s=pause_s,
+                    reason=reason,
+                )
+        if not self._members and not self._starting and self._circuit.state == "open":
+            self._fail_waiters(self._failing())
 
     def _stayed(self, member: _Member[C]) -> None:
         if not member.over.done():
@@ -881,7 +899,10 @@ class WorkerPool(Generic[C]):
     def _succeeded(self, member: _Member[C]) -> None:
         if not member.has_succeeded:
             member.has_succeeded = True
-            self._failures = 0
+            if self._failures:
+                self._failures = 0
+                self._recovery.set()
+                self._recovery = asyncio.Event()
             if self._circuit.succeeded():
                 self._logger.info("workers start again")
 

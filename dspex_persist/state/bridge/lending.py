@@ -105,7 +105,8 @@ class WorkerContact(Contact, Running):
 
     async def ping(self) -> None:
         """See `Contact`."""
-        await self.stub.Ping(pb.PingRequest(message="alive?"))
+        if await self.stub.Ping(pb.PingRequest(message="alive?")) is None:
+            raise ValueError("its answer to a ping is not a message of the protocol")
 
     def lost(self, error: Exception) -> str:
         """See `Contact`."""
