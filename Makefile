@@ -62,7 +62,7 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 
 .PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs docs-serve
 .PHONY: fix codegen bench peers crash-test powercut-test fault-test files-test refused-test
-.PHONY: fuzz soak mutants observations clean
+.PHONY: fuzz chaos-test soak mutants observations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -175,6 +175,9 @@ refused-test: .venv/.installed-dev  ## have CALLS calls of each kind, of MIB eac
 
 fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to a server
 	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)
+
+chaos-test: .venv/.installed-dev  ## kill, stop and starve workers and servers at random for MINUTES (default 15)
+	$(BIN)/python -m tests.faults.chaos_test --minutes $(MINUTES) $(ARGS)
 
 soak: .venv/.installed-dev  ## use a server in every way at once for MINUTES (default 15)
 	$(BIN)/python -m tests.faults.soak_test --minutes $(MINUTES) $(ARGS)

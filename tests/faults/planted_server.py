@@ -3,6 +3,7 @@
 Everything else is the real product. Each bug breaks one promise, and breaks it often.
 """
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -12,10 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import grpc.aio
+
 from dspex_persist.cli import main
-from dspex_persist.infra import server
+from dspex_persist.infra import orphans, server, worker
+from dspex_persist.infra.pool import WorkerPool, _Lending
+from dspex_persist.state.bridge.lending import Lender, Lending
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
-from dspex_persist.state.errors import StorageError
+from dspex_persist.state.errors import StorageError, WorkerExitedError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
@@ -24,11 +29,14 @@ from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.session_store import FileGroups, SessionStore
+from dspex_persist.state.tools.results import NOTHING
 from dspex_persist.state.watch import Hub
 
 _write_group = Groups.write_group
 _find_loaded = Groups.find_loaded
 _publish = Hub.publish
+_give_back = WorkerPool.give_back
+_run_lent = Lender.run
 _transaction, _roll_back = engine.transaction, engine.roll_back
 
 _LATE_GROUPS = 20
@@ -373,6 +381,69 @@ def _change(kind: type, change: Callable[[Any], Any]) -> None:
     _patch(Groups, "write_group", write_group)
 
 
+# Bugs in pools of workers
+
+
+def no_replacement() -> None:
+    """Start no other worker in the place of one that has ended."""
+
+    async def keep(self: WorkerPool[Any], first: Any) -> None:
+        await self._live(first, spare=False)
+
+    _patch(WorkerPool, "_keep", keep)
+
+
+def keep_leases() -> None:
+    """Keep a worker lent whose call has failed."""
+
+    def give_back(self: WorkerPool[Any], lease: Any, error: BaseException | None) -> None:
+        if error is None:
+            _give_back(self, lease, error)
+
+    _patch(WorkerPool, "give_back", give_back)
+
+
+def leave_orphans() -> None:
+    """Start workers that outlive the server, and never look for what is left."""
+    for module in (orphans, worker):
+        _patch(module, "launched", list)
+    _patch(orphans.Run, "sweep", lambda _: [])
+
+
+def wait_for_the_dead() -> None:
+    """Go on waiting for the answer of a worker that has ended."""
+
+    _patch(_Lending, "_interrupt", lambda *_: None)
+    _patch(Lending, "_execute", _hanging(Lending._execute))
+
+
+def _hanging(execute: Any) -> Any:
+    async def execute_or_hang(self: Lending, contact: Any, spec: Any, session: Any) -> Any:
+        try:
+            return await execute(self, contact, spec, session)
+        except grpc.aio.AioRpcError:
+            return await asyncio.get_running_loop().create_future()
+
+    return execute_or_hang
+
+
+def late_writes() -> None:
+    """Commit what a tool has written whose worker has ended."""
+
+    async def run(self: Lender, spec: Any, session: Any) -> Any:
+        try:
+            return await _run_lent(self, spec, session)
+        except WorkerExitedError:
+            return NOTHING
+
+    _patch(Lender, "run", run)
+
+
+def no_reasons() -> None:
+    """Do not say in the journal why a tool failed."""
+    _change_ends(lambda end: replace(end, verdict=replace(end.verdict, failure=None)))
+
+
 def file_not_looked_at() -> None:
     """Never check what others do to the file."""
     for look in ("look", "look_inside"):
@@ -410,6 +481,12 @@ BUGS: dict[str, Callable[[], None]] = {
         no_read_check,
         no_conflict_check,
         stale_snapshot,
+        no_replacement,
+        keep_leases,
+        leave_orphans,
+        wait_for_the_dead,
+        late_writes,
+        no_reasons,
         file_not_looked_at,
     )
 }

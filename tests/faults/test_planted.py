@@ -18,6 +18,7 @@ from tests.concurrency.test_serializable import histories
 from tests.deadline import within
 from tests.faults import shim
 from tests.faults.bridge import Bridge
+from tests.faults.chaos_test import Chaos
 from tests.faults.crash_test import CrashTest, server_argv
 from tests.faults.planted_server import BUGS
 from tests.faults.powercut_test import PowerCuts
@@ -50,6 +51,14 @@ FOUND_BY_FUZZ = {
 FOUND_BY_SOAK = {
     "leak-memory": "memory",
     "leak-files": "files",
+}
+FOUND_BY_CHAOS = {
+    "no-replacement": "pool",
+    "keep-leases": "pool",
+    "leave-orphans": "orphan",
+    "wait-for-the-dead": "no answer",
+    "late-writes": ("refused, but written", "written twice"),
+    "no-reasons": "journal",
 }
 FOUND_BY_FILES = {"file-not-looked-at"}  # in test_files.py
 FOUND_BY_REFUSED = {"keep-refused"}  # in tests/end_to_end/test_refused_calls.py
@@ -84,6 +93,7 @@ def test_every_bug_has_its_proof() -> None:
         FOUND_BY_POWER_CUTS,
         FOUND_BY_FUZZ,
         FOUND_BY_SOAK,
+        FOUND_BY_CHAOS,
         FOUND_BY_FILES,
         FOUND_BY_REFUSED,
         FOUND_BY_HISTORIES,
@@ -129,6 +139,17 @@ def test_the_fuzz_finds(bug: str, tmp_path: Path) -> None:
 def test_the_soak_finds(bug: str, tmp_path: Path) -> None:
     report = asyncio.run(Soak(tmp_path, seed=1, planted=bug).soak(20))
     assert FOUND_BY_SOAK[bug] in {problem.partition(":")[0] for problem in report.problems}, report
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform != "linux", reason="this test needs /proc, which only Linux has")
+@pytest.mark.parametrize("bug", always(FOUND_BY_CHAOS))
+def test_the_chaos_test_finds(bug: str, tmp_path: Path) -> None:
+    report = asyncio.run(Chaos(tmp_path, seed=1, planted=bug).chaos(24, lives=4))
+    found, expected = {problem.partition(":")[0] for problem in report.problems}, FOUND_BY_CHAOS[bug]
+    assert found & ({expected} if isinstance(expected, str) else {*expected}), report
 
 
 @pytest.mark.slow

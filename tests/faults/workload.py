@@ -20,7 +20,19 @@ SESSION = "shared"
 _TEXTS, _COUNTERS = 4, 2
 _PADDINGS = (*(0,) * 8, 900, 3_000, 12_000)
 """Values that fit on one page, on several, and outside the table."""
-_JOURNAL = {"CONFLICT": "conflict", "TOOL_FAILED": "failed", "CANCELLED": "cancelled", "INTERRUPTED": "interrupted"}
+_JOURNAL = {
+    "CONFLICT": "conflict",
+    "TOOL_FAILED": "failed",
+    "CANCELLED": "cancelled",
+    "INTERRUPTED": "interrupted",
+    # Only with pools of workers:
+    "TIMED_OUT": "timed_out",
+    "WORKER_TIMEOUT": "timed_out",
+    "WORKER_EXIT": "failed",
+    "QUEUE_TIMEOUT": "failed",
+    "POOL_SATURATED": "failed",
+    "UNAVAILABLE": "failed",
+}
 """The status in the journal for each error code that clients get."""
 
 
@@ -182,7 +194,8 @@ class Client:
         answer = await self._ask_tool(write)
         write.execution_id = answer.metadata.get("execution_id", "")
         if answer.code:
-            write.journal = _JOURNAL[answer.code]
+            # One that was refused did not begin.
+            write.journal = _JOURNAL[answer.code] if write.execution_id else ""
             return {}
         write.journal, write.result = "committed", answer.result
         write.execution_id, write.sequence = answer.commit
@@ -310,7 +323,7 @@ class Client:
 
 def _versions_in(result: Any) -> dict[str, int]:
     """The versions that a tool reports, in its result or in its chunks."""
-    parts = result if isinstance(result, list) else [result]
+    parts = result if isinstance(result, list) else [result or {}]
     return {target: version for part in parts for target, version in part.items()}
 
 

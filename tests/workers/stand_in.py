@@ -47,6 +47,13 @@ class Session:
         wire = AnyMessage(type_url="type.googleapis.com/snakepit.integer", value=json.dumps(value).encode())
         self.stub.SetVariable(pb.SetVariableRequest(session_id=self.id, variable_identifier=name, value=wire))
 
+    def set(self, name: str, text: str, token: str) -> int:
+        wire = AnyMessage(type_url="type.googleapis.com/snakepit.string", value=json.dumps(text).encode())
+        request = pb.SetVariableRequest(
+            session_id=self.id, variable_identifier=name, value=wire, metadata={"token": token}
+        )
+        return int(self.stub.SetVariable(request).new_version)
+
     def call(self, tool: str, **parameters: Any) -> Any:
         wires = {
             name: AnyMessage(
@@ -131,9 +138,48 @@ def count_and_fail(session: Session) -> Iterator[Any]:
     raise ValueError("half way")
 
 
-TOOLS: dict[str, Any] = {each.__name__: each for each in (increase, fail, hold, late, below, crash, pickled, nonsense)}
+# For the chaos test: they write one text to several variables, and return or yield the versions.
+
+
+def spread_there(session: Session, targets: list[str], value: str, token: str, pause_s: float = 0.0) -> dict[str, int]:
+    versions = {}
+    for target in targets:
+        versions[target] = session.set(target, value, token)
+        time.sleep(pause_s)
+    return versions
+
+
+def spread_and_call(
+    session: Session, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> dict[str, int]:
+    """Half by itself, and half by a tool of the server's own."""
+    half = len(targets) // 2
+    versions = spread_there(session, targets[:half], value, token, pause_s)
+    rest: dict[str, int] = session.call("spread", targets=targets[half:], value=value, token=token)
+    return versions | rest
+
+
+def spread_further(
+    session: Session, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> dict[str, int]:
+    """Half by itself, and half by another worker of its pool."""
+    half = len(targets) // 2
+    versions = spread_there(session, targets[:half], value, token, pause_s)
+    rest: dict[str, int] = session.call("spread_there", targets=targets[half:], value=value, token=token)
+    return versions | rest
+
+
+def stream_there(
+    session: Session, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> Iterator[dict[str, int]]:
+    for target in targets:
+        yield spread_there(session, [target], value, token, pause_s)
+
+
+_ALL = (increase, fail, hold, late, below, crash, pickled, nonsense, spread_there, spread_and_call, spread_further)
+TOOLS: dict[str, Any] = {each.__name__: each for each in _ALL}
 TOOLS["write_together"] = write_together
-STREAMS: dict[str, Any] = {each.__name__: each for each in (count, count_and_fail)}
+STREAMS: dict[str, Any] = {each.__name__: each for each in (count, count_and_fail, stream_there)}
 
 
 def session_context(stub: bridge.BridgeServiceStub, session_id: str) -> Any:
@@ -230,9 +276,10 @@ def main() -> None:
     parser.add_argument("--elixir-address", required=True)
     parser.add_argument("--snakepit-run-id", default="")
     parser.add_argument("--session-context", action="store_true")
+    parser.add_argument("--ignores-term-s", type=float, default=IGNORES_TERM_S)
     arguments = parser.parse_args()
     ends_at: list[float] = []
-    signal.signal(signal.SIGTERM, lambda *_: ends_at.append(time.monotonic() + IGNORES_TERM_S))
+    signal.signal(signal.SIGTERM, lambda *_: ends_at.append(time.monotonic() + arguments.ignores_term_s))
     new_session = session_context if arguments.session_context else Session
     worker = Worker(arguments.generation, arguments.elixir_address, new_session)
     server = grpc.server(ThreadPoolExecutor(8))
