@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dspex_persist.errors import DspexError as DspexError
     from dspex_persist.settings import Settings as Settings
     from dspex_persist.settings import load_settings as load_settings
+    from dspex_persist.state.access import AccessRule as AccessRule
+    from dspex_persist.state.access import access_control as access_control
     from dspex_persist.state.bridged import Breaker as Breaker
     from dspex_persist.state.bridged import BridgedState as BridgedState
     from dspex_persist.state.embedded import EmbeddedState as EmbeddedState
@@ -64,6 +66,7 @@ __version__ = "0.1.0"
 
 # Imported on first access, so that importing the package loads neither SQL nor gRPC. The other errors are in `errors`.
 _HOMES = {
+    "AccessRule": "dspex_persist.state.access",
     "Breaker": "dspex_persist.state.bridged",
     "BridgedState": "dspex_persist.state.bridged",
     "Change": "dspex_persist.cognitive.changes",
@@ -106,6 +109,7 @@ _HOMES = {
     "VariableNotFoundError": "dspex_persist.state.errors",
     "Variables": "dspex_persist.cognitive.variables",
     "VersionConflictError": "dspex_persist.state.errors",
+    "access_control": "dspex_persist.state.access",
     "aconnect": "dspex_persist.wiring",
     "connect": "dspex_persist.wiring",
     "decode": "dspex_persist.cognitive.variables",

@@ -830,8 +830,11 @@ async def _serve_bridge(
     from dspex_persist.infra import server
     from dspex_persist.infra.metrics import CallMeter
     from dspex_persist.state.bridge.audit_service import AuditServicer
+    from dspex_persist.state.bridge.capabilities import Capabilities
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
     from dspex_persist.state.bridge.denials import Denials
+    from dspex_persist.state.bridge.guard import guarded
+    from dspex_persist.state.bridge.lives import Lives
     from dspex_persist.state.bridge.pools import Pools
     from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
@@ -861,12 +864,14 @@ async def _serve_bridge(
         )
 
     limits, ready = limits_of(settings), threading.Event()
+    capabilities = None if tokens is None else Capabilities()
     remote = RemoteTools(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
         allow=_allowed_of(settings),
         tls=_worker_tls_of(settings),
         limits=limits,
+        capabilities=capabilities,
     )
     meter = engine.meter
     note_denial = _counting(engine.denials.note, meter)
@@ -903,6 +908,8 @@ async def _serve_bridge(
         max_message_bytes=int(settings.max_message_bytes),
         pools=pools.statistics,
     )
+    services = [server.Service(BRIDGE_SERVICE, servicer), server.Service(AUDIT_SERVICE, auditor)]
+    lives = Lives(engine.loaded, engine.audit)
 
     async def drain() -> None:
         life.draining()
@@ -952,7 +959,7 @@ async def _serve_bridge(
                 # One connection may carry every watch, and other calls alongside.
                 streams_per_connection=int(settings.watchers) + _OTHER_STREAMS,
             ),
-            [server.Service(BRIDGE_SERVICE, servicer), server.Service(AUDIT_SERVICE, auditor)],
+            guarded(services, provider, lives, capabilities, denials),
             status_of=status_of,
             on_ready=on_ready,
             stop=end.stop,

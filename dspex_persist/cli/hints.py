@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # By the hint's id, as the state layer is only imported once there is an error to report.
 IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "add_scope": "add the scope to its line in the token file of the server, or use another token",
+    "ask_owner": "its owner, or an administrator, can add a rule",
     "another_file": "give another --db",
     "open_there": "open it there, and repeat the command",
     "another_session_id": "use another id for the new one (of an import: --as ID), or end that session first",

@@ -9,8 +9,8 @@ from dspex_persist.cognitive.errors import MigrationError, TypedValueError
 from dspex_persist.cognitive.records import decode
 from dspex_persist.cognitive.steps import Work, run_work
 from dspex_persist.state import arguments, values
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.model import ChangeKind, Update, UpdateKind, Value, Variable
 
 T = TypeVar("T")

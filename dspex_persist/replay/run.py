@@ -19,8 +19,8 @@ from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, find_executions, load
 from dspex_persist.replay.report import Aspect, Divergence, ReplayedExecution, ReplayOutcome, ReplayReport
 from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for, stood_in_for
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import DerivationError, InvalidArgumentError, quote
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 from dspex_persist.spelling import quote
 from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, is_glob, suggestion
 from dspex_persist.state.budgets import NOTHING, Spent
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.meter import LmCounts
 
 _MOST: Final = 2**53
@@ -233,7 +233,26 @@ def usage_of(query: LmUsageQuery, executions: Iterable[Ended]) -> list[LmUsage]:
                 group = (execution.session_id, execution.tool, call.model, _day(entry, execution.at))
                 key = tuple(each if by in query.by else None for by, each in zip(UsageBy, group, strict=True))
                 groups.setdefault(key, []).append(call)
-    sums = [_sum(key, calls) for key, calls in groups.items()]
+    return _ordered(query, [_sum(key, calls) for key, calls in groups.items()])
+
+
+def merged(query: LmUsageQuery, sums: Iterable[LmUsage]) -> list[LmUsage]:
+    """Sum these, which are by session as well, by what a query asks for, in its order."""
+    groups: dict[tuple[str | None, ...], list[LmUsage]] = {}
+    for each in sums:
+        key = tuple(getattr(each, _FIELDS[by]) if by in query.by else None for by in UsageBy)
+        groups.setdefault(key, []).append(each)
+    return _ordered(query, [_merged(key, group) for key, group in groups.items()])
+
+
+def _merged(key: Sequence[str | None], group: Sequence[LmUsage]) -> LmUsage:
+    costs = [each.cost for each in group if each.cost is not None]
+    session_id, tool, model, day = key
+    counts = {name: sum(getattr(each, name) for each in group) for name in _COUNTS}
+    return LmUsage(session_id, tool, model, day, cost=sum(costs) if costs else None, **counts)
+
+
+def _ordered(query: LmUsageQuery, sums: list[LmUsage]) -> list[LmUsage]:
     sums.sort(key=lambda usage: tuple(getattr(usage, _FIELDS[UsageBy(by)]) or "" for by in query.by))
     sums.sort(
         key=lambda usage: (-inf if usage.cost is None else usage.cost, usage.total_tokens, usage.calls), reverse=True
@@ -243,6 +262,10 @@ def usage_of(query: LmUsageQuery, executions: Iterable[Ended]) -> list[LmUsage]:
     return sums
 
 
+_COUNTS: Final = (
+    *("executions", "calls", "failed", "cached", "input_tokens", "output_tokens", "total_tokens"),
+    *("priced", "latency_us"),
+)
 _FIELDS: Final = {UsageBy.SESSION: "session_id", UsageBy.TOOL: "tool", UsageBy.MODEL: "model", UsageBy.DAY: "day"}
 
 

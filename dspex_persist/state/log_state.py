@@ -160,6 +160,10 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         """Return how far a watch is behind; see `Hub.lag`."""
         return self._groups.hub.lag(first_sequence, position)
 
+    def loaded(self, session_id: str) -> SessionState | None:
+        """Return the published state of a session if it is in memory. That is no use of the session."""
+        return self._groups.find_loaded(session_id)
+
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Submit a command; see `StateProvider.submit`. A read of a cached session is done when this returns."""
         fault = fault_of(command, origin)

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple
 
+from dspex_persist.infra.tokens import Identity
 from dspex_persist.state.frozen import freeze
 
 
@@ -83,6 +84,7 @@ class Origin:
         optimizer_id: The optimizer that makes the request, which may write variables that it has locked.
         reason: Why it is made, in the caller's words. It is kept with each version that the request writes, and with
             the execution of a tool; see `REASON`.
+        identity: Whose token it has; None where none is demanded.
     """
 
     actor: str
@@ -91,6 +93,7 @@ class Origin:
     idempotency_key: str | None = None
     optimizer_id: str | None = None
     reason: str | None = None
+    identity: Identity | None = None
 
 
 REASON = "dspex.reason"

@@ -217,6 +217,13 @@ class UnitOfWork:
             state.lease.touch(self.steady)
         return state
 
+    def peek(self, session_id: str) -> SessionState | None:
+        """Return what `find_session` does, without renewing the TTL."""
+        state = self._drafts.find(session_id)
+        if state is not None and state.lease is not None and state.is_over(self.steady):
+            return None
+        return state
+
     def session(self, session_id: str) -> SessionState:
         """Return the live session and renew its TTL, or raise `SessionNotFoundError`."""
         state = self.find_session(session_id)

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from dspex_persist.state.commands.globs import compile_glob
+from dspex_persist.state.globs import compile_glob
 from tests.deadline import cpu_s_below
 
 

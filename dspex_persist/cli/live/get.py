@@ -150,8 +150,8 @@ def _row_of_state(state: "VariableState") -> Row:
 def select(session: str, known: "Mapping[str, T]", asked: Sequence[str]) -> list[T]:
     """Return the variables with these names or globs, in their order, or all; an unknown name is an error."""
     from dspex_persist.state.audit import is_glob, suggestion
-    from dspex_persist.state.commands.globs import compile_glob
     from dspex_persist.state.errors import VariableNotFoundError
+    from dspex_persist.state.globs import compile_glob
 
     selected: dict[str, T] = {}
     for name in asked or ["*"]:

@@ -11,8 +11,8 @@ from dspex_persist.cli.live.opening import state_of
 from dspex_persist.cognitive.steps import Asked, Runs, Step, Work, run_work, run_work_aio
 from dspex_persist.state import commands
 from dspex_persist.state.audit import HistoryQuery
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError, VariableNotFoundError
+from dspex_persist.state.globs import compile_glob
 
 if TYPE_CHECKING:
     from dspex_persist.state.audit import AuditSource, HistoryEntry, VariableState

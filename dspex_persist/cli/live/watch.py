@@ -294,7 +294,7 @@ def _line_of_entry(entry: "HistoryEntry") -> Line:
 def _matcher(names: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that tells whether a name is one of these, or matches one of these globs."""
     from dspex_persist.state.audit import is_glob
-    from dspex_persist.state.commands.globs import compile_glob
+    from dspex_persist.state.globs import compile_glob
 
     if not names:
         return lambda _name: True

@@ -32,6 +32,7 @@ from dspex_persist.state.bridge.calls import Calls, methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.hold_service import HoldRpcs
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
+from dspex_persist.state.bridge.permitted import PERMIT
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import beside, recordings, workers
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
@@ -252,7 +253,9 @@ class AuditServicer(TransactionRpcs, HoldRpcs):
                 raise UnavailableError("the server is shutting down; continue after the cursor of the last message")
 
     def _source(self, request: Any) -> AuditSource:
-        return Auditable.of(self._provider).audit(reveal=self._reveal and getattr(request, "reveal", False))
+        source = Auditable.of(self._provider).audit(reveal=self._reveal and getattr(request, "reveal", False))
+        permit = PERMIT.get()
+        return source if permit is None else permit.source(source)
 
     async def _on(self, threads: ThreadPoolExecutor, question: Callable[[], R]) -> R:
         try:

@@ -26,7 +26,7 @@ from dspex_persist.state import commands
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.headers import POSITION
 from dspex_persist.state.commands import Command
-from dspex_persist.state.commands.globs import compile_glob
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.model import Update, UpdateKind, Variable, VariablesFound, VariableVersion, size_of
 
 MAX_BYTES: Final = 32 * 1024 * 1024

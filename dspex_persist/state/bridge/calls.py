@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from dspex_persist.infra.logs import DEBUG, EventLogger, get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import values
+from dspex_persist.state.bridge.capabilities import bare
 from dspex_persist.state.bridge.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
 from dspex_persist.state.bridge.incoming import Call, Context, RequestHeaders, fitting
 from dspex_persist.state.bridge.rpcs.base import Rpc
@@ -75,8 +76,8 @@ class Calls:
 
     def belongs(self, context: Context) -> bool:
         """Return whether the call is part of a running execution, and so is accepted while the server drains."""
-        execution_id = RequestHeaders(context).find(EXECUTION_ID)
-        return execution_id is not None and self._runner.is_running(execution_id)
+        shown = RequestHeaders(context).find(EXECUTION_ID)
+        return shown is not None and self._runner.is_running(bare(shown))
 
     def _call(self, context: Context) -> Call:
         return Call(context, self._limits, self._max_message_bytes)

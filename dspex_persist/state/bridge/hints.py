@@ -7,6 +7,9 @@ from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, EXECUTION_ID, IDE
 from dspex_persist.state.errors import Hint
 
 IN_RPCS: Final[Mapping[str, str]] = {
+    Hint.ASK_OWNER: (
+        "its owner, or an administrator, can add a rule: InitializeSession with the metadata access_control_json"
+    ),
     Hint.ADD_SCOPE: "add the scope to its line in the token file of the server, or use another token",
     Hint.ANOTHER_FILE: "give the server another --db",
     Hint.OPEN_THERE: "connect to it there, and repeat the call",

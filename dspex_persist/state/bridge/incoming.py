@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from dspex_persist.infra.tokens import CALLER
+from dspex_persist.infra.tokens import CALLER, Identity
 from dspex_persist.state import arguments
 from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, REASON, SOURCE, TIMEOUT_S
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
@@ -165,6 +165,12 @@ def fitting(message: M, max_message_bytes: int) -> M:
     return message
 
 
+def _ruled(context: Context) -> Identity | None:
+    """Return who makes a call that the rules of sessions are asked about, see `guard`."""
+    identity: Identity | None = getattr(context, "identity", None)
+    return identity
+
+
 def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
     """Return who makes the call: the actor in `x-dspex-actor`, or else the host that the call comes from.
 
@@ -188,4 +194,6 @@ def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
     reason = headers.find(REASON)
     if reason is not None:
         arguments.reason(REASON, reason)
-    return Origin(actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID), reason)
+    return Origin(
+        actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID), reason, _ruled(context)
+    )

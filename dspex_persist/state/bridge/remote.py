@@ -16,6 +16,7 @@ from dspex_persist.infra.tls import CallerFiles
 from dspex_persist.infra.tracing import Headers
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.capabilities import Capabilities
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
@@ -60,6 +61,7 @@ class RemoteTools:
         allow: Whether an address may be called at all.
         tls: The certificates for addresses with TLS.
         limits: The limits of results.
+        capabilities: What the workers get as the ids of executions, if an id alone does not let them speak for one.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class RemoteTools:
         allow: Callable[[str], bool],
         tls: CallerFiles | None = None,
         limits: Limits | None = None,
+        capabilities: Capabilities | None = None,
     ) -> None:
         self._call_timeout_s = call_timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -82,6 +85,7 @@ class RemoteTools:
         self._allow = allow
         self._tls = tls or CallerFiles()
         self._limits = limits or Limits()
+        self._capabilities = capabilities
         # Ordered by last use.
         self._peers: dict[str, Peer] = {}
         self._closed = False
@@ -148,7 +152,7 @@ class RemoteTools:
         address = call.tool.address
         limit_s = self._call_timeout_s if call.timeout_s is None else call.timeout_s
         texts = {EXECUTION_ID: call.execution_id, ASKED_BY: call.asked_by}
-        metadata = (*((name, text) for name, text in texts.items() if text), *place)
+        metadata = (*((name, self._shown(text)) for name, text in texts.items() if text), *place)
         bound = asyncio.timeout(limit_s)
         try:
             async with bound:
@@ -163,6 +167,9 @@ class RemoteTools:
             if not bound.expired():
                 raise  # a timeout of the code that receives the chunks
             raise RemoteToolError(call.tool.spec.name, address, f"no answer within {limit_s:g} s") from None
+
+    def _shown(self, execution_id: str) -> str:
+        return execution_id if self._capabilities is None else self._capabilities.of(execution_id)
 
     async def _peer(self, address: str) -> "Peer":
         target, tls = self._target(address)

@@ -10,6 +10,7 @@ from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS, CONTINUES
 from dspex_persist.state.bridge.incoming import Context, check_count, fitting
 from dspex_persist.state.bridge.inherited import OneProcess
+from dspex_persist.state.bridge.permitted import PERMIT, Permit
 from dspex_persist.state.bridge.rpcs import RPCS
 from dspex_persist.state.bridge.rpcs.sessions import INITIALIZE_SESSION
 from dspex_persist.state.bridge.tools import ToolRpcs
@@ -68,7 +69,7 @@ class BridgeServicer(ToolRpcs):
         check_count("variables in the batch", identifiers, self._limits.batch_entries, "batch_entries")
         watched = (request.session_id, tuple(identifiers))
         try:
-            watch = await asyncio.to_thread(self._provider.watch, *watched, after_sequence=after)
+            watch = await asyncio.to_thread(self._watch, *watched, after, PERMIT.get())
         except InvalidArgumentError as error:
             if error.field == ARGUMENTS[AFTER_SEQUENCE]:
                 raise InvalidArgumentError(AFTER_SEQUENCE, error.reason) from error
@@ -77,6 +78,16 @@ class BridgeServicer(ToolRpcs):
             await asyncio.to_thread(_check_continues, watch, continued)
         log = self._log("WatchVariables", request.session_id, call)
         await self._watchers.send(watch, context, log, initial=request.include_initial_values)
+
+    def _watch(self, session_id: str, identifiers: tuple[str, ...], after: int | None, permit: Permit | None) -> Watch:
+        watch = self._provider.watch(session_id, identifiers, after_sequence=after)
+        if permit is None:
+            return watch
+        try:
+            return permit.watch(watch, session_id)
+        except BaseException:
+            watch.close()
+            raise
 
 
 def _check_continues(watch: Watch, first_sequence: int) -> None:

@@ -90,6 +90,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.PermissionDeniedError: StatusCode.PERMISSION_DENIED,
     errors.QuotaExceededError: StatusCode.RESOURCE_EXHAUSTED,
     errors.RateLimitedError: StatusCode.RESOURCE_EXHAUSTED,
+    errors.AccessDeniedError: StatusCode.PERMISSION_DENIED,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
     errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
     errors.ShuttingDownError: StatusCode.UNAVAILABLE,

@@ -10,6 +10,7 @@ from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, BEGAN, INITIAL_VALUES, POSITION
 from dspex_persist.state.bridge.incoming import Context
+from dspex_persist.state.bridge.permitted import PermittedWatch
 from dspex_persist.state.errors import UnavailableError, WatchStalledError
 from dspex_persist.state.model import Update, UpdateKind
 from dspex_persist.state.watch import Watch
@@ -165,7 +166,16 @@ class _WatchStream:
     async def _send_initial(self) -> None:
         for variable in self.watch.initial:
             update = Update(UpdateKind.INITIAL_VALUE, variable, self.sent, variable.updated_at)
-            await self._send(codec.update_message(update))
+            await self._send(self._described(update) or codec.update_message(update))
+
+    def _described(self, update: Update) -> pb.VariableUpdate | None:
+        """Return the message for an update in a session with rules, which tells each watcher what concerns it."""
+        about = self.watch.about(update.variable) if isinstance(self.watch, PermittedWatch) else ""
+        if not about:
+            return None
+        message = codec.update_message(update)
+        message.variable.access_control_json = about
+        return message
 
     async def _send_new(self) -> bool:
         """Send the updates that are available; returns whether there were any."""
@@ -176,7 +186,7 @@ class _WatchStream:
             if update.part[0] == update.part[1]:
                 # Counts as sent even if it stalls, because what gRPC has accepted arrives before the status.
                 self.sent = update.sequence
-            await self._send(self._streams.encoded.message(update))
+            await self._send(self._described(update) or self._streams.encoded.message(update))
         return bool(updates)
 
     async def _wait(self) -> None:

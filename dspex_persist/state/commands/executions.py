@@ -8,7 +8,6 @@ from dspex_persist.state import arguments, values
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.commands.base import FEW, Command, Reads, check_metadata, check_text
 from dspex_persist.state.commands.derivations import derive
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionEndedError,
     IdempotencyConflictError,
@@ -21,6 +20,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, ToolsRegistered
 from dspex_persist.state.frozen import freeze
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     CONCURRENCY,

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 from dspex_persist.state import arguments, values
+from dspex_persist.state.access import OWNER, without_owner
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.dependencies import check_dependency
 from dspex_persist.state.commands.executions import check_spec, check_tool_count
@@ -332,7 +333,7 @@ class _Repetition:
         self._uow.record(self._session_id, replace(event, session_id=self._session_id))
 
     def _check_session(self, event: SessionStarted | SessionUpdated) -> None:
-        check_session_metadata(event.metadata, self._uow.limits)
+        check_session_metadata(without_owner(event.metadata), self._uow.limits)
         if event.ttl_s is not None and not 0 < event.ttl_s <= MOST_TTL_S:
             raise ValueError(f"a session cannot have a TTL of {event.ttl_s} seconds")
 
@@ -495,6 +496,7 @@ class ForkSession(Command[SessionView]):
     Each variable has version 0. The rules are not checked: the other session may have been imported.
 
     `variables` are those of that session, and `dependencies` refer to their ids; the new variables get new ids.
+    `access` is the part of its metadata about access; the owner is whoever forks it, if somebody shows who they are.
     """
 
     forked_from: str
@@ -502,6 +504,7 @@ class ForkSession(Command[SessionView]):
     variables: tuple[Variable, ...] = ()
     dependencies: tuple[Dependency, ...] = ()
     rules: tuple[Rule, ...] = ()
+    access: Mapping[str, str] = field(default_factory=dict)
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = SessionView
@@ -511,7 +514,9 @@ class ForkSession(Command[SessionView]):
         check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
         if uow.find_session(self.session_id) is not None:
             raise SessionExistsError(self.session_id)
-        metadata = {FORKED_FROM: self.forked_from, FORKED_AT: str(self.forked_at)}
+        metadata = {FORKED_FROM: self.forked_from, FORKED_AT: str(self.forked_at), **self.access}
+        if uow.origin.identity is not None:
+            metadata[OWNER] = uow.origin.identity.name
         config = {"forked": {"session_id": self.forked_from, "sequence": self.forked_at}}
         state = uow.start_session(SessionStarted(self.session_id, metadata, uow.session_ttl_s, config))
         ids = {variable.id: self._register(uow, variable) for variable in self.variables}

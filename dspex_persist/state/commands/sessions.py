@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
+from dspex_persist.infra.tokens import Identity
 from dspex_persist.state import budgets
+from dspex_persist.state.access import ACCESS, OWNER, may_change_rules, parse_rules, without_owner
 from dspex_persist.state.budgets import Budget
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
-from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.errors import AccessDeniedError, InvalidArgumentError, quote
 from dspex_persist.state.events import SessionStarted, SessionUpdated
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import CONCURRENCY, Concurrency, SessionSummary, SessionView
@@ -27,7 +29,7 @@ class InitializeSession(Command[SessionView]):
     """Begin a session, or resume the live one with this id and merge the metadata into its metadata.
 
     `metadata["ttl_seconds"]` sets its TTL in seconds; "0" means no TTL. `metadata["dspex.concurrency"]` says what an
-    execution does while another one runs.
+    execution does while another one runs, `metadata["access_control_json"]` who may use it, see `state.access`.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -39,21 +41,39 @@ class InitializeSession(Command[SessionView]):
     def apply(self, uow: UnitOfWork) -> SessionView:
         check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
         check_session_metadata(self.metadata, uow.limits)
+        identity = uow.origin.identity
+        if ACCESS in self.metadata:
+            _check_rules(self.metadata[ACCESS], identity)
         state = uow.find_session(self.session_id)
         if state is None:
             encode(dict(self.config), name="config")  # Refuses objects that are not JSON, which could not be stored.
             ttl_s = _ttl_of(self.metadata, uow.session_ttl_s)
-            uow.start_session(SessionStarted(self.session_id, self.metadata, ttl_s, self.config))
+            metadata = self.metadata if identity is None else {**self.metadata, OWNER: identity.name}
+            uow.start_session(SessionStarted(self.session_id, metadata, ttl_s, self.config))
             return SessionView(resumed=False, variables=())
         self._merge(uow, state)
         return _resumed(uow, state)
+
+    def _check_may_change(self, kept: Mapping[str, str], identity: Identity | None) -> None:
+        changes = ACCESS in self.metadata and self.metadata[ACCESS] != kept.get(ACCESS)
+        if changes and identity is not None and not may_change_rules(kept, identity):
+            raise AccessDeniedError(identity.name, self.cause, self.session_id, "other rules")
 
     def _merge(self, uow: UnitOfWork, state: SessionState) -> None:
         merged = {**state.session.metadata, **self.metadata}
         ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
-            check_merged_metadata(merged, self.metadata, uow.limits, _KNOWN)
+            self._check_may_change(state.session.metadata, uow.origin.identity)
+            check_merged_metadata(without_owner(merged), self.metadata, uow.limits, _KNOWN)
             uow.record(self.session_id, SessionUpdated(self.session_id, merged, ttl_s))
+
+
+def _check_rules(text: str, identity: Identity | None) -> None:
+    if identity is None:
+        reason = "it protects nothing here, where nobody shows who they are: it needs a server that demands tokens"
+        raise InvalidArgumentError(ACCESS, reason)
+    if text:
+        parse_rules(text)
 
 
 def _resumed(uow: UnitOfWork, state: SessionState) -> SessionView:
@@ -103,7 +123,7 @@ class ResumeSession(Command[SessionView | None]):
         if state is None:
             return None
         session = state.session
-        if not self.metadata.items() <= session.metadata.items():
+        if ACCESS in self.metadata or not self.metadata.items() <= session.metadata.items():
             return None
         if _ttl_of(self.metadata, session.ttl_s) != session.ttl_s:
             return None
@@ -126,6 +146,14 @@ class ReadState(Command[SessionState]):
 
     def apply(self, uow: UnitOfWork) -> SessionState:
         return uow.session(self.session_id)
+
+
+@dataclass(frozen=True, slots=True)
+class PeekSession(Command[SessionState | None]):
+    """Return the published state, without counting as a use of the session; None if it is not live."""
+
+    def apply(self, uow: UnitOfWork) -> SessionState | None:
+        return uow.peek(self.session_id)
 
 
 @dataclass(frozen=True, slots=True)

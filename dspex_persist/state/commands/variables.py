@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from dspex_persist.state import values
 from dspex_persist.state.arguments import Number, Version
 from dspex_persist.state.commands.base import FEW, Command, Reads, check_merged_metadata, check_metadata, check_text
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     LimitExceededError,
@@ -21,6 +20,7 @@ from dspex_persist.state.errors import (
     VersionPrunedError,
     quote,
 )
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     BatchOutcome,

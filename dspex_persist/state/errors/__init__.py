@@ -27,6 +27,7 @@ from dspex_persist.state.errors.rules import InvalidRuleError as InvalidRuleErro
 from dspex_persist.state.errors.rules import RuleExistsError as RuleExistsError
 from dspex_persist.state.errors.rules import RuleNotFoundError as RuleNotFoundError
 from dspex_persist.state.errors.rules import RuleViolatedError as RuleViolatedError
+from dspex_persist.state.errors.service import AccessDeniedError as AccessDeniedError
 from dspex_persist.state.errors.service import CircuitOpenError as CircuitOpenError
 from dspex_persist.state.errors.service import EngineClosedError as EngineClosedError
 from dspex_persist.state.errors.service import ForkedProcessError as ForkedProcessError

@@ -14,6 +14,7 @@ class Hint(StrEnum):
     ANOTHER_SESSION_ID = "another_session_id"
     OPEN_THERE = "open_there"
     ANOTHER_TOOL_NAME = "another_tool_name"
+    ASK_OWNER = "ask_owner"
     BEGIN_SESSION = "begin_session"
     CALL_LESS_OFTEN = "call_less_often"
     CHECK_FILE = "check_file"
@@ -84,6 +85,9 @@ class Hint(StrEnum):
 _MAINTENANCE: Final = "dspex_persist.state.store.maintenance"
 
 IN_PYTHON: Final[Mapping[str, str]] = {
+    Hint.ASK_OWNER: (
+        "its owner, or an administrator, can add a rule: initialize_session(session_id, access_control(rules))"
+    ),
     Hint.ADD_SCOPE: "add the scope to its line in the token file of the server, or use another token",
     Hint.ANOTHER_FILE: "give another path",
     Hint.OPEN_THERE: "open it there, and repeat the call",

@@ -56,6 +56,25 @@ class CircuitOpenError(UnavailableError):
 
 
 @dataclass(eq=False)
+class AccessDeniedError(StateError):
+    """The rules of a session do not allow what the call asks for; nothing was done.
+
+    Attributes:
+        identity: Whose token it is.
+        operation: The rpc.
+        session_id: The session.
+        missing: What the rules would have to allow: `read of 'x'`, `write of all variables`, `execute of 'tool'`.
+    """
+
+    template = "{identity} may not call {operation} in session {session_id!q}: its rules do not allow {missing}"
+    advice = Hint.ASK_OWNER
+    identity: str
+    operation: str
+    session_id: str
+    missing: str
+
+
+@dataclass(eq=False)
 class UnauthenticatedError(StateError):
     """The server demands a token, and the call has none that is valid; nothing was done."""
 

@@ -28,10 +28,10 @@ from dspex_persist.state.audit import (
     joined_reasons,
     suggestion,
 )
-from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.conditions import holds
 from dspex_persist.state.errors import NotInHistoryError, UnsupportedError, VersionNotFoundError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded
+from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.journal import attempts_of, check_name, error_text, find_execution
 from dspex_persist.state.lm_calls import Ended, LmUsage, LmUsageQuery, usage_of
 from dspex_persist.state.masking import Secrets

@@ -1,5 +1,6 @@
 """Forks of sessions in memory, and commands that bring them back to what they were."""
 
+from dspex_persist.state.access import part_of
 from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.events import DependencyAdded, DependencyRemoved, Event, RuleAdded, RuleRemoved
 from dspex_persist.state.graph import Dependencies
@@ -32,7 +33,13 @@ def fork(past: PastSession, new_session_id: str, sequence: int) -> ForkSession:
         edge for edge in edges if edge.until is None and edge.from_id in variables and edge.to_id in variables
     )
     return ForkSession(
-        new_session_id, past.session.id, sequence, tuple(variables.values()), lasting, tuple(rules.values())
+        new_session_id,
+        past.session.id,
+        sequence,
+        tuple(variables.values()),
+        lasting,
+        tuple(rules.values()),
+        part_of(past.session.metadata),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.clock import nearest_time
+from dspex_persist.state.access import part_of
 from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
 from dspex_persist.state.events import (
@@ -47,12 +48,15 @@ from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.history.secrets import secrets_of
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_OF, SOURCE_OF, is_sensitive
-from dspex_persist.state.values.json_text import stored, stored_object
+from dspex_persist.state.values.json_text import stored, stored_object, stored_texts
 
 T = TypeVar("T")
 
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 4 * 1024 * 1024
+_METADATA: Final = (
+    "SELECT metadata FROM sessions WHERE session_id = ? AND started_sequence <= ? ORDER BY session_key DESC LIMIT 1"
+)
 _SESSIONS: Final = "SELECT session_key, started_sequence FROM sessions WHERE session_id = ? ORDER BY session_key"
 _EXTENT: Final = "SELECT count(*), max(sequence) FROM commits WHERE session_key = ?"
 _MARKER: Final = """
@@ -404,7 +408,9 @@ def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> F
     with snapshot(readers) as connection:
         edges = tuple(Dependency(*row) for row in raw_rows(connection, _DEPENDENCIES, session_id, sequence))
         rules = rules_as_of(connection, session_id, sequence)
-    return ForkSession(new_session_id, session_id, sequence, variables, edges, rules)
+        row = _first(connection, _METADATA, session_id, sequence)
+    access = part_of(stored_texts(row[0])) if row is not None else {}
+    return ForkSession(new_session_id, session_id, sequence, variables, edges, rules, access)
 
 
 def rules_as_of(connection: Connection, session_id: str, sequence: int) -> tuple[Rule, ...]:
