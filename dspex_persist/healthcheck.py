@@ -224,7 +224,9 @@ def _ask(place: Place, timeout_s: float) -> Health:
         return _absent(place, error.reason, error.kind)
     if is_serving:
         return Health(place.target, "serving")
-    return Health(place.target, "not_serving", f"{place.target} is not serving: it is shutting down, or not ready yet")
+    return Health(
+        place.target, "not_serving", f"{place.target} is not serving: it is shutting down, or its writer is stuck"
+    )
 
 
 def _absent(place: Place, reason: str, kind: str) -> Health:

@@ -71,6 +71,8 @@ EXIT_STORAGE_FAILED: Final = 70
 SWITCH_INTERVAL_S: Final = 0.005
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
 _ANSWER_FAILED_S: Final = 1.0
+# After so long without progress the writer counts as stuck: longer than it waits for a lock of another program.
+_STUCK_S: Final = 30.0
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
 _STARTING_S: Final = 3_600.0
 _ENDING_S: Final = 600.0
@@ -964,6 +966,7 @@ async def _serve_bridge(
             on_ready=on_ready,
             stop=end.stop,
             on_drain=drain,
+            is_fit=lambda: engine.silent_s <= _STUCK_S,
             belongs=servicer.belongs,
             meter=calls,
             spans=OF_CLIENTS,
@@ -991,6 +994,9 @@ def _unfit(end: "_End", engine: "SqliteState", ready: threading.Event) -> str:
         engine.check_open()
     except StateError as error:
         return str(error)
+    silent_s = engine.silent_s
+    if silent_s > _STUCK_S:
+        return f"stuck: the writer has made no progress for {silent_s:.0f} s"
     return "" if ready.is_set() else "starting"
 
 

@@ -172,6 +172,7 @@ async def serve(
     admit: Admit = _admit_all,
     meter: CallMeter | None = None,
     spans: CallSpans | None = None,
+    is_fit: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serve until `stop` is set, then drain; returns when no call is left.
 
@@ -190,6 +191,7 @@ async def serve(
             refuses the call.
         meter: Counts all calls, also those that are refused.
         spans: How calls are traced, but those of health and reflection, which others make all the time.
+        is_fit: Whether the process can do its work; if not, health answers NOT_SERVING.
 
     Raises:
         ListenError: The address is not available.
@@ -204,7 +206,9 @@ async def serve(
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
     handlers = [_handler_of(service, calls, meter, options.listen, spans) for service in services]
-    handlers += [_handler_of(service, own_calls, meter) for service in _own_services(options, services, draining)]
+    handlers += [
+        _handler_of(service, own_calls, meter) for service in _own_services(options, services, draining, is_fit)
+    ]
     server.add_generic_rpc_handlers(tuple(handlers))
     port = _bind(server, address, options.certificates)
     sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
@@ -713,22 +717,28 @@ class _MeteredContext:
 # --- Health and reflection ---
 
 
-def _own_services(options: ServerOptions, services: Sequence[Service], draining: asyncio.Event) -> list[Service]:
+def _own_services(
+    options: ServerOptions, services: Sequence[Service], draining: asyncio.Event, is_fit: Callable[[], bool]
+) -> list[Service]:
     find = descriptor_pool.Default().FindServiceByName
     health = find("grpc.health.v1.Health")
     names = [*(service.descriptor.full_name for service in services), health.full_name]
-    own = [Service(health, _Health(names, draining))]
+    own = [Service(health, _Health(names, draining, is_fit))]
     if options.reflection:
         own.append(Service(find("grpc.reflection.v1alpha.ServerReflection"), _Reflection(names, draining)))
     return own
 
 
 class _Health:
-    """grpc.health.v1: SERVING until the drain, which ends every Watch, because an open one would delay it."""
+    """grpc.health.v1: SERVING until the drain, which ends every Watch, because an open one would delay it.
 
-    def __init__(self, names: Sequence[str], draining: asyncio.Event) -> None:
+    A Watch is told of the drain only; Check also says when the process cannot do its work.
+    """
+
+    def __init__(self, names: Sequence[str], draining: asyncio.Event, is_fit: Callable[[], bool]) -> None:
         self._names = frozenset(("", *names))
         self._draining = draining
+        self._is_fit = is_fit
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         if request.service not in self._names:
@@ -748,7 +758,8 @@ class _Health:
 
     def _now(self) -> health_pb2.HealthCheckResponse:
         answer = health_pb2.HealthCheckResponse
-        return _health(answer.NOT_SERVING if self._draining.is_set() else answer.SERVING)
+        is_serving = self._is_fit() and not self._draining.is_set()
+        return _health(answer.SERVING if is_serving else answer.NOT_SERVING)
 
 
 def _health(status: int) -> health_pb2.HealthCheckResponse:

@@ -129,7 +129,7 @@ def test_a_server_that_shuts_down(tmp_path: Path) -> None:
             wait_until(lambda: "draining" in server.stderr_tail, "it drains")
             code, output = health(tmp_path, "--target", target)
             assert code == NOT_SERVING
-            assert output == f"error: {target} is not serving: it is shutting down, or not ready yet\n"
+            assert output == f"error: {target} is not serving: it is shutting down, or its writer is stuck\n"
             gate.open()
             call.result()
         assert server.wait(within(30)) == 0

@@ -19,6 +19,7 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dspex_persist import wiring
 from dspex_persist.infra.tokens import add
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
@@ -370,17 +371,25 @@ def test_a_server_with_tokens_shows_them_to_who_may_read(served: Served, tmp_pat
     assert get(url.replace("/metrics", "/healthz")).status == 200
 
 
-def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path) -> None:
+def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     end: Any = SimpleNamespace(stop=threading.Event())
     engine, ready = SqliteState(tmp_path / "a.db"), threading.Event()
     said = [_unfit(end, engine, ready)]
     ready.set()
     said.append(_unfit(end, engine, ready))
+    monkeypatch.setattr(wiring, "_STUCK_S", -1)
+    said.append(_unfit(end, engine, ready).partition(" for ")[0])
     engine.close()
     said.append(_unfit(end, engine, ready))
     end.stop.set()
     said.append(_unfit(end, engine, ready))
-    assert said == ["starting", "", str(EngineClosedError()), "draining"]
+    assert said == [
+        "starting",
+        "",
+        "stuck: the writer has made no progress",
+        str(EngineClosedError()),
+        "draining",
+    ]
 
 
 @pytest.mark.parametrize(

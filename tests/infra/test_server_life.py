@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dspex_persist.infra import server
+from dspex_persist.infra.health import serves
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
 from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, serve
@@ -335,6 +336,26 @@ def _open_reflection(channel: grpc.Channel) -> Iterator[Iterator[object]]:
         yield answers
     finally:
         requests.put(None)
+
+
+def test_health_is_not_serving_while_the_process_cannot_do_its_work() -> None:
+    async def run() -> None:
+        stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
+        options, services = ServerOptions("127.0.0.1:0"), [Service(ping.DESCRIPTOR, object())]
+        serving = asyncio.create_task(
+            serve(
+                options, services, status_of=lambda _: None, on_ready=port.set_result, stop=stop, is_fit=lambda: fit[0]
+            )
+        )
+        address = TcpAddress("127.0.0.1", await port)
+        for fit[0] in (True, False, True):
+            said.append(await asyncio.to_thread(serves, address, None, within(10)))
+        stop.set()
+        await serving
+
+    fit, said = [True], list[bool]()
+    asyncio.run(run())
+    assert said == [True, False, True]
 
 
 # --- Refusals before serving ---
