@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Final
 from dspex_persist.infra import server, streams
 from dspex_persist.infra.channels import is_here
 from dspex_persist.infra.interrupts import interrupts
-from dspex_persist.infra.listen import TcpAddress, UnixAddress, is_loopback, parse_listen, target_of
+from dspex_persist.infra.listen import TLS_SCHEME, TcpAddress, UnixAddress, is_loopback, parse_listen, target_of
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End, loop_factory
+from dspex_persist.infra.tls import Certificates
 from dspex_persist.settings import SettingsError
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.registered_service import RegisteredServicer
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _GRACE_S: Final = 10.0
 _ANSWER_S: Final = 30.0
 
+_logger: Final = get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -39,7 +43,8 @@ class WorkerOptions:
         listen: Where to serve; "" for a free port, or a socket in a new folder if the server has one, too.
         address: Where the server reaches it; "" if that is where it listens.
         worker_id: How it is called in the session; "" for the name of this machine.
-        insecure: Whether other machines may reach it.
+        certificates: For TLS; None to serve without encryption.
+        insecure: Whether other machines may reach it without that.
         tool_threads: How many tools that are not asynchronous run at a time.
         max_message_bytes: The largest message.
         limits: The limits of parameters and results.
@@ -50,6 +55,7 @@ class WorkerOptions:
     listen: str
     address: str
     worker_id: str
+    certificates: Certificates | None
     insecure: bool
     tool_threads: int
     max_message_bytes: int
@@ -90,12 +96,15 @@ def _check(options: WorkerOptions, *, is_near: bool) -> None:
     """Refuse an address that the server could not reach, or that others could. Raises `ListenError` if it is none."""
     address = parse_listen(options.listen)
     if not is_loopback(options.listen):
-        if not options.insecure:
+        if not options.insecure and options.certificates is None:
             reason = (
                 f"{options.listen!r} can be reached from other machines, and anyone who can connect could run the "
-                "tools: listen on 127.0.0.1 or on unix:PATH, or accept that with --insecure"
+                "tools: listen on 127.0.0.1 or on unix:PATH, serve TLS with --tls-cert and --tls-key, or accept that "
+                "with --insecure"
             )
             raise SettingsError("listen", reason)
+        if options.certificates is not None and not options.certificates.asks_clients:
+            _logger.warning("anyone who can connect can run the tools: see client_ca")
         if not options.address and isinstance(address, TcpAddress) and address.host in ("0.0.0.0", "::"):
             raise SettingsError("listen", f"{options.listen!r} is every address: say with --address which one to call")
     elif not is_near and not options.address:
@@ -113,7 +122,11 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
         serving = asyncio.create_task(
             server.serve(
                 server.ServerOptions(
-                    listen, max_message_bytes=options.max_message_bytes, grace_s=_GRACE_S, reflection=False
+                    listen,
+                    certificates=options.certificates,
+                    max_message_bytes=options.max_message_bytes,
+                    grace_s=_GRACE_S,
+                    reflection=False,
                 ),
                 [server.Service(BRIDGE_SERVICE, servicer)],
                 status_of=status_of,
@@ -127,6 +140,8 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
                 serving.result()
             specs = [tool.spec for tool in tools.values()]
             address = options.address or _reached(listen, ready.result())
+            if options.certificates is not None and not address.startswith(TLS_SCHEME):
+                address = TLS_SCHEME + address
             registrations = Registrations(state, options.sessions, worker_id, specs, address)
             await _until_stopped(serving, registrations, ready.result())
         finally:

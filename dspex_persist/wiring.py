@@ -621,16 +621,17 @@ def serve_worker(
     """Run the tools in `settings` for sessions of a running server, until SIGTERM or SIGINT; see `registered.run`.
 
     Args:
-        settings: The tools, their threads, the limits and the logs.
+        settings: The tools, their threads, the limits, the logs, and the files for TLS.
         url: The server, as for `connect`.
         sessions: The sessions to register the tools for.
         listen: Where to serve; by default on a free port, or a socket if the server has one.
         address: Where the server reaches it; by default where it listens.
         worker_id: How the worker is called in the session; by default by the name of this machine.
-        insecure: Allow an address that other machines can reach.
+        insecure: Allow an address that other machines can reach without TLS.
 
     Raises:
-        SettingsError: The address is invalid, or can be reached from other machines without `insecure`.
+        SettingsError: The address is invalid, or can be reached from other machines without TLS or `insecure`; or a
+            file cannot be used.
         ToolLoadError: There are no tools.
         ListenError: The address is in use, or cannot be bound.
         StateError: The server cannot be reached, or refuses the tools.
@@ -644,6 +645,7 @@ def serve_worker(
         listen,
         address,
         worker_id,
+        _certificates_of(settings),
         insecure,
         settings.tool_threads,
         int(settings.max_message_bytes),

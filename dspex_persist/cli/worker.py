@@ -22,7 +22,7 @@ EPILOG = (
     "dspex-persist worker --tools shop.tools --server 127.0.0.1:50051 --session shop\n\n"
     "dspex-persist worker --tools shop.tools:sell --server unix:/run/dspex.sock --session a --session b\n\n"
     "dspex-persist worker --tools shop.tools --server grpcs://db:50051 --session shop --listen 10.1.0.7:50060 "
-    "--insecure\n\n"
+    "--tls-cert w.pem --tls-key w.key --client-ca ca.pem\n\n"
     "[bold]Exit codes[/bold]\n\n"
     "0  ended by SIGTERM or Ctrl-C\n\n"
     "1  the server cannot be reached, has no such session, or refuses the tools\n\n"
@@ -61,6 +61,19 @@ WorkerId = typer.Option(
     help="What the worker is called in the session. [dim](the name of this machine)[/dim]",
     show_default=False,
 )
+TlsCert = typer.Option(
+    "--tls-cert",
+    metavar="PATH",
+    help="Serve with TLS: the worker's certificate (PEM). The server trusts those of its --worker-ca.",
+    show_default=False,
+)
+TlsKey = typer.Option("--tls-key", metavar="PATH", help="The private key of --tls-cert (PEM).", show_default=False)
+ClientCa = typer.Option(
+    "--client-ca",
+    metavar="PATH",
+    help="Demand of the server a certificate of these authorities (PEM): its --worker-cert.",
+    show_default=False,
+)
 Insecure = typer.Option(
     "--insecure", help="Allow --listen to be reachable from other machines, without encryption or login."
 )
@@ -80,6 +93,9 @@ def worker(
     listen: Annotated[str, Listen] = "",
     address: Annotated[str, Address] = "",
     worker_id: Annotated[str, WorkerId] = "",
+    tls_cert: Annotated[Path | None, TlsCert] = None,
+    tls_key: Annotated[Path | None, TlsKey] = None,
+    client_ca: Annotated[Path | None, ClientCa] = None,
     insecure: Annotated[bool, Insecure] = False,
     tool_threads: Annotated[str | None, ToolThreads] = None,
     config: Annotated[Path | None, Config] = None,
@@ -88,7 +104,15 @@ def worker(
     from dspex_persist import wiring
     from dspex_persist.settings import load_settings
 
-    flags = {"tools": tuple(tools), "tool_threads": tool_threads}
+    flags = {
+        "tools": tuple(tools),
+        "tool_threads": tool_threads,
+        # A socket has no TLS.
+        "listen": listen or None,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "client_ca": client_ca,
+    }
     wiring.serve_worker(
         load_settings({name: flag for name, flag in flags.items() if flag is not None}, config=config, runs_tools=True),
         url_of(server),

@@ -19,6 +19,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import StateError, ToolFailedError
 from dspex_persist.state.model import ExecutionStatus, ToolSpec
 from dspex_persist.testing.server import ServedDatabase
+from tests.certificates import Authority
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of, wait_until
@@ -170,6 +171,20 @@ def test_a_call_in_progress_may_finish(tmp_path: Path) -> None:
         assert outcome.error_code == "UNAVAILABLE"
 
 
+def test_with_tls_both_ways(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    ours, theirs = authority.issue("server"), authority.issue("worker")
+    ca = str(authority.cert)
+    shown = ("--worker-ca", ca, "--worker-cert", str(ours.cert), "--worker-key", str(ours.key))
+    demanded = ("--tls-cert", str(theirs.cert), "--tls-key", str(theirs.key), "--client-ca", ca)
+    with serve(tmp_path / "sessions.db", *shown) as server, BridgedState(target_of(server)) as state:
+        Context("s", state).define("a", 0)
+        with start(target_of(server), *sessions("s"), *demanded) as worker:
+            assert Context("s", state).call("increase", amount=2) == 2
+            (spec,) = [spec for spec in state.list_tools("s") if spec.name == "increase"]
+            assert spec.metadata["dspex.address"] == f"grpcs://127.0.0.1:{worker.port}"
+
+
 def test_looking_keeps_no_session_alive(provider: BridgedState) -> None:
     Context("short", provider, ttl_s=1).define("a", 0)
     looking = Registrations(provider, ["short"], "w", [ToolSpec("t")], "127.0.0.1:1")
@@ -195,6 +210,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "no module": (["--session", "first", "--tools", "nothing_here"], 2, "the import failed"),
     "another machine": (["--session", "first", "--listen", "0.0.0.0:0"], 2, "with --insecure"),
     "every address": (["--session", "first", "--listen", "0.0.0.0:0", "--insecure"], 2, "with --address"),
+    "half of TLS": (["--session", "first", "--tls-cert", __file__], 2, "give --tls-key, too"),
     "no address": (["--session", "first", "--listen", "nowhere"], 75, "nowhere"),
     "not allowed": (
         ["--session", "first", "--address", "192.0.2.1:50060"],
