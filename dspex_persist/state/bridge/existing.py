@@ -177,7 +177,7 @@ class _Asking:
     """Stands for the session of an execution where there is none. The runner does not know it, so it writes nothing."""
 
     def __init__(self, session_id: str, origin: Origin) -> None:
-        self.execution_id = f"{NOBODYS}.{secrets.token_hex(8)}"
+        self.execution_id = f"asking_{secrets.token_hex(8)}"
         self.origin = origin
         self.execution = self
         self._session_id = session_id
