@@ -207,6 +207,10 @@ class Settings(LimitSettings):
         description="Serve metrics for Prometheus at `http://HOST:PORT/metrics` (port 0: any free port); needs the "
         "extra `[metrics]` (docs/metrics.md).",
     )
+    same_user: bool = Field(
+        False,
+        description="Refuse calls from processes of other users of this machine; for a `listen` on loopback, on Linux.",
+    )
     durability: Literal["full", "normal"] = Field(
         "full",
         description="`full`: acknowledged writes survive a power cut. `normal`: faster, but they survive only a crash "

@@ -444,6 +444,7 @@ def serve(settings: Settings) -> None:
     notifier = Notifier.of_process()
     try:
         _check_listen(settings, has_tls=settings.tls_cert is not None)
+        _check_same_user(settings)
         _refuse_passed_sockets()
         certificates, tokens = _certificates_of(settings), _tokens_of(settings)
         _allowed_of(settings)
@@ -543,6 +544,17 @@ def _check_metrics(settings: Settings, *, has_tls: bool) -> None:
             raise
         reason = "metrics need prometheus-client, which is not installed: pip install 'dspex-persist[metrics]'"
         raise SettingsError("metrics_listen", reason) from None
+
+
+def _check_same_user(settings: Settings) -> None:
+    from dspex_persist.infra.peers import can_tell_users
+
+    if not settings.same_user:
+        return
+    if not is_loopback(settings.listen):
+        raise SettingsError("same_user", f"other machines can reach {settings.listen!r}: listen on 127.0.0.1")
+    if not can_tell_users():
+        raise SettingsError("same_user", "this system does not say whose a connection is: listen on unix:PATH")
 
 
 def _certificates_of(settings: Settings) -> "Certificates | None":
@@ -842,6 +854,7 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.pools import Pools
     from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
+    from dspex_persist.state.bridge.same_user import SameUser
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.bridge.traced import OF_CLIENTS
@@ -849,6 +862,8 @@ async def _serve_bridge(
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
+        if users is not None:
+            users.serves(port)
         spare_the_collector(had_tools=bool(tools))
         scheme = "" if certificates is None else "grpcs://"
         address = f"{scheme}{listen.rpartition(':')[0]}:{port}" if port else listen
@@ -883,6 +898,9 @@ async def _serve_bridge(
     access = _access(certificates, tokens, denials)
     if tokens is not None:
         engine.limit_storage(tokens.allowance_of)
+    admit = None if access is None else access.admit
+    users = SameUser(denials, admit) if settings.same_user and not listen.startswith("unix:") else None
+    admit = admit if users is None else users.admit
     home = asyncio.get_running_loop()
     pools = Pools(plans, limits, int(settings.max_message_bytes))
     provider = WithTools(
@@ -972,7 +990,7 @@ async def _serve_bridge(
             belongs=servicer.belongs,
             meter=calls,
             spans=OF_CLIENTS,
-            **({} if access is None else {"admit": access.admit}),
+            **({} if admit is None else {"admit": admit}),
         )
 
 

@@ -76,6 +76,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "stop it, or use another --db. Several programs share one through a server: `dspex-persist serve`, and "
         "connect('grpc://HOST:PORT')"
     ),
+    "same_user": "run it as the user of the server: it answers no others at this address",
     "send_token": "set DSPEX_PERSIST_TOKEN to a token of the server's token file",
     "show_certificate": (
         "if it demands certificates of clients, name this one's in DSPEX_PERSIST_CERT and its key in DSPEX_PERSIST_KEY"

@@ -92,6 +92,9 @@ ClientCa = _option(
 TokenFile = _option(
     _NETWORK, "--token-file", "PATH", "none", "Demand of every call a token of this file. Read again when it changes."
 )
+SameUser = _option(
+    _NETWORK, "--same-user/--no-same-user", None, "no", "On 127.0.0.1: refuse processes of other users (Linux)."
+)
 MetricsListen = _option(
     _NETWORK, "--metrics-listen", "HOST:PORT", "none", "Serve metrics for Prometheus at http://HOST:PORT/metrics."
 )
@@ -190,6 +193,7 @@ def serve(
     tls_key: Annotated[str | None, TlsKey] = None,
     client_ca: Annotated[str | None, ClientCa] = None,
     token_file: Annotated[str | None, TokenFile] = None,
+    same_user: Annotated[bool | None, SameUser] = None,
     metrics_listen: Annotated[str | None, MetricsListen] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,

@@ -136,8 +136,9 @@ Admit: TypeAlias = Callable[[str, Context, "asyncio.Task[Any] | None"], Admissio
 """Admits a call of an rpc, or raises. For a stream, it gets the task, and may end the stream later: see `Admission`."""
 
 
-def _admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -> None:
-    return None
+def admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -> None:
+    """Admit everybody."""
+    return
 
 
 @dataclass(eq=False)
@@ -169,7 +170,7 @@ async def serve(
     stop: asyncio.Event,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
-    admit: Admit = _admit_all,
+    admit: Admit = admit_all,
     meter: CallMeter | None = None,
     spans: CallSpans | None = None,
     is_fit: Callable[[], bool] = lambda: True,
@@ -333,7 +334,7 @@ class _Calls:
         status_of: StatusOf,
         closing: asyncio.Event | None = None,
         belongs: Callable[[Context], bool] = lambda _: False,
-        admit: Admit = _admit_all,
+        admit: Admit = admit_all,
     ) -> None:
         self.active = 0
         self._admit = admit

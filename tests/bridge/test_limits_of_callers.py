@@ -1,5 +1,8 @@
 """What a line of the token file says beside the scopes: how much, until when, whose certificate. One server for all."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from google.rpc.status_pb2 import Status
 
 from dspex_persist import clock
 from dspex_persist.infra import tokens
+from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access import names_of
 from dspex_persist.state.bridged import BridgedState
@@ -25,6 +29,7 @@ from dspex_persist.state.errors import (
     UnavailableError,
 )
 from dspex_persist.testing.server import ServedDatabase
+from dspex_persist.wiring import serve
 from tests.certificates import Authority, Pair
 from tests.deadline import within
 
@@ -232,3 +237,43 @@ def test_sessions_and_stored_bytes(served: ServedDatabase, file: Path) -> None:
             state.set_variable("mine", "text", "x" * 598)
         # It began neither.
         assert state.set_variable("s", "x", 7)
+
+
+# Other users of this machine
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_processes_of_other_users_are_refused(file: Path, admin: str, tmp_path: Path) -> None:
+    with ServedDatabase(tmp_path / "a.db", {"same_user": True, "token_file": file}) as served:
+        with BridgedState(served.target, token=admin, timeout_s=within(20)) as state:
+            state.initialize_session("s")
+        calling = (
+            "import grpc, sys\n"
+            f"with grpc.insecure_channel({served.target!r}) as channel:\n"
+            "    try:\n"
+            "        channel.unary_unary('/snakepit.bridge.BridgeService/Ping')(b'', timeout=60,\n"
+            f"            metadata=(('authorization', 'Bearer {admin}'),))\n"
+            "    except grpc.RpcError as error:\n"
+            "        print(error.code().name, error.details())\n"
+        )
+        answer = subprocess.run(
+            (sys.executable, "-c", calling),
+            user=65534,
+            group=65534,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+        )
+        assert answer.stdout.startswith(
+            "UNAUTHENTICATED not authenticated: the call comes from a process of another user; run it as the user of"
+        ), answer.stderr
+        with BridgedState(served.target, token=admin, timeout_s=within(20)) as state, state.audit() as audit:
+            (denied,) = audit.denials()
+    assert denied.missing == "a process of the user of the server"
+
+
+def test_it_is_for_loopback_only(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="other machines can reach"):
+        serve(Settings(db=tmp_path / "a.db", listen="0.0.0.0:0", insecure=True, same_user=True))
+    assert not list(tmp_path.iterdir())

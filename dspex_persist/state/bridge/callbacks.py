@@ -11,6 +11,8 @@ from typing import Any, Final, Protocol
 
 from dspex_persist import clock
 from dspex_persist.infra import server
+from dspex_persist.infra.listen import TcpAddress, parse_listen
+from dspex_persist.infra.peers import can_tell_users
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, timestamp_of, value_of
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
@@ -20,6 +22,7 @@ from dspex_persist.state.bridge.incoming import Context, RequestHeaders
 from dspex_persist.state.bridge.lent import KIND, PUBLISH, take_entries
 from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
+from dspex_persist.state.bridge.same_user import SameUser
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.bridge.status import status_of
 from dspex_persist.state.bridge.traced import from_workers
@@ -83,12 +86,21 @@ class Callbacks:
         """
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
+        # A port has no mode as a socket has, and existing workers send no token.
+        users = SameUser() if isinstance(parse_listen(listen), TcpAddress) and can_tell_users() else None
+
+        def on_ready(port: int) -> None:
+            if users is not None:
+                users.serves(port)
+            ready.set_result(port)
+
         serving = server.serve(
             options,
             self._services(),
             status_of=status_of,
-            on_ready=ready.set_result,
+            on_ready=on_ready,
             stop=self._stop,
+            admit=server.admit_all if users is None else users.admit,
             spans=from_workers(lambda: self._worker.executions),
         )
         # Of its own: the call for which a worker is started is not around what that one does later.

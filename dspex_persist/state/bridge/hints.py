@@ -72,6 +72,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.RUN_AGAIN: "run it again",
     Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name a running execution",
     Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
+    Hint.SAME_USER: "run it as the user of the server: it answers no others at this address",
     Hint.SEND_TOKEN: "send the header `authorization: Bearer TOKEN`, with a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients, show one",
     Hint.STORE_LESS: (

@@ -71,6 +71,7 @@ class Hint(StrEnum):
     RUNNING_EXECUTION = "running_execution"
     SHARE_BY_SERVER = "share_by_server"
     """Another process owns the database."""
+    SAME_USER = "same_user"
     SEND_TOKEN = "send_token"
     SHOW_CERTIFICATE = "show_certificate"
     STORE_LESS = "store_less"
@@ -157,6 +158,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "end that process, or open another file; several programs share one through a server: "
         "dspex_persist.serve(settings), and connect('grpc://HOST:PORT')"
     ),
+    Hint.SAME_USER: "run it as the user of the server: it answers no others at this address",
     Hint.SEND_TOKEN: "connect(url, token=...), or set DSPEX_PERSIST_TOKEN, to a token of the server's token file",
     Hint.SHOW_CERTIFICATE: "if it demands certificates of clients: connect(url, cert='client.pem', key='client.key')",
     Hint.STORE_LESS: (
