@@ -20,6 +20,7 @@ from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.registered_service import RegisteredServicer
 from dspex_persist.state.bridge.registering import Registrations
 from dspex_persist.state.bridge.status import status_of
+from dspex_persist.state.bridge.traced import OF_THE_SERVER
 from dspex_persist.state.bridge.worker_session import Callback
 from dspex_persist.state.limits import Limits
 
@@ -132,6 +133,7 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
                 status_of=status_of,
                 on_ready=ready.set_result,
                 stop=end.stop,
+                spans=OF_THE_SERVER,
             )
         )
         try:

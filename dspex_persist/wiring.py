@@ -663,7 +663,8 @@ def serve_worker(
         int(settings.max_message_bytes),
         limits_of(settings),
     )
-    registered.run(options, _load_tools(settings))
+    with _traced(settings):
+        registered.run(options, _load_tools(settings))
 
 
 async def _serve(

@@ -78,8 +78,7 @@ class TracedRpc:
                     is_cancelled = True
                     raise
                 finally:
-                    code = context.code()
-                    _end(span, (_CANCELLED if is_cancelled else _OK) if code is None else _number_of(code), _FAULTS)
+                    _end(span, context.code(), is_cancelled=is_cancelled)
 
         return traced
 
@@ -140,7 +139,9 @@ def _number_of(code: Any) -> int:
     return code if isinstance(code, int) else int(code.value[0])
 
 
-def _end(span: Span, code: int, faults: frozenset[int]) -> None:
-    span.set({"rpc.grpc.status_code": code})
-    if code in faults:
-        span.fail()
+def _end(span: Span, code: Any, *, is_cancelled: bool) -> None:
+    """Note with which status a call has ended; gRPC has none for one that succeeded, or whose client has gone."""
+    number = (_CANCELLED if is_cancelled else _OK) if code is None else _number_of(code)
+    span.set({"rpc.grpc.status_code": number})
+    if number in _FAULTS:
+        span.fail(getattr(code, "name", ""))

@@ -3,6 +3,7 @@
 They have names, ids and counts, never values, arguments, prompts or answers.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
@@ -34,7 +35,11 @@ async def executing(
     """
     name, facts = _tool(request) if is_tool else _block(request)
     with tracer.span(name, facts) as span:
-        outcome = await execute()
+        try:
+            outcome = await execute()
+        except asyncio.CancelledError:
+            span.set({_STATUS: ExecutionStatus.CANCELLED.value})
+            raise
         span.set(
             {
                 _STATUS: "refused" if outcome.status is None else outcome.status.value,
@@ -42,6 +47,7 @@ async def executing(
                 **({} if outcome.commit_sequence is None else {"dspex.commit.sequence": outcome.commit_sequence}),
                 **({"dspex.execution.repeated": True} if outcome.repeated else {}),
                 **({_EXECUTION_ID: outcome.execution_id} if outcome.execution_id else {}),
+                **({_CALL_ID: outcome.execution_id} if outcome.execution_id and is_tool else {}),
             }
         )
         if outcome.error is not None:
@@ -73,7 +79,7 @@ def begun(session: ToolSession) -> None:
         return
     session.place = tracer.here()
     span, facts = tracer.current, {_EXECUTION_ID: session.execution_id}
-    span.set({**facts, _CALL_ID: session.execution_id})
+    span.set(facts if session.execution.parent is None else {**facts, _CALL_ID: session.execution_id})
     if session.attempt > 1:
         span.event("retry", {**facts, "dspex.execution.attempt": session.attempt})
 
