@@ -37,7 +37,7 @@ def _rows(key: str, what: str, without: Series, metered: Series) -> list[Row]:
     return [base, Row.of_rounds(f"engine.{key}", "... with metrics", "updates/s", rates, ratios, ratio_to=base.key)]
 
 
-def _turns(plan: Plan) -> Iterator[tuple[int, float]]:
+def turns(plan: Plan) -> Iterator[tuple[int, float]]:
     """Yield whose turn it is in a round, 0 or 1, and for how many seconds."""
     for turn in range(_TURNS):
         # The second of two may find the disk busy with what the first has written.
@@ -45,7 +45,8 @@ def _turns(plan: Plan) -> Iterator[tuple[int, float]]:
             yield which, plan.slice_s / _TURNS
 
 
-def _take(series: tuple[Series, Series], parts: list[tuple[int, Slice]]) -> None:
+def take(series: tuple[Series, Series], parts: list[tuple[int, Slice]]) -> None:
+    """Add to two series what each has done in its turns of a round."""
     for which, each in enumerate(series):
         each.slices.append(joined([part for number, part in parts if number == which]))
 
@@ -64,7 +65,7 @@ def _in_process(plan: Plan, folder: Path) -> tuple[Series, Series]:
             carry_out(state, begin_session(0))
             setters.append(setter(state))
         for _ in range(plan.rounds):
-            _take(series, [(which, run_threads(setters[which], 1, seconds)) for which, seconds in _turns(plan)])
+            take(series, [(which, run_threads(setters[which], 1, seconds)) for which, seconds in turns(plan)])
     return series
 
 
@@ -93,4 +94,4 @@ async def _call(plan: Plan, ports: list[int], series: tuple[Series, Series]) -> 
             if plan.warm_s:
                 await calls[-1].run(plan.warm_s)
         for _ in range(plan.rounds):
-            _take(series, [(which, await calls[which].run(seconds)) for which, seconds in _turns(plan)])
+            take(series, [(which, await calls[which].run(seconds)) for which, seconds in turns(plan)])

@@ -47,8 +47,8 @@ def prepare(plan: Plan, path: Path) -> None:
     make_file(path, chain(*sessions, *histories))
 
 
-def start_server(path: Path, *options: str) -> ServerProcess:
-    """Start the server as users do, on `path`, with default settings and these `options`."""
+def start_server(path: Path, *options: str, variables: Mapping[str, str] | None = None) -> ServerProcess:
+    """Start the server as users do, on `path`, with default settings, these `options` and environment `variables`."""
     argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0", *options]
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
     # For the tools of this package, as the server runs in the folder of the file.
@@ -57,7 +57,7 @@ def start_server(path: Path, *options: str) -> ServerProcess:
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env.setdefault("PYTHONPYCACHEPREFIX", str(path.parent / "bytecode"))
     # Not in the current folder, whose settings file would change the results.
-    return ServerProcess.start(argv, env=env, cwd=path.parent)
+    return ServerProcess.start(argv, env={**env, **(variables or {})}, cwd=path.parent)
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:

@@ -81,7 +81,10 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
     """Return the jobs that measure times, which run one after the other, with nothing else on the machine."""
     jobs: dict[SectionName, list[_Job]] = {
         "rpc": [_Job("rpc.measure", (plan, folder / "rpc.db"))],
-        "tools": [_Job(each, (plan, folder / "tools.db")) for each in ("executing.measure", "beside_slow.measure")],
+        "tools": [
+            *(_Job(each, (plan, folder / "tools.db")) for each in ("executing.measure", "beside_slow.measure")),
+            _Job("traced.measure", (plan, folder)),
+        ],
         "pool": [_Job("pool.measure", (plan, folder))],
         "watchers": [_Job("watchers.measure", (plan, folder))],
         "connections": [_Job("connections.measure", (plan, folder))],

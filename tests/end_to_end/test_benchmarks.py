@@ -12,7 +12,7 @@ from benchmarks.commits import can_trace
 from benchmarks.compare import SavedRun, changes, format_changes
 from benchmarks.interpreter import describe_build
 from benchmarks.parts import PARTS
-from benchmarks.plan import FULL, QUICK, SECTIONS
+from benchmarks.plan import CALLERS, FULL, QUICK, SECTIONS
 from benchmarks.table import BEGIN, END, WIDTH, Row, Target, format_table, rewrite_docs
 from tests.deadline import within
 
@@ -58,6 +58,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"rpc.{rpc}.{in_flight}" for rpc in RPCS for in_flight in QUICK.in_flight),
         *(f"tools.{name}.{in_flight}" for name in EXECUTED for in_flight in QUICK.in_flight),
         *(f"tools.chunks.{streams}" for streams in QUICK.streams),
+        *(f"tools.{each}traced.{in_flight}" for each in ("", "un") for in_flight in (1, CALLERS)),
         *(f"pool.{tool}.{count}" for tool in ("compute", "pause") for count in (0, 1, 2)),
         *("pool.call.0", "pool.call.1", "pool.start.8", "pool.refill"),
         *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
