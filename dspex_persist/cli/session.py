@@ -1,4 +1,4 @@
-"""dspex-persist session: export, import and fork sessions with their history."""
+"""dspex-persist session: show, export, import and fork sessions with their history."""
 
 import io
 import os
@@ -29,8 +29,8 @@ _LEFT_OUT: Final = (
 )
 
 HELP: Final = (
-    "Export, import or fork a session with its whole history, or migrate its typed variables.\n\n"
-    "export only reads, and works while a server has the file open. import, fork and migrate change the file: "
+    "Show a session; export, import or fork it with its whole history, or migrate its typed variables.\n\n"
+    "show and export only read, and work while a server has the file open. import, fork and migrate change the file: "
     "while a server has it open, name the server. With --target, they work on it, and it serves others meanwhile.\n\n"
     "sessions (with an s at the end) lists and ends live sessions.\n\n"
 )
@@ -345,6 +345,41 @@ def fork(
         say(f"{report['path']}: session {new} begun with {what}")
 
     carry_out(as_json, work, show)
+
+
+@app.command(
+    "show",
+    help=(
+        "Show a session: when it began and ended, its metadata, who owns it, and its rules.\n\n"
+        "Rules say who else may use the session, on servers that demand tokens. A server shows those that concern the "
+        "token; its owner and administrators see all.\n\n"
+        "Of several sessions with this id, it is the newest.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist session show checkout-42\n\n"
+        "dspex-persist session show checkout-42 --target 127.0.0.1:50051 --json\n\n"
+    ),
+)
+def show_(session: Session, db: Db = None, server: Server = None, as_json: Json = False) -> None:
+    """Show a session."""
+    from dspex_persist import wiring
+    from dspex_persist.cli.shown import document_of, show_session
+    from dspex_persist.state.audit import SessionQuery
+    from dspex_persist.state.errors import NotInHistoryError
+
+    url = server_of(server, db)
+
+    def work(_: Progress) -> dict[str, Any]:
+        with wiring.open_audit(url or database_of(db)) as audit:
+            # Compared again, because the id may look like a pattern.
+            found = (each for each in audit.iterate(SessionQuery(session=session)) if each.session_id == session)
+            entry = next(found, None)
+        if entry is None:
+            raise NotInHistoryError("session", session, "")
+        return document_of(entry)
+
+    carry_out(as_json, work, show_session)
 
 
 @app.command(

@@ -47,6 +47,7 @@ COMMANDS: dict[str, list[str]] = {
     "db stats": ["--db", "DB"],
     "db prune": ["--db", "DB", "--keep-versions", "1"],
     "db vacuum": ["--db", "DB"],
+    "session show": ["é✓", "--db", "DB"],
     "session export": ["é✓", "--db", "DB", "-o", "-"],
     "session import": ["DB.jsonl", "--db", "NEW"],
     "session fork": ["é✓", "NEW", "--db", "DB"],
