@@ -1,6 +1,10 @@
 """The rules of a session on every rpc of both services: what owner, administrator, guest and stranger get."""
 
+import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
@@ -19,7 +23,7 @@ from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.guard import KIND_OF, InSession, OfServer
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.commands import GetSession, GetVariable, ListVariables, SetVariable
+from dspex_persist.state.commands import GetSession, GetVariable, ListVariables, RegisterTools, SetVariable
 from dspex_persist.state.errors import (
     AccessDeniedError,
     ExecutionNotFoundError,
@@ -31,9 +35,10 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
 )
 from dspex_persist.state.lm_calls import LmUsageQuery
-from dspex_persist.state.model import Value
+from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
 from dspex_persist.testing.server import ServedDatabase
 from tests.bridge.test_access import line
+from tests.bridge.worker import Worker, serving
 from tests.deadline import within
 
 METHODS = {each.full_name: each for service in (BRIDGE_SERVICE, AUDIT_SERVICE) for each in service.methods}
@@ -530,6 +535,52 @@ def test_audits_leave_out_what_may_not_be_read(states: dict[str, BridgedState], 
             audit.resolve(execution.execution_id)
 
 
+def test_names_and_ids_of_what_is_hidden_are_as_if_unknown(states: dict[str, BridgedState], session: str) -> None:
+    execute(states["ann"], session, 5)
+    with states["ann"].audit() as audit:
+        secret = next(audit.iterate(HistoryQuery(session=session, variable="secret")))
+        (execution,) = audit.iterate(ExecutionQuery(session=session))
+    with states["bob"].audit() as audit:
+        for variable in ("secret", secret.variable_id, "nope"):
+            for where in ((), ("> 1000",), ("> 0",)):
+                with pytest.raises(NotInHistoryError) as unknown:
+                    list(audit.iterate(HistoryQuery(session=session, variable=variable, where=where)))
+                assert (unknown.value.what, unknown.value.hint) == ("variable", "")
+        assert not list(audit.iterate(HistoryQuery(session=session, variable="pub_a", where=("> 1000",))))
+    with states["eve"].audit() as audit:
+        for execution_id in (execution.execution_id, "exec_1"):
+            with pytest.raises(NotInHistoryError):
+                list(audit.iterate(HistoryQuery(execution_id=execution_id)))
+            with pytest.raises(NotInHistoryError):
+                list(audit.iterate(CommitQuery(since=execution_id)))
+
+
+def test_metadata_of_hidden_sessions_cannot_be_searched(states: dict[str, BridgedState]) -> None:
+    """A page that is full does not tell whether something hidden would follow."""
+    numbers = [next(NUMBERS) for _ in range(3)]
+    for who, number in zip(("ann", "eve", "ann"), numbers, strict=True):
+        states[who].initialize_session(f"tagged-{number:03}", {**access_control([]), "tag": str(numbers[0])})
+    with states["eve"].audit() as audit:
+        page = audit.page(SessionQuery(metadata={"tag": str(numbers[0])}), None, 1)
+        assert ([each.session_id for each in page.rows], page.after) == ([f"tagged-{numbers[1]:03}"], None)
+
+
+def test_sums_of_calls_leave_out_sessions_of_which_something_is_hidden(
+    states: dict[str, BridgedState], session: str
+) -> None:
+    recording = states["ann"].submit_recording(session).result()
+    call_made = {"model": "m-ruled", "usage": {"prompt_tokens": 3}, "request": {}, "response": {}}
+    recording.submit_record("lm", call_made).result()
+    recording.submit_commit().result()
+    query = LmUsageQuery(by=("model",), model="m-ruled")
+    calls = {}
+    for who, state in states.items():
+        with state.audit() as audit:
+            calls[who] = sum(each.calls for each in audit.iterate(query))
+            assert all(each.session_id is None for each in audit.iterate(query))
+    assert calls == {"root": 1, "ann": 1, "bob": 0, "cat": 1, "eve": 0}
+
+
 def test_a_condition_on_hidden_values_tells_nothing(served: ServedDatabase, session: str) -> None:
     """Neither by a row, nor by the cursor of a page."""
     for operand in ("42", "43"):
@@ -653,6 +704,52 @@ def test_a_transaction_of_a_guest_is_limited_until_it_commits(states: dict[str, 
         states["bob"].submit_transaction(session).result()
 
 
+def test_a_registered_tool_speaks_by_what_it_was_told(
+    served: ServedDatabase, states: dict[str, BridgedState], session: str
+) -> None:
+    """It may do everything in its execution, whoever's token it has; the id alone lets it do nothing."""
+
+    async def scenario() -> None:
+        worker = Worker()
+        async with serving(worker) as address:
+            tool = RegisteredTool(ToolSpec("hang"), "w", address)
+            await asyncio.to_thread(states["root"].run, RegisterTools(session, "w", (tool,)))
+            running = asyncio.create_task(asyncio.to_thread(states["ann"].execute_tool, session, "hang", timeout_s=60))
+            try:
+                async with asyncio.timeout(within(20)):
+                    await worker.begun.wait()
+                await asyncio.to_thread(speak, worker.headers[-1]["x-dspex-execution-id"])
+            finally:
+                await server_side_end()
+            await running
+
+    def speak(shown: str) -> None:
+        bare, _, secret = shown.partition(".")
+        assert len(secret) == 32
+        with BridgedState(served.target, token="eve", execution_id=shown) as inside:
+            assert inside.get_value(session, "secret") == 42
+            inside.set_variable(session, "secret", 43)
+            assert inside.get_value(session, "secret") == 43
+            with pytest.raises(StateError):
+                inside.get_value(f"{session}-other", "secret")
+        for wrong in (bare, f"{bare}.{secret[:-1]}", f"{bare}.{secret[::-1]}x"):
+            with (
+                BridgedState(served.target, token="eve", execution_id=wrong) as outside,
+                pytest.raises(ExecutionNotFoundError) as refused,
+            ):
+                outside.get_value(session, "secret")
+            assert secret not in str(refused.value)
+        with states["ann"].audit() as audit:
+            (execution,) = audit.iterate(ExecutionQuery(session=session))
+        assert execution.execution_id == bare
+
+    async def server_side_end() -> None:
+        # Its session ends, and with it what runs there.
+        await asyncio.to_thread(states["ann"].cleanup_session, session)
+
+    asyncio.run(scenario())
+
+
 # Idempotency keys
 
 
@@ -677,3 +774,12 @@ def test_the_page_about_security_shows_rules_that_work(states: dict[str, Bridged
     shown = states["ann"].run(GetSession(name)).metadata
     assert json.loads(shown[ACCESS]) == json.loads(section.partition("```json\n")[2].partition("```")[0])
     assert states["ann"].get_value(name, "order_total") == 90
+
+
+def test_a_command_shows_the_owner_and_the_rules(served: ServedDatabase, session: str) -> None:
+    command = (sys.executable, "-m", "dspex_persist", "session", "show", session, "--target", served.target, "--json")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DSPEX_PERSIST_TOKEN": "bob"}
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=within(60), check=True, env=environment)
+    report = json.loads(shown.stdout)
+    assert (report["owner"], report["rules"]) == ("ann", [rule.document() for rule in RULES[:3]])
+    assert report["metadata"] == {}

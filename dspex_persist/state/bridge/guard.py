@@ -438,7 +438,8 @@ _AUDIT: Final[Mapping[str, Kind]] = {
     "RegisterVariables": InSession(_definitions),
     "RemoveDependency": InSession(_dependency),
     "GetDependencies": InSession(_variable(May.READ), _names),
-    "ConstrainVariable": InSession(_variable(May.WRITE)),
+    # Whether the value satisfies other constraints tells something about it.
+    "ConstrainVariable": InSession(_variable(May.WRITE, May.READ)),
     # Whether a rule can be added tells something about the values of all its variables.
     "AddRule": InSession(_all(May.READ, May.WRITE)),
     "RemoveRule": InSession(_all(May.READ, May.WRITE)),

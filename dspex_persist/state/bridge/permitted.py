@@ -5,6 +5,7 @@ pages, and nothing to conclude from where a page ends.
 """
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,6 +45,14 @@ from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery, UsageBy, merged
 from dspex_persist.state.model import Update, UpdateKind, Variable
 from dspex_persist.state.watch import Watch
+
+_CONDITIONS: Final = (
+    *("type", "kind", "actor", "source", "tool", "metadata", "where"),
+    *("status", "idempotency_key", "cause"),
+)
+_PATIENCE_S: Final = 2.0
+"""How long a page may take: others wait for it."""
+_SOME: Final = 50
 
 E = TypeVar("E", bound=StateError)
 
@@ -127,11 +136,17 @@ class PermittedSource(AuditSource):
             query = replace(query, session=asked or query.session)
             if isinstance(query, LmUsageQuery):
                 return cast(Page[T], self._usage(query, after, most))
-            return self._page(query, after, most)
+            if isinstance(query, HistoryQuery):
+                self._check_point(query.execution_id, "execution_id")
+            page = self._page(query, after, most)
+            if isinstance(query, HistoryQuery) and asked and after is None and not page.rows:
+                self._check_variable(asked, query.variable)
+            return page
 
     def _page(self, query: Query[T], after: Cursor | None, most: int) -> Page[T]:
-        # With a condition on values, where a page ends must not tell whether something hidden fulfils it.
-        is_careful = bool(getattr(query, "where", ()))
+        # Where a page ends must not tell whether something hidden fulfils a condition.
+        is_careful = any(getattr(query, name, None) for name in _CONDITIONS)
+        patience_until = time.monotonic() + _PATIENCE_S
         kept: list[T] = []
         full: tuple[Cursor | None, int] | None = None
         while True:
@@ -149,7 +164,7 @@ class PermittedSource(AuditSource):
                         full = (after, place)
             if page.after is None:
                 return Page(kept)
-            if not is_careful and not hides:
+            if not (is_careful or hides) or time.monotonic() > patience_until:
                 # A page without rows is one of a long search.
                 return Page(kept, page.after if full is None else self._inner.page(query, *full).after)
             after = page.after
@@ -248,7 +263,7 @@ class PermittedSource(AuditSource):
     def _asking(self, session: str) -> Iterator[str]:
         """Ask about a session, or about none in its place if it may not be seen."""
         asked = session
-        if session:
+        if session and not self._sees_now(session):
             lives = self._lives.all_of(session)
             if lives and not any(grants_of(life.access, self._identity).sees for life in lives):
                 asked = absent_id()
@@ -260,6 +275,11 @@ class PermittedSource(AuditSource):
                     renamed(error, asked, session)
                 raise
 
+    def _sees_now(self, session: str) -> bool:
+        """Whether it sees the live session in memory, which saves reading the history."""
+        state = self._lives.peek(session)
+        return state is not None and grants_of(Access.of(state.session.metadata), self._identity).sees
+
     @contextmanager
     def _plainly(self) -> Iterator[None]:
         """Take the names of other sessions, variables and executions out of errors."""
@@ -269,6 +289,13 @@ class PermittedSource(AuditSource):
             if error.what == "execution":
                 raise _no_execution(error.name) from None
             raise NotInHistoryError(error.what, error.name, "") from None
+
+    def _check_variable(self, session: str, variable: str) -> None:
+        """Refuse to know a variable of which it may see nothing."""
+        if variable and not is_glob(variable):
+            rows = self._inner.page(HistoryQuery(session=session, variable=variable), None, _SOME).rows
+            if rows and all(self._shown(row) is None for row in rows):
+                raise NotInHistoryError("variable", variable, "")
 
     def _check_point(self, point: PointLike, option: str) -> None:
         """Refuse an execution as a point if its session may not be seen."""
