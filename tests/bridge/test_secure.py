@@ -125,14 +125,22 @@ def test_a_certificate_for_another_host_and_one_that_expired(
         assert state.initialize_session("before").resumed
 
 
-def test_a_client_refuses_an_expired_certificate(authority: Authority) -> None:
-    expired = authority.issue("expired", days=-1)
-    credentials = grpc.ssl_server_credentials([(expired.key.read_bytes(), expired.cert.read_bytes())])
+@pytest.mark.parametrize(
+    ("dates", "told"),
+    [
+        ({"days": -1}, "has expired; compare its dates"),
+        ({"begins": "20990101000000Z"}, "is not valid yet; compare its dates"),
+    ],
+    ids=["expired", "not yet valid"],
+)
+def test_a_client_refuses_a_certificate_by_its_dates(authority: Authority, dates: dict[str, Any], told: str) -> None:
+    wrong = authority.issue("wrong-dates", **dates)
+    credentials = grpc.ssl_server_credentials([(wrong.key.read_bytes(), wrong.cert.read_bytes())])
     with ThreadPoolExecutor(1) as threads:
         server = grpc.server(threads)
         port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
-        assert "has expired; compare its dates" in refusal(f"grpcs://127.0.0.1:{port}", ca=authority.cert)
+        assert told in refusal(f"grpcs://127.0.0.1:{port}", ca=authority.cert)
         server.stop(None).wait()
 
 
@@ -151,6 +159,23 @@ def test_clients_show_certificates_to_a_server_that_demands_them(
         monkeypatch.setenv(f"DSPEX_PERSIST_{name}", str(path))
     with BridgedState(secure(mutual)) as state:
         assert state.initialize_session("s").resumed
+
+
+@pytest.mark.parametrize("dates", [{"days": -1}, {"begins": "20990101000000Z"}], ids=["expired", "not yet valid"])
+def test_a_server_refuses_a_certificate_of_a_client_by_its_dates(
+    mutual: ServedDatabase, authority: Authority, dates: dict[str, Any]
+) -> None:
+    """Also one that does not look at its own certificate, as other clients do not."""
+    wrong = authority.issue("wrong-client", "DNS:client", **dates)
+    credentials = grpc.ssl_channel_credentials(
+        authority.cert.read_bytes(), wrong.key.read_bytes(), wrong.cert.read_bytes()
+    )
+    with grpc.secure_channel(mutual.target, credentials) as channel:
+        call: Any = channel.unary_unary("/snakepit.bridge.BridgeService/Ping")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=within(20))
+    error: Any = refused.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
