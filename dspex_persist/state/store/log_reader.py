@@ -174,7 +174,7 @@ _COMMITS = """
 """
 _VERSIONS = """
     SELECT sequence, variable_key, version, kind, source, value, metadata,
-        coalesce(value_blob, binary_blob, binary) IS NOT NULL
+        value_blob IS NOT NULL OR binary_blob IS NOT NULL OR versions.binary IS NOT NULL
     FROM versions WHERE sequence > ? ORDER BY sequence, variable_key, version
 """
 _EVENTS = "SELECT sequence, ordinal, kind, body FROM events WHERE sequence > ? ORDER BY sequence, ordinal"

@@ -23,7 +23,7 @@ from dspex_persist.state.store.chain import (
 from dspex_persist.state.store.engine import driver_of
 
 LOCK_KINDS: Final = frozenset({EventKind.OPTIMIZATION_STARTED, EventKind.OPTIMIZATION_STOPPED})
-_WANTED: Final = "(SELECT value FROM json_each(?))"
+_WANTED: Final = "(SELECT CAST(wanted.value AS INTEGER) FROM json_each(?) AS wanted)"
 _COMMITS: Final = f"""
     SELECT commits.sequence, commits.session_key, commits.actor, commits.cause, commits.created_at, commits.hash,
         previous.hash
@@ -32,7 +32,7 @@ _COMMITS: Final = f"""
 """
 _LEFT_VERSIONS: Final = f"""
     SELECT sequence, variable_key, version, kind, source, value, metadata,
-        coalesce(value_blob, binary_blob, binary) IS NOT NULL
+        value_blob IS NOT NULL OR binary_blob IS NOT NULL OR versions.binary IS NOT NULL
     FROM versions WHERE sequence IN {_WANTED} ORDER BY sequence, variable_key, version
 """
 _LEFT_EVENTS: Final = f"""
@@ -50,8 +50,8 @@ _GOING: Final = """
     SELECT events.sequence, events.kind,
         CASE WHEN events.kind = 'variable_registered' THEN json_extract(events.body, '$.variable_key') END
     FROM json_each(?) AS going
-    CROSS JOIN events ON events.sequence = json_extract(going.value, '$[0]')
-        AND events.ordinal = json_extract(going.value, '$[1]')
+    CROSS JOIN events ON events.sequence = CAST(json_extract(going.value, '$[0]') AS INTEGER)
+        AND events.ordinal = CAST(json_extract(going.value, '$[1]') AS INTEGER)
 """
 # Deletes the rows that an event of this kind created in this commit.
 _HANGING: Final = {

@@ -22,7 +22,7 @@ _REGISTERED: Final = """
     SELECT 1 FROM variables
     CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
     CROSS JOIN events ON events.sequence = commits.sequence AND events.kind = 'variable_registered'
-        AND json_extract(events.body, '$.variable_key') = variables.variable_key
+        AND CAST(json_extract(events.body, '$.variable_key') AS INTEGER) = variables.variable_key
     WHERE variables.variable_key = ?1 AND ?2 = -1 AND commits.sequence <= ?3
 """
 _LOST: Final = """

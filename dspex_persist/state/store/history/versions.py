@@ -47,7 +47,7 @@ _MAKER: Final = f"""
             SELECT CAST(substr({ENDING} ->> '$.execution_id', 6) AS INTEGER)
             FROM events AS ending CROSS JOIN json_each({ENDING}, '$.writes') AS written
             WHERE ending.sequence = versions.sequence AND ending.kind = 'execution_ended'
-                AND written.value ->> 0 = variables.name AND written.value ->> 1 = versions.version
+                AND written.value ->> 0 = variables.name AND CAST(written.value ->> 1 AS INTEGER) = versions.version
             LIMIT 1
         ) END,
         CAST(substr(commits.cause, 6) AS INTEGER)
