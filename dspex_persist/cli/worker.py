@@ -11,7 +11,7 @@ HELP = (
     "Run the tools of a module for sessions of a running server, without a line of code for that.\n\n"
     "It serves the tools at an address of its own, and registers them for each --session, where clients call them like "
     "the server's own; their ctx reads and writes in the transaction of the call. A session that ends and begins again "
-    "gets them again, and so does a server that was restarted. The token must have the scope admin "
+    "gets them again, also after a restart of the server. The token must have the scope admin "
     "(DSPEX_PERSIST_TOKEN; DSPEX_PERSIST_CA, _CERT and _KEY for TLS).\n\n"
     "Prints GRPC_READY:<port> on stdout when the tools are registered (0: a Unix socket); logs go to stderr. SIGTERM "
     "lets calls in progress finish. The tools stay registered: until it runs again, calls of them fail with "

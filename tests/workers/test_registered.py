@@ -236,21 +236,28 @@ def test_a_server_that_is_not_there() -> None:
 
 def test_names_of_the_server_and_tokens(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
-    argv = ["token", "new", "w", "--scopes", "read,write,execute", "--token-file", str(tokens)]
-    token = commands().run(argv, cwd=tmp_path, env=environment(), timeout_s=within(60)).stdout.split()[-1]
-    options = ("--tools", "tests.workers.own_tools", "--token-file", str(tokens))
+
+    def token(name: str, scopes: str) -> str:
+        argv = ["token", "new", name, "--scopes", scopes, "--token-file", str(tokens)]
+        return commands().run(argv, cwd=tmp_path, env=environment(), timeout_s=within(60)).stdout.split()[-1]
+
+    caller, ours = token("caller", "read,write,execute"), token("worker", "admin,read,write,execute")
+    options = ("--tools", "tests.workers.shop_tools:tools", "--token-file", str(tokens))
     with serve(tmp_path / "sessions.db", *options) as process:
         target = target_of(process)
-        with BridgedState(target, token=token) as state:
-            state.initialize_session("s")
-        status, error = refused(target, "--session", "s", DSPEX_PERSIST_TOKEN=token)
-        assert status == 1
-        assert "admin" in error
-        status, error = refused(target, "--session", "s")
-        assert (status, "token" in error) == (1, True)
-        admin = ["token", "new", "a", "--scopes", "admin,read,write,execute", "--token-file", str(tokens)]
-        done = commands().run(admin, cwd=tmp_path, env=environment(), timeout_s=within(60))
-        told = done.stdout.split()[-1]
-        status, error = refused(target, "--session", "s", DSPEX_PERSIST_TOKEN=told)
-        assert status == 1
-        assert "already exists: the server has a tool of this name" in error
+        with BridgedState(target, token=caller) as state:
+            # Nobody else may use the session, but the code of its tools belongs to their executions.
+            Context("s", state, metadata={"access_control_json": "[]"}).define("a", 0)
+            status, error = refused(target, "--session", "s", DSPEX_PERSIST_TOKEN=caller)
+            assert (status, "admin" in error) == (1, True)
+            status, error = refused(target, "--session", "s")
+            assert (status, "token" in error) == (1, True)
+            taken = "tests.workers.shop_tools:tools"
+            status, error = refused(target, "--session", "s", tools=taken, DSPEX_PERSIST_TOKEN=ours)
+            assert status == 1
+            assert "already exists: the server has a tool of this name" in error
+            one, other = "tests.workers.own_tools:below", "tests.workers.own_tools:increase"
+            with start(target, *sessions("s"), "--tools", other, tools=one, DSPEX_PERSIST_TOKEN=ours):
+                outcome = state.execute_tool("s", "below", {"amount": 3})
+                assert outcome.error is None
+                assert state.get_variable("s", "a").version == 1
