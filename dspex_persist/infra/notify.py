@@ -152,7 +152,7 @@ class Notifier:
             return
         message = "\n".join(lines).encode(errors="replace")
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
                 # A socket whose queue is full must not block.
                 manager.setblocking(False)
                 manager.sendto(message, self._address)
