@@ -45,7 +45,7 @@ TESTS_replay := tests/contract/test_programs.py tests/unit/test_program_loading.
 	tests/property/test_recordings.py tests/end_to_end/test_lm_recordings.py tests/end_to_end/test_plugin.py \
 	tests/end_to_end/test_replay.py
 TESTS_cli := tests/unit/test_settings.py tests/unit/test_pictures.py tests/end_to_end/test_audit_commands.py \
-	tests/end_to_end/test_audit_pages.py tests/end_to_end/test_db_commands.py tests/end_to_end/test_demo.py \
+	tests/end_to_end/test_audit_pages.py tests/end_to_end/test_db_commands.py tests/end_to_end/test_token_commands.py tests/end_to_end/test_demo.py \
 	tests/end_to_end/test_completion.py tests/end_to_end/test_health.py tests/end_to_end/test_live_commands.py tests/end_to_end/test_lm_shown.py \
 	tests/end_to_end/test_refused_files.py tests/end_to_end/test_restore_command.py tests/end_to_end/test_serve.py \
 	tests/end_to_end/test_service_manager.py \

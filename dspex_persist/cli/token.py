@@ -106,7 +106,7 @@ def list_(token_file: File = None, as_json: Json = False) -> None:
 
     def show(report: dict[str, Any]) -> None:
         for each in report["tokens"]:
-            more = [f"{key}={plain(str(each[key]))}" for key in _FACTS if key in each]
+            more = [f"{key}={_text(key, each[key])}" for key in _FACTS if key in each]
             if each.get("expired"):
                 more.append("(expired)")
             say("  ".join((plain(each["name"]), ",".join(each["scopes"]), *more)))
@@ -117,6 +117,12 @@ def list_(token_file: File = None, as_json: Json = False) -> None:
 
 
 _FACTS: Final = ("certificate", "rate", "inflight", "sessions", "bytes", "expires")
+
+
+def _text(key: str, fact: object) -> str:
+    if key == "rate":
+        return f"{fact:.6g}/s"
+    return f"{fact:,}" if key == "bytes" else plain(str(fact))
 
 
 def _described(identity: "Identity") -> dict[str, Any]:

@@ -122,6 +122,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = _signature(path)
+        self._readings = 0
         lines, faults = _read(path)
         if faults:
             raise TokenFileError(str(path), faults[0])
@@ -151,7 +152,14 @@ class Tokens:
         """Return how much an identity may do: of several lines for one name, the most of each. On any thread."""
         return self._allowances.get(name, UNLIMITED)
 
+    @property
+    def readings(self) -> int:
+        """How often the file has been read: what was found before holds as long as this stays, and until it expires."""
+        self._refresh()
+        return self._readings
+
     def _take(self, lines: "Lines") -> None:
+        self._readings += 1
         self._tokens = [(credential, each) for credential, each in lines.items() if isinstance(credential, bytes)]
         self._certificates = {name: each for name, each in lines.items() if isinstance(name, str)}
         allowances: dict[str, Allowance] = {}

@@ -1,5 +1,6 @@
 """What a line of the token file says beside the scopes: how much, until when, whose certificate. One server for all."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from freezegun import freeze_time
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -19,7 +21,7 @@ from dspex_persist import clock
 from dspex_persist.infra import tokens
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
-from dspex_persist.state.bridge.access import names_of
+from dspex_persist.state.bridge.access import Access, names_of
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import (
     PermissionDeniedError,
@@ -277,3 +279,38 @@ def test_it_is_for_loopback_only(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="other machines can reach"):
         serve(Settings(db=tmp_path / "a.db", listen="0.0.0.0:0", insecure=True, same_user=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_open_streams_are_looked_at_only_if_something_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tokens"
+    token = tokens.add(path, "a", ["read"], {"expires": "2100-01-01"})
+    asked = []
+    look_up = tokens.Tokens.look_up
+    monkeypatch.setattr(tokens.Tokens, "look_up", lambda self, digest: (asked.append(digest), look_up(self, digest))[1])
+
+    class Call:
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return (("authorization", f"Bearer {token}"),)
+
+        def peer(self) -> str:
+            return "unix:"
+
+    async def test() -> None:
+        access = Access(tokens.Tokens(path))
+        task = asyncio.create_task(asyncio.sleep(within(60)))
+        admissions = [access.admit("snakepit.bridge.BridgeService.WatchVariables", Call(), task) for _ in range(50)]
+        access._look()
+        asked.clear()
+        for _ in range(10):
+            access._look()
+        assert asked == []
+        with freeze_time("2100-01-02"):
+            access._look()
+        assert len(asked) == 50
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [type(admission.end(asyncio.CancelledError())) for admission in admissions if admission] == [
+            UnauthenticatedError
+        ] * 50
+
+    asyncio.run(test())

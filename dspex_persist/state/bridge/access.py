@@ -7,6 +7,8 @@ from contextvars import Context
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from dspex_persist import clock
+from dspex_persist.clock import LATEST
 from dspex_persist.infra.admission import Admission, CallCounts, TooManyCallsError
 from dspex_persist.infra.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Identity, Tokens, digest_of
 from dspex_persist.state.bridge.denials import Denials
@@ -122,6 +124,9 @@ class Access:
         self._certified = certified
         self._counts = CallCounts()
         self._streams: dict[Admission, _Stream] = {}
+        # As of the last look at them: how often the tokens had been read, and when the first of them expires.
+        self._readings = 0
+        self._expiry = LATEST
         self._timer: asyncio.TimerHandle | None = None
 
     def admit(self, rpc: str, context: Any, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
@@ -159,11 +164,13 @@ class Access:
         except TooManyCallsError as error:
             self._denials.note(rpc, context, str(error))
             raise RateLimitedError(identity.name, error.limit, error.retry_in_s) from None
-        if task is None and not counted:
+        lasts = task is not None and self._tokens is not None
+        if not lasts and not counted:
             return None
         admission = Admission(partial(self._ended, identity if counted else None), task)
-        if task is not None:
+        if lasts:
             self._streams[admission] = _Stream(rpc, scope, context, identity, find)
+            self._expiry = min(self._expiry, identity.expires_at or LATEST)
             self._look_later()
         return admission
 
@@ -196,15 +203,26 @@ class Access:
     def _look(self) -> None:
         """End the streams of those who may not have them any longer."""
         self._timer = None
+        readings = 0 if self._tokens is None else self._tokens.readings
+        # There may be thousands of them.
+        if readings != self._readings or clock.now() >= self._expiry:
+            self._readings = readings
+            self._end_revoked()
+        if self._streams:
+            self._look_later()
+
+    def _end_revoked(self) -> None:
+        self._expiry = LATEST
         for admission, stream in tuple(self._streams.items()):
             try:
-                _check_scope(stream.find(), stream.rpc, stream.scope)
+                identity = stream.find()
+                _check_scope(identity, stream.rpc, stream.scope)
             except (UnauthenticatedError, PermissionDeniedError) as error:
                 del self._streams[admission]
                 self._denials.note(stream.rpc, stream.context, _ENDED, caller=stream.identity)
                 admission.revoke(error)
-        if self._streams:
-            self._look_later()
+            else:
+                self._expiry = min(self._expiry, identity.expires_at or LATEST)
 
 
 class _Stream(NamedTuple):
