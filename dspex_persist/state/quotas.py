@@ -90,7 +90,7 @@ class Quotas:
         return True
 
     def end(self, first: int) -> int | None:
-        """Count a session that ends; returns what `restore` needs if that is not written."""
+        """Count a session that ends; returns what `take_back` needs if that is not written."""
         owner = self._owner_of(first)
         sessions = self._counted(owner)
         if sessions is None or first not in sessions:
@@ -99,8 +99,13 @@ class Quotas:
         self._bytes[owner] -= size_bytes
         return size_bytes
 
-    def add(self, first: int, size_bytes: int) -> bool:
-        """Count bytes of a session; returns whether `add` with their negative has to be called if it is not written.
+    def counts(self, first: int) -> bool:
+        """Return whether the bytes of a session have to be counted."""
+        sessions = self._counted(self._owner_of(first))
+        return sessions is not None and first in sessions
+
+    def add(self, first: int, size_bytes: int) -> None:
+        """Count bytes of a session of which `counts` says so, or with their negative take them back.
 
         Raises:
             QuotaExceededError: Its identity may not have as many.
@@ -108,13 +113,13 @@ class Quotas:
         owner = self._owner_of(first)
         sessions = self._counted(owner)
         if sessions is None or first not in sessions:
-            return False
+            # The token file has changed meanwhile.
+            return
         most, total = self._allowance_of(owner).bytes, self._bytes[owner] + size_bytes
         if size_bytes > 0 and most is not None and total > most:
             raise QuotaExceededError(owner, BYTES, total, most)
         self._bytes[owner] = total
         sessions[first] += size_bytes
-        return True
 
     def take_back(self, first: int, size_bytes: int | None = None) -> None:
         """Forget a session that was counted, or count it again with its bytes, as its end was not written."""

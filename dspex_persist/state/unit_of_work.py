@@ -599,8 +599,10 @@ class UnitOfWork:
         self, version: VariableVersion, variable: Variable, merged: bool = False, previous: Value | None = None
     ) -> None:
         if self.quotas is not None and self.state is not None:
-            first, size_bytes = self.state.session.sequence, stored_bytes(version)
-            if self.quotas.add(first, size_bytes):
+            first = self.state.session.sequence
+            if self.quotas.counts(first):
+                size_bytes = stored_bytes(version)
+                self.quotas.add(first, size_bytes)
                 self._undo.append((self.quotas.add, (first, -size_bytes)))
         change = Change(version, variable, merged, previous)
         self._drafts.versions.append(change)
