@@ -73,7 +73,8 @@ def broken(ctx: ToolContext, word: str) -> None:
 @tool
 def quote(ctx: ToolContext, word: str) -> None:
     """Raise an error that quotes what it was given and what it has read."""
-    raise LookupError(f"no {word} with {ctx['token']} at {ctx['place']}, and the answer is 42")
+    before = ctx.history("token")[-1].value
+    raise LookupError(f"no {word} with {ctx['token']} or {before} at {ctx['place']}, and the answer is 42")
 
 
 @tool

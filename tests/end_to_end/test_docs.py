@@ -18,6 +18,7 @@ PAGES = (
     "docs/context.md",
     "docs/variables.md",
     "docs/tools.md",
+    "docs/tracing.md",
     "docs/transactions.md",
     "docs/backends.md",
     "docs/typed-state.md",

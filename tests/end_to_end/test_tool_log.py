@@ -18,7 +18,7 @@ from dspex_persist.state.model import RegisteredTool, ToolSpec
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import serve, target_of
 
-SECRET, WORD, PLACE = "hunter2-s3cret", "a wombat", "Melbourne Zoo"
+SECRET, BEFORE, WORD, PLACE = "hunter2-s3cret", "what-it-was", "a wombat", "Melbourne Zoo"
 
 
 class Quoting(bridge.BridgeServiceServicer):
@@ -44,7 +44,8 @@ def call_with_secrets(server: ServerProcess, *registered: str) -> str:
     """Call tools that quote a secret; returns what the server has logged by its end."""
     with BridgedState(target_of(server), timeout_s=DEADLINE_S) as state:
         state.initialize_session("quoted")
-        state.register_variable("quoted", "token", "string", SECRET, metadata={"sensitive": "true"})
+        state.register_variable("quoted", "token", "string", BEFORE, metadata={"sensitive": "true"})
+        state.set_variable("quoted", "token", SECRET)
         state.register_variable("quoted", "place", "string", PLACE)
         for address in registered:
             tool = RegisteredTool(ToolSpec("quote_there"), "worker", address)
@@ -68,10 +69,10 @@ def test_the_log_says_why_a_tool_failed_without_any_value(tmp_path: Path, worker
     with serve(tmp_path / "logged.db", *tools) as server, quoting_worker() as address:
         log = call_with_secrets(server, *([] if workers else [address]))
     own, *others = failures_in(log)
-    assert (own["error"], own["reason"]) == ("LookupError", "no ••• with ••• at •••, and the answer is 42")
+    assert (own["error"], own["reason"]) == ("LookupError", "no ••• with ••• or ••• at •••, and the answer is 42")
     for line in (own, *others):
         assert (line["session_id"], line["code"]) == ("quoted", "TOOL_FAILED")
         assert str(line["execution_id"]).startswith("exec_")
         assert isinstance(line["duration_s"], float)
     assert [line["reason"] for line in others] == ([] if workers else ["no ••• with •••, the answer is 42"])
-    assert not any(value in log for value in (SECRET, WORD, PLACE))
+    assert not any(value in log for value in (SECRET, BEFORE, WORD, PLACE))

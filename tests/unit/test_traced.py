@@ -1,5 +1,6 @@
 """Spans of executions, LM calls and commits, in this process."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, Trace
 from dspex_persist import LocalState, ToolContext, tool
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.infra import tracing
-from dspex_persist.otel import OtelTracer
+from dspex_persist.otel import OtelTracer, Tracing, TracingError
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.errors import ExecutionConflictError
 from dspex_persist.state.model import RECORDING
@@ -212,3 +213,26 @@ def test_a_place_goes_to_another_process_and_back(spans: Spans) -> None:
     assert spans.around(spans.one("there")) == "here"
     assert spans.tracer.sent((("traceparent", "nonsense"),)) is None
     assert spans.tracer.sent((("traceparent-bin", b"1"),)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "must be otlp, console or none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json", "must be grpc or http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf", "needs opentelemetry-exporter-otlp-proto-http"),
+    ],
+)
+def test_what_is_not_there_is_refused(name: str, text: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, text)
+    if text == "http/protobuf":
+        monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
+    with pytest.raises(TracingError, match=reason):
+        Tracing("1", 1.0)
+
+
+def test_names_of_clients_are_shortened(spans: Spans) -> None:
+    with state_with(_nothing) as state:
+        state.execute_tool(SESSION, "x" * 10_000, {})
+    (span,) = [span for span in spans.all() if span.name.startswith("execute_tool x")]
+    assert len(span.name) < 300

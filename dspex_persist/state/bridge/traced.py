@@ -12,13 +12,14 @@ from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.tools.session import ToolSession
 
 _SESSION: Final = ("session_id", "session")
+_NAME_LENGTH: Final = 255
 
 
 def attributes_of(request: object) -> Attributes:
     """Return the attributes of a call that are in its request: the session."""
     names = (getattr(request, name, None) for name in _SESSION)
     session_id = next((name for name in names if isinstance(name, str) and name), None)
-    return {} if session_id is None else {"dspex.session.id": session_id}
+    return {} if session_id is None else {"dspex.session.id": session_id[:_NAME_LENGTH]}
 
 
 def from_workers(running: Callable[[], Mapping[str, ToolSession]]) -> CallSpans:

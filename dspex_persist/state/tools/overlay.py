@@ -6,6 +6,7 @@ began.
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ R = TypeVar("R")
 
 _MOST_PATTERNS = 16
 _STEP_BYTES = 200
+_MOST_PAST = 1_000
 
 
 class Overlay:
@@ -61,6 +63,8 @@ class Overlay:
         # By name: another caller may have deleted a published variable and registered a new one of its name.
         self.published: dict[str, Variable] = {}
         self.names_bytes = 0
+        # What was read of histories.
+        self._past: deque[Value] = deque(maxlen=_MOST_PAST)
         self._ended_bytes = 0
         self._staged_bytes = [0]
         self._base_sequence = begun.sequence
@@ -173,7 +177,7 @@ class Overlay:
                 or variable.id in self.checked
             )
             staged = (change.version.value for change in self.unit.versions)
-            return tuple(value for value in (*committed, *staged) if value is not None)
+            return tuple(value for value in (*committed, *staged, *self._past) if value is not None)
 
     def rebase(self, variable: Variable) -> None:
         """Base the execution on a version that it has made by publishing: it sees that version, without a conflict."""
@@ -218,6 +222,11 @@ class Overlay:
         return entries[0] if entries and entries[0].version == version else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
+        entries = self._history(state, query)
+        self._past += (entry.value for entry in entries or () if entry.value is not None)
+        return entries
+
+    def _history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         limit, before, most_bytes = query.limit, query.before, query.most_bytes
         variable_id = self._id_of(state, query.identifier)
         staged = [

@@ -20,6 +20,8 @@ from dspex_persist.state.tools.session import ToolSession
 _EXECUTION_ID: Final = "dspex.execution.id"
 _STATUS: Final = "dspex.execution.status"
 _CALL_ID: Final = "gen_ai.tool.call.id"
+# Clients may ask for anything.
+_NAME_LENGTH: Final = 255
 
 
 async def executing(
@@ -90,12 +92,9 @@ def kind_of(error: BaseException) -> str:
 
 
 def _tool(request: ToolRequest) -> tuple[str, dict[str, str]]:
-    facts = {
-        "gen_ai.operation.name": "execute_tool",
-        "gen_ai.tool.name": request.tool,
-        "gen_ai.tool.type": "function",
-    }
-    return f"execute_tool {request.tool}", facts | _session(request)
+    name = request.tool[:_NAME_LENGTH]
+    facts = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name, "gen_ai.tool.type": "function"}
+    return f"execute_tool {name}", facts | _session(request)
 
 
 def _block(request: ToolRequest) -> tuple[str, dict[str, str]]:
@@ -103,7 +102,8 @@ def _block(request: ToolRequest) -> tuple[str, dict[str, str]]:
 
 
 def _session(request: ToolRequest) -> dict[str, str]:
-    return {"gen_ai.conversation.id": request.session_id, "dspex.session.id": request.session_id}
+    session_id = request.session_id[:_NAME_LENGTH]
+    return {"gen_ai.conversation.id": session_id, "dspex.session.id": session_id}
 
 
 # LM calls
@@ -129,6 +129,7 @@ def asking(model: str, model_type: str) -> tuple[str, dict[str, str]]:
         model: The model, as DSPy names it: "openai/gpt-4o-mini".
         model_type: Its type, as DSPy names it; "text" for completions of plain text.
     """
+    model = model[:_NAME_LENGTH]
     provider, _, name = model.rpartition("/") if model.count("/") < 2 else model.partition("/")
     operation = "text_completion" if model_type == "text" else "chat"
     facts = {
