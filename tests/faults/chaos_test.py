@@ -15,6 +15,7 @@ Exit code 0: no problems. 1: problems, which are printed, and the files are kept
 import argparse
 import asyncio
 import json
+import re
 import secrets
 import shutil
 import sqlite3
@@ -169,6 +170,8 @@ class Chaos(CrashTest):
     ) -> None:
         super().__init__(folder, seed, clients, planted)
         self._config = folder / "pools.toml"
+        self._log = folder / "server.log"
+        self._log_read = 0
         self._sizes = dict(zip(("tools", "there"), size, strict=True))
         self._more = ["--tools", chaos_tools.TOOLS, "--workers", str(size[0]), "--config", str(self._config)]
         self._seen: set[int] = set()
@@ -180,7 +183,8 @@ class Chaos(CrashTest):
         began = time.monotonic()
         lives = lives or max(2, round(seconds / _LIFE_S))
         names = await self._set_up()
-        self._argv += self._more
+        # What it has logged is read when it has ended.
+        self._argv = ["sh", "-c", 'exec "$@" 2>>"$0"', str(self._log), *self._argv, *self._more]
         self._clients = [ChaosClient(number, self.report.seed, self._ledger, names) for number in range(self._count)]
         self._watchers = [Watcher(self._ledger, 0)]
         while self.report.cycles < lives and not self.report.problems:
@@ -190,6 +194,7 @@ class Chaos(CrashTest):
                 await self._live(seconds / lives, rest=self.report.cycles % 3 != 0)
             self._check_files()
             self._check_reasons()
+            self._check_log()
             if verbose:
                 done = ", ".join(f"{count} {what}" for what, count in self.report.counts.items())
                 head = self._checker.head.sequence
@@ -199,6 +204,7 @@ class Chaos(CrashTest):
             await self._finish()
             await self._check_gone(everything=True)
             self._check_reasons()
+            self._check_log()
         self._sum_up()
         self.report.took_s = time.monotonic() - began
         return self.report
@@ -232,7 +238,7 @@ class Chaos(CrashTest):
                     await asyncio.sleep(seconds / 10)
                 monkey.look()
                 if process.exit_code is not None:
-                    self.report.problems.append(f"the server ended by itself: {process.stderr_tail}")
+                    self.report.problems.append(f"the server ended by itself: {self._last_words()}")
                 elif self.report.cycles % 2 and not self.report.problems:
                     process.kill()
                     await self._stop_disturbing(disturbing)
@@ -270,7 +276,7 @@ class Chaos(CrashTest):
 
     async def _terminate(self, process: ServerProcess) -> None:
         if (code := await asyncio.to_thread(process.terminate, _ENDING_S)) != 0:
-            self.report.problems.append(f"the server ended with {code} after SIGTERM: {process.stderr_tail}")
+            self.report.problems.append(f"the server ended with {code} after SIGTERM: {self._last_words()}")
 
     # The checks
 
@@ -330,7 +336,27 @@ class Chaos(CrashTest):
             if failure:
                 self.report.counts[f"failed with {failure['type']}"] += 1
 
+    def _last_words(self) -> str:
+        return self._log.read_text(errors="replace")[-4_000:]
 
+    def _check_log(self) -> None:
+        """Nothing is in a server's log that nobody has foreseen."""
+        text = self._log.read_bytes()
+        lines, self._log_read = text[self._log_read :].splitlines(), len(text)
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                # What gRPC's core writes, it writes by itself: that there are no more descriptors, for example.
+                if not _OF_CORE.match(line):
+                    self.report.problems.append(f"log: {line!r}")
+                continue
+            if event["level"] in ("error", "critical") and event["event"] not in _FORESEEN:
+                self.report.problems.append(f"log: {event['event']}: {event.get('exception', event)}")
+
+
+_OF_CORE = re.compile(rb"[EWI][0-9]{4} [0-9:.]+ ")
+_FORESEEN = ("workers fail at once; no other is started for a while",)
 _ENDS = "SELECT sequence, body FROM events WHERE kind = 'execution_ended' AND sequence > ?"
 
 

@@ -104,7 +104,8 @@ class Monkey:
         try:
             while True:
                 [act] = self._random.choices(list(self._acts), list(self._acts.values()))
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                # What is disturbed may have ended.
+                with contextlib.suppress(ProcessLookupError, PermissionError, FileNotFoundError):
                     await act()
                 await asyncio.sleep(self._random.uniform(*_PAUSE_S))
         finally:

@@ -9,6 +9,7 @@ import base64
 import json
 import secrets
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -80,7 +81,7 @@ class ExistingLending(Lender):
             headers = ((EXECUTION_ID, session.execution_id), *place)
             # It goes on if its caller does not wait for it any more: until it has ended, so may its callbacks.
             asking = asyncio.ensure_future(self._answer(lease.contact, request, session, headers))
-            asking.add_done_callback(lambda _: lease.contact.ended(session.execution_id))
+            asking.add_done_callback(partial(_ended, lease.contact, session.execution_id))
             response = await asyncio.shield(asking)
         if not response.success:
             raise _raised(response.error_message)
@@ -102,7 +103,7 @@ class ExistingLending(Lender):
                 lease.contact.began(asking)
                 request = pb.ExecuteToolRequest(session_id=session_id, tool_name=NOBODYS)
                 call = asyncio.ensure_future(_asked(lease.contact, request, asking.execution_id))
-                call.add_done_callback(lambda _: lease.contact.ended(asking.execution_id))
+                call.add_done_callback(partial(_ended, lease.contact, asking.execution_id))
                 try:
                     async with asyncio.timeout(_ASK_S):
                         await asyncio.shield(call)
@@ -189,6 +190,13 @@ class _Asking:
         """See `Execution.check_is_of`."""
         if session_id != self._session_id:
             raise InvalidArgumentError("session_id", "the worker was asked for another session")
+
+
+def _ended(contact: WorkerContact, execution_id: str, call: "asyncio.Future[Any]") -> None:
+    """Note that a worker has answered. Whoever asked may have gone: then nobody looks at an error."""
+    contact.ended(execution_id)
+    if not call.cancelled():
+        call.exception()
 
 
 def _request(session: ToolSession, callback: str) -> pb.ExecuteToolRequest:
