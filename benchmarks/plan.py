@@ -24,7 +24,7 @@ SectionName = Literal[
 SECTIONS: dict[SectionName, str] = {
     "rpc": "calls to a server, compared with Ping",
     "tools": "tools that a server executes, and other calls while slow tools run",
-    "pool": "tools in worker processes, compared with tools in the server",
+    "pool": "tools in worker processes, compared with tools in the server; what TLS and tokens cost",
     "watchers": "SetVariable of a variable with thousands of watchers, compared with one without",
     "connections": "calls to a server with a thousand idle connections, compared with one without",
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",

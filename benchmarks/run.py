@@ -85,7 +85,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
             *(_Job(each, (plan, folder / "tools.db")) for each in ("executing.measure", "beside_slow.measure")),
             _Job("traced.measure", (plan, folder)),
         ],
-        "pool": [_Job("pool.measure", (plan, folder))],
+        "pool": [_Job(f"{each}.measure", (plan, folder)) for each in ("pool", "secured")],
         "watchers": [_Job("watchers.measure", (plan, folder))],
         "connections": [_Job("connections.measure", (plan, folder))],
         "engine": [_Job(f"{each}.measure", (plan, folder)) for each in ("engine", "metered")],

@@ -13,6 +13,8 @@ from benchmarks.compare import SavedRun, changes, format_changes
 from benchmarks.interpreter import describe_build
 from benchmarks.parts import PARTS
 from benchmarks.plan import CALLERS, FULL, QUICK, SECTIONS
+from benchmarks.secured import IN_FLIGHT, WAYS
+from benchmarks.secured import RPCS as SECURED
 from benchmarks.table import BEGIN, END, WIDTH, Row, Target, format_table, rewrite_docs
 from tests.deadline import within
 
@@ -61,6 +63,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"tools.{each}traced.{in_flight}" for each in ("", "un") for in_flight in (1, CALLERS)),
         *(f"pool.{tool}.{count}" for tool in ("compute", "pause") for count in (0, 1, 2)),
         *("pool.call.0", "pool.call.1", "pool.start.8", "pool.refill"),
+        *(f"pool.{way}.{rpc}.{callers}" for way in WAYS for rpc in SECURED for callers in IN_FLIGHT),
         *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
         *(f"watchers.{name}.{count}" for name in WATCHED for count in (0, QUICK.watchers)),
         *(f"connections.p99.{rpc}.{count}" for rpc in RPCS[:3] for count in (0, QUICK.idle_connections)),
