@@ -13,9 +13,11 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from dspex_persist import clock
 from dspex_persist.infra import tracing
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.tokens import Identity
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.infra.tracing import Place
 from dspex_persist.state import outcomes
+from dspex_persist.state.access import Access
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.cache import CountingCache, SessionCache
 from dspex_persist.state.commands import (
@@ -29,6 +31,7 @@ from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.commands.derivations import Derivation, derive
 from dspex_persist.state.commands.recordings import NeedsOwnGroupError
 from dspex_persist.state.errors import (
+    AccessDeniedError,
     DamagedSessionError,
     FileChangedError,
     IdempotencyConflictError,
@@ -284,6 +287,8 @@ class Groups(Generic[S_co]):
         try:
             job.command.check()
             self.prepare(job.command, drafts, at, units)
+            if job.origin.identity is not None and job.command.writes:
+                _check_access(job, job.origin.identity, drafts)
             unit = unit_of(self.options, drafts, job.origin, at, self.log.sequence + len(units) + 1)
             unit.quotas = self.quotas
             if self.derivations:
@@ -556,6 +561,14 @@ class _Importing:
         self.drafts.versions.clear()
         self.drafts.executions.clear()
         self.drafts.outcomes.clear()
+
+
+def _check_access(job: Job, identity: Identity, drafts: Drafts) -> None:
+    """Refuse a write that waited in the queue while its session got other rules, or began with some."""
+    state = drafts.find(job.command.session_id)
+    access = None if state is None else Access.of(state.session.metadata)
+    if access is not None and access != job.origin.access and not access.owns(identity):
+        raise AccessDeniedError(identity.name, job.command.cause, job.command.session_id, "it: they have just changed")
 
 
 def _refusal(command: Command[Any], error: Exception) -> StateError:

@@ -85,6 +85,7 @@ class Origin:
         reason: Why it is made, in the caller's words. It is kept with each version that the request writes, and with
             the execution of a tool; see `REASON`.
         identity: Whose token it has; None where none is demanded.
+        access: The rules of the session (`state.access.Access`) by which the request was admitted; None without any.
     """
 
     actor: str
@@ -94,6 +95,7 @@ class Origin:
     optimizer_id: str | None = None
     reason: str | None = None
     identity: Identity | None = None
+    access: object = None
 
 
 REASON = "dspex.reason"

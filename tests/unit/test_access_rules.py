@@ -1,6 +1,7 @@
 """The rules of a session: what they allow, and which texts are none."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 
@@ -17,7 +18,10 @@ from dspex_persist.state.access import (
     grants_of,
     parse_rules,
 )
-from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.commands import InitializeSession, RegisterVariable
+from dspex_persist.state.errors import AccessDeniedError, InvalidArgumentError
+from dspex_persist.state.local import LocalState
+from dspex_persist.state.model import Origin, Value
 
 
 def identity(name: str, *scopes: str) -> Identity:
@@ -139,3 +143,28 @@ def test_what_is_shown_of_the_rules() -> None:
     assert access.shown(metadata, ann) == metadata
     assert parse_rules(access.shown(metadata, bob)[ACCESS]) == (rules[0], rules[2])
     assert access.shown(metadata, bob)["city"] == "Paris"
+
+
+def test_a_write_that_waited_while_rules_came_is_refused() -> None:
+    """It was admitted when the session had none, or did not exist."""
+    rules = access_control([AccessRule("bob", "write")])
+    with LocalState() as state:
+
+        def begin(who: str, metadata: Mapping[str, str], access: Access | None = None) -> None:
+            origin = Origin(who, "InitializeSession", identity=identity(who), access=access)
+            state.submit(InitializeSession("s", metadata), origin).result()
+
+        def write(who: str, access: Access | None) -> None:
+            origin = Origin(who, "RegisterVariable", identity=identity(who), access=access)
+            state.submit(RegisterVariable("s", f"by_{who}", "integer", Value("1")), origin).result()
+
+        begin("ann", rules)
+        access = Access.of({**rules, OWNER: "ann"})
+        write("ann", None)
+        write("bob", access)
+        for late in (lambda: write("eve", None), lambda: begin("eve", {"city": "Paris"})):
+            with pytest.raises(AccessDeniedError, match="they have just changed"):
+                late()
+        begin("ann", access_control([]), access)
+        with pytest.raises(AccessDeniedError):
+            write("bob", access)

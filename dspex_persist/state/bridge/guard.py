@@ -462,12 +462,14 @@ class _Call:
 
     Attributes:
         identity: Who makes it.
+        access: The rules of its session by which it was admitted.
         execution: The execution that it is part of.
         has_shown: Whether it has shown the capability of that.
     """
 
     def __init__(self, context: Context, identity: Identity) -> None:
         self.identity = identity
+        self.access: Access | None = None
         self._context = context
         self._metadata: tuple[tuple[str, str | bytes], ...] = tuple(context.invocation_metadata() or ())
         self.execution: ToolSession | None = None
@@ -639,6 +641,7 @@ class Guard:
                 self._denials.note(rpc, context, "rule", ask.session_id)
                 return await _without(ask, kind, partial(run, request, call))
             await self._check(rpc, kind, ask, call)
+            call.access = ask.access
             if not ask.grants.everything:
                 call.use_own_keys(identity, request)
             if watches:

@@ -165,10 +165,10 @@ def fitting(message: M, max_message_bytes: int) -> M:
     return message
 
 
-def _ruled(context: Context) -> Identity | None:
-    """Return who makes a call that the rules of sessions are asked about, see `guard`."""
+def _admitted(context: Context) -> tuple[Identity | None, object]:
+    """Return who makes a call that the rules of sessions were asked about, and these rules; see `guard`."""
     identity: Identity | None = getattr(context, "identity", None)
-    return identity
+    return identity, None if identity is None else getattr(context, "access", None)
 
 
 def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
@@ -194,6 +194,5 @@ def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
     reason = headers.find(REASON)
     if reason is not None:
         arguments.reason(REASON, reason)
-    return Origin(
-        actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID), reason, _ruled(context)
-    )
+    key, optimizer_id = headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID)
+    return Origin(actor, cause, source, key, optimizer_id, reason, *_admitted(context))
