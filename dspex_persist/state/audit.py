@@ -820,7 +820,11 @@ class AuditSource(ABC):
         execution_id: str | None = entry.execution_id
         while execution_id is not None:
             if execution_id not in executions:
-                executions[execution_id] = self.execution(execution_id)
+                try:
+                    executions[execution_id] = self.execution(execution_id)
+                except NotInHistoryError:
+                    # The rules of the session may hide it.
+                    return ()
             transaction = executions[execution_id]
             execution_id = transaction.summary.parent_id
         reads = (read for read in transaction.all_reads() if read.version is not None)

@@ -20,12 +20,14 @@ import dspex_persist
 from dspex_persist.state.access import ACCESS, OWNER, AccessRule, access_control
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.guard import KIND_OF, InSession, OfServer
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import GetSession, GetVariable, ListVariables, RegisterTools, SetVariable
 from dspex_persist.state.errors import (
     AccessDeniedError,
+    DependencyCycleError,
     ExecutionNotFoundError,
     InvalidArgumentError,
     NotInHistoryError,
@@ -259,13 +261,22 @@ GUEST: dict[str, str] = {
     "BeginTransaction": ALLOWED,
     "RestoreSession": DENIED,
     "GetContentHash": DENIED,
-    "RegisterVariables": ALLOWED,
+    "RegisterVariables": DENIED,
     "RemoveDependency": DENIED,
     "GetDependencies": ALLOWED,
     "ConstrainVariable": DENIED,
     "AddRule": DENIED,
     "RemoveRule": DENIED,
     "ListRules": ALLOWED,
+}
+
+
+NAMED: dict[str, Any] = {
+    "name": "new",
+    "variable_identifiers": ["pub_a"],
+    "definitions": [audit_pb.Definition(name="pub_own"), audit_pb.Definition(name="pub_a")],
+    "from_variable": "pub_own",
+    "to_variable": "secret",
 }
 
 
@@ -276,7 +287,7 @@ def test_what_a_guest_may_call(served: ServedDatabase, session: str) -> None:
         name = rpc.rpartition(".")[2]
         if not isinstance(of, InSession):
             continue
-        outcome = call(served, rpc, "bob", fields_for(session, variable_identifiers=["pub_a"], name="new"))
+        outcome = call(served, rpc, "bob", fields_for(session, **NAMED))
         if (outcome[0] == DENIED) != (GUEST[name] == DENIED):
             wrong.append((name, outcome))
     assert not wrong
@@ -362,6 +373,28 @@ def test_a_guest_writes_what_the_rules_allow(states: dict[str, BridgedState], se
         states["cat"].set_variable(session, "pub_a", 1)
 
 
+def test_dependencies_show_what_may_be_read(states: dict[str, BridgedState], session: str) -> None:
+    ann, bob = states["ann"], states["bob"]
+    ann.add_dependency(session, "secret", "pub_own")
+    ann.add_dependency(session, "pub_a", "pub_own")
+    assert set(bob.get_dependencies(session, "pub_own", dependents=True)) == {"pub_a"}
+    with pytest.raises(AccessDeniedError):
+        bob.get_dependencies(session, "secret")
+    ann.initialize_session(session, access_control([AccessRule("bob", ["read", "write"], "pub*")]))
+    ann.register_variable(session, "pub_z", "integer", 0)
+    ann.add_dependency(session, "pub_z", "secret")
+    with pytest.raises(DependencyCycleError) as cycle:
+        bob.add_dependency(session, "pub_own", "pub_z")
+    assert "secret" not in str(cycle.value)
+
+
+def test_blame_goes_as_far_as_one_may_see(states: dict[str, BridgedState], session: str) -> None:
+    execute(states["ann"], session, 5)
+    for who, names in (("bob", {"pub_a", "pub_own"}), ("cat", {"pub_a", "pub_own", "secret"})):
+        with states[who].audit() as audit:
+            assert {node.entry.name for node in audit.blame(session)} == names
+
+
 def test_the_errors_of_rules_over_hidden_variables_hide_them(states: dict[str, BridgedState], session: str) -> None:
     states["ann"].add_rule(session, "above", "pub_own < secret")
     states["ann"].add_rule(session, "small", "pub_own < 1000")
@@ -416,6 +449,7 @@ def test_the_rules_are_shown_to_those_whom_they_concern(states: dict[str, Bridge
     with states["bob"].audit() as audit:
         (entry,) = audit.iterate(SessionQuery(session=session))
     assert entry.metadata[ACCESS] == own[ACCESS]
+    assert entry.variables == 2
 
 
 def test_only_the_owner_and_administrators_change_the_rules(states: dict[str, BridgedState], session: str) -> None:

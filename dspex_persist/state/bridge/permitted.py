@@ -186,8 +186,20 @@ class PermittedSource(AuditSource):
                 grants = grants_of(access, self._identity)
                 if access is None or grants.everything:
                     return row
-                return replace(row, metadata=access.shown(row.metadata, grants)) if grants.sees else None
+                return self._session(row, access, grants) if grants.sees else None
         raise AssertionError(f"rows of type {type(row).__name__} have no rule")
+
+    def _session(self, row: SessionEntry, access: Access, grants: Grants) -> SessionEntry:
+        shown = replace(row, metadata=access.shown(row.metadata, grants))
+        if grants.may_with_all(May.READ):
+            return shown
+        at = "" if row.ended_sequence is None else str(row.ended_sequence - 1)
+        try:
+            names = [each.name for each in self._inner.state(row.session_id, at)]
+        except StateError:
+            # Its history was pruned.
+            names = []
+        return replace(shown, variables=sum(grants.may(May.READ, name) for name in names))
 
     def _commit(self, row: CommitEntry) -> CommitEntry | None:
         grants = self._grants(row.session_id, row.sequence)
