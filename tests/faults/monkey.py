@@ -161,7 +161,9 @@ class Monkey:
         try:
             await asyncio.sleep(self._random.uniform(0.05, _LONGEST_S / 2))
         finally:
-            os.kill(self._server, signal.SIGCONT)
+            # An error here would hide that this was cancelled.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._server, signal.SIGCONT)
         self._done["servers stopped"] += 1
 
     async def _starve_the_server_of_files(self) -> None:
