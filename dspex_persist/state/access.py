@@ -87,7 +87,7 @@ class AccessRule:
 
     def is_about(self, variable: str) -> bool:
         """Whether it is about the variable of this name."""
-        return self._names(variable)
+        return self.is_about_all or self._names(variable)
 
     def is_about_tool(self, tool: str) -> bool:
         """Whether it is about the tool of this name."""
@@ -96,7 +96,7 @@ class AccessRule:
     @property
     def is_about_all(self) -> bool:
         """Whether it is about every variable, also those that are registered later."""
-        return not self.variables.strip(_ALL)
+        return self.variables == _ALL or not self.variables.strip(_ALL)
 
     def document(self) -> dict[str, Any]:
         """Return it as in JSON."""

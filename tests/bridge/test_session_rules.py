@@ -569,6 +569,22 @@ def test_audits_leave_out_what_may_not_be_read(states: dict[str, BridgedState], 
             audit.resolve(execution.execution_id)
 
 
+def test_asking_about_a_hidden_session_is_a_denial(states: dict[str, BridgedState], session: str) -> None:
+    with states["eve"].audit() as audit:
+        for ask in (audit.state, lambda hidden: list(audit.iterate(HistoryQuery(session=hidden)))):
+            with pytest.raises(NotInHistoryError):
+                ask(session)
+    with pytest.raises(SessionNotFoundError):
+        states["eve"].get_value(session, "pub_a")
+    with states["root"].audit() as audit:
+        denials = [each for each in audit.denials() if each.session_id == session]
+    assert {(each.identity, each.rpc.rpartition(".")[2], each.missing) for each in denials} == {
+        ("eve", "GetState", "rule"),
+        ("eve", "ListHistory", "rule"),
+        ("eve", "GetVariable", "rule"),
+    }
+
+
 def test_names_and_ids_of_what_is_hidden_are_as_if_unknown(states: dict[str, BridgedState], session: str) -> None:
     execute(states["ann"], session, 5)
     with states["ann"].audit() as audit:

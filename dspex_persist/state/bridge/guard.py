@@ -56,6 +56,8 @@ _PEEKING: Final = Origin("", commands.PeekSession.__name__)
 _OF_EXECUTION: Final = frozenset((EXECUTION_ID, ASKED_BY, EXECUTION_ID + BINARY, ASKED_BY + BINARY))
 _TOOL_NAME: Final = "tool_name"
 _HIDDEN: Final = "(hidden)"
+_MUCH_WORK: Final = 2_000
+"""So many questions whether a rule is about a variable hold up the event loop."""
 _SEPARATOR: Final = "|"
 """Between the name of an identity, which cannot have it, and an idempotency key."""
 
@@ -572,7 +574,7 @@ class Guard:
             case OfExecution():
                 return self._of_execution(rpc, run)
             case OfHistory():
-                return self._of_history(run)
+                return self._of_history(rpc, run)
             case OfWorkers():
                 return self._of_workers(run)
             case OfServer():
@@ -581,9 +583,9 @@ class Guard:
 
     # The kinds of rpcs
 
-    def _of_history(self, run: Method) -> Method:
+    def _of_history(self, rpc: str, run: Method) -> Method:
         async def method(request: Any, context: Context) -> Any:
-            self._permit()
+            self._permit(rpc, context)
             return await run(request, context)
 
         return method
@@ -602,7 +604,7 @@ class Guard:
 
     async def _sees(self, session_id: str, identity: Identity) -> bool:
         state = self._peek(session_id) or await self._load(session_id)
-        return state is None or grants_of(Access.of(state.session.metadata), identity).sees
+        return state is not None and grants_of(Access.of(state.session.metadata), identity).sees
 
     def _of_execution(self, rpc: str, run: Method) -> Method:
         commits = rpc.endswith(".CommitTransaction")
@@ -645,7 +647,7 @@ class Guard:
             if not ask.grants.everything:
                 call.use_own_keys(identity, request)
             if watches:
-                self._permit(whole=True)
+                self._permit(rpc, call, whole=True)
             try:
                 response = await run(request, call)
             except StateError as error:
@@ -666,17 +668,25 @@ class Guard:
                 raise SessionNotFoundError(ask.session_id)
             await self._check(rpc, kind, ask, call)
         if ask.access is not None and response is not None:
-            kind.shape(ask, response)
+            if ask.state is not None and len(ask.state.variables) * len(ask.access.rules) > _MUCH_WORK:
+                await asyncio.to_thread(kind.shape, ask, response)
+            else:
+                kind.shape(ask, response)
         return response
 
     async def _load(self, session_id: str) -> SessionState | None:
         return await self._submit(commands.PeekSession(session_id), _PEEKING)
 
-    def _permit(self, *, whole: bool = False) -> None:
+    def _permit(self, rpc: str, context: Any, *, whole: bool = False) -> None:
         """Have what is answered in pieces leave out what the caller may not see; `whole`: also for who sees all."""
         identity = CALLER.get()
         if identity is not None and (whole or not identity.may(ADMIN)):
-            PERMIT.set(Permit(identity, self._lives))
+
+            def note(session_id: str) -> None:
+                # On another thread, which does not know the caller.
+                self._denials.note(rpc, context, "rule", session_id, caller=identity)
+
+            PERMIT.set(Permit(identity, self._lives, note))
 
     async def _check(self, rpc: str, kind: InSession, ask: Ask, call: "_Call") -> None:
         if ask.grants.everything and not kind.always:

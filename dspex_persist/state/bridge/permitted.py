@@ -63,15 +63,17 @@ class Permit:
     Args:
         identity: Who asks.
         lives: Finds the rules.
+        note: Notes that it asked about a session that it may not see.
     """
 
-    def __init__(self, identity: Identity, lives: Lives) -> None:
+    def __init__(self, identity: Identity, lives: Lives, note: Callable[[str], None]) -> None:
         self._identity = identity
         self._lives = lives
+        self._note = note
 
     def source(self, source: AuditSource) -> AuditSource:
         """Return a history as far as it may be seen."""
-        return PermittedSource(source, self._identity, self._lives)
+        return PermittedSource(source, self._identity, self._lives, self._note)
 
     def watch(self, watch: Watch, session_id: str) -> Watch:
         """Return a watch as far as it may be seen."""
@@ -103,13 +105,15 @@ class PermittedSource(AuditSource):
         inner: The history.
         identity: Who asks.
         lives: Finds the rules.
+        note: Notes that it asked about a session that it may not see.
     """
 
-    def __init__(self, inner: AuditSource, identity: Identity, lives: Lives) -> None:
+    def __init__(self, inner: AuditSource, identity: Identity, lives: Lives, note: Callable[[str], None]) -> None:
         self.reveal = inner.reveal
         self._inner = inner
         self._identity = identity
         self._lives = lives
+        self._note = note
         self._known: dict[str, Callable[[int], Access | None]] = {}
         self._sums: tuple[LmUsageQuery, list[LmUsage]] | None = None
 
@@ -279,6 +283,7 @@ class PermittedSource(AuditSource):
             lives = self._lives.all_of(session)
             if lives and not any(grants_of(life.access, self._identity).sees for life in lives):
                 asked = absent_id()
+                self._note(session)
         with self._plainly():
             try:
                 yield asked
