@@ -17,6 +17,7 @@ from dspex_persist import LocalState, ToolContext, tool
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.infra import tracing
 from dspex_persist.otel import OtelTracer, Tracing, TracingError
+from dspex_persist.replay import replay
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.errors import ExecutionConflictError
 from dspex_persist.state.model import RECORDING
@@ -236,3 +237,21 @@ def test_names_of_clients_are_shortened(spans: Spans) -> None:
         state.execute_tool(SESSION, "x" * 10_000, {})
     (span,) = [span for span in spans.all() if span.name.startswith("execute_tool x")]
     assert len(span.name) < 300
+
+
+def test_a_replay_knows_nothing_of_the_trace(spans: Spans) -> None:
+    @tool
+    def tell(ctx: ToolContext) -> dict[str, str]:
+        return dict(ctx.metadata)
+
+    with state_with(tell) as state:
+        done = state.execute_tool(SESSION, "tell", {}, metadata={"user": "ada"})
+        recording = state.record(SESSION)
+        with state.audit() as audit:
+            noted = dict(audit.execution(done.execution_id).metadata)
+        tracing.use(None)
+        report = replay(recording, Toolbox.of([tell]))
+    assert done.result is not None
+    assert done.result.json == '{"user":"ada"}'
+    assert noted == {"user": "ada", "dspex.trace_id": f"{spans.one('execute_tool tell').context.trace_id:032x}"}
+    assert (len(report.executions), list(report.divergences)) == (1, [])
