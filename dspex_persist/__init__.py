@@ -57,10 +57,10 @@ if TYPE_CHECKING:
     from dspex_persist.state.limits import Limits as Limits
     from dspex_persist.state.local import LocalState as LocalState
     from dspex_persist.state.provider import StateProvider as StateProvider
-    from dspex_persist.wiring import aconnect as aconnect
-    from dspex_persist.wiring import connect as connect
-    from dspex_persist.wiring import open_audit as open_audit
-    from dspex_persist.wiring import serve as serve
+    from dspex_persist.wiring.connecting import aconnect as aconnect
+    from dspex_persist.wiring.connecting import connect as connect
+    from dspex_persist.wiring.connecting import open_audit as open_audit
+    from dspex_persist.wiring.serving import serve as serve
 
 __version__ = "0.1.0"
 
@@ -110,14 +110,14 @@ _HOMES = {
     "Variables": "dspex_persist.cognitive.variables",
     "VersionConflictError": "dspex_persist.state.errors",
     "access_control": "dspex_persist.state.access",
-    "aconnect": "dspex_persist.wiring",
-    "connect": "dspex_persist.wiring",
+    "aconnect": "dspex_persist.wiring.connecting",
+    "connect": "dspex_persist.wiring.connecting",
     "decode": "dspex_persist.cognitive.variables",
     "load_settings": "dspex_persist.settings",
     "migration": "dspex_persist.cognitive.typed",
     "model": "dspex_persist.cognitive.typed",
-    "open_audit": "dspex_persist.wiring",
-    "serve": "dspex_persist.wiring",
+    "open_audit": "dspex_persist.wiring.connecting",
+    "serve": "dspex_persist.wiring.serving",
     "tool": "dspex_persist.cognitive.tools",
 }
 
@@ -137,16 +137,16 @@ def __dir__() -> list[str]:
 
 
 def _open_state(url: "str | os.PathLike[str]", /, **options: Any) -> Any:
-    return import_module("dspex_persist.wiring").connect(url, **options)
+    return import_module("dspex_persist.wiring.connecting").connect(url, **options)
 
 
 def _is_there(url: "str | os.PathLike[str]", /) -> bool:
-    found: bool = import_module("dspex_persist.wiring").is_there(url)
+    found: bool = import_module("dspex_persist.wiring.connecting").is_there(url)
     return found
 
 
 def _open_history(url: "str | os.PathLike[str]", /, *, reveal: bool) -> Any:
-    return import_module("dspex_persist.wiring").open_audit(url, reveal=reveal)
+    return import_module("dspex_persist.wiring.connecting").open_audit(url, reveal=reveal)
 
 
 # Here, because every import of a part of the package runs this file.

@@ -18,7 +18,7 @@ _HOMES: Final = (
     "dspex_persist.infra.process",
     "dspex_persist.infra.tls",
     "dspex_persist.infra.tokens",
-    "dspex_persist.wiring",
+    "dspex_persist.wiring.ending",
 )
 
 

@@ -164,7 +164,6 @@ def _shorten(command: Any) -> None:
 
 def exit_code_of(error: Exception) -> int | None:
     """Return the exit code for `error` (docs/exit-codes.md), or None if it is not an error of this package."""
-    from dspex_persist import wiring
     from dspex_persist.cognitive.errors import ToolDefinitionError, ToolLoadError
     from dspex_persist.infra.listen import ListenError
     from dspex_persist.settings import SettingsError
@@ -176,6 +175,7 @@ def exit_code_of(error: Exception) -> int | None:
         ToolInterruptedError,
         ToolTimedOutError,
     )
+    from dspex_persist.wiring.ending import EXIT_STORAGE_FAILED, StorageFailedError
 
     # The first that fits.
     codes: tuple[tuple[type[Exception], int], ...] = (
@@ -188,7 +188,7 @@ def exit_code_of(error: Exception) -> int | None:
         (ToolInterruptedError, 8),
         (DatabaseInUseError, 4),
         (OpenError, 5),
-        (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),
+        (StorageFailedError, EXIT_STORAGE_FAILED),
         (ListenError, 75),
         (DspexError, 1),
         # Text that cannot be encoded, such as in an argument.

@@ -116,14 +116,14 @@ def _database_of(given: Path | None) -> Path:
 
 def _sessions_of_server(url: str) -> list[str]:
     from dspex_persist.state.audit import SessionQuery
-    from dspex_persist.wiring import open_audit
+    from dspex_persist.wiring.connecting import open_audit
 
     with open_audit(url, timeout_s=_TIMEOUT_S) as source:
         return [each.session_id for each in source.iterate(SessionQuery(live=True, limit=_MOST))]
 
 
 def _of_server(url: str, names: "Callable[[StreamsTools], list[str]]") -> list[str]:
-    from dspex_persist.wiring import connect
+    from dspex_persist.wiring.connecting import connect
 
     with connect(url, timeout_s=_TIMEOUT_S) as state:
         return names(state)

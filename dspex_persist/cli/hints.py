@@ -123,7 +123,7 @@ def use_options_of(command: Any) -> None:
 def text_of(error: BaseException | str) -> str:
     """Return the message of an error with its advice, worded for the command line."""
     from dspex_persist.state.errors import InvalidArgumentError, StateError
-    from dspex_persist.wiring import StorageFailedError
+    from dspex_persist.wiring.ending import StorageFailedError
 
     if isinstance(error, StorageFailedError):
         return error.in_words(text_of)

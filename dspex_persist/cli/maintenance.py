@@ -221,7 +221,7 @@ def _prune_server(
     target: str, url: str, policy: "PrunePolicy", confirm: bool, progress: Progress
 ) -> ServerPrunedReport:
     from dspex_persist.state.abilities import Prunable
-    from dspex_persist.wiring import connect
+    from dspex_persist.wiring.connecting import connect
 
     started = time.monotonic()
     with connect(url) as server:

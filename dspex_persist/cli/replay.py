@@ -158,9 +158,9 @@ def _recording(source: str, db: Path | None, reveal: bool) -> "Recording":
 
     if db is None:
         return load(expanded(Path(source)))
-    from dspex_persist import wiring
+    from dspex_persist.wiring.recordings import open_recording
 
-    with wiring.open_recording(expanded(db), source, reveal=reveal) as read:
+    with open_recording(expanded(db), source, reveal=reveal) as read:
         return load(read)
 
 
@@ -169,17 +169,18 @@ def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
 
     if db is None:
         return replay_state(_recording(source, None, reveal), limits=_limits())
-    from dspex_persist import wiring
     from dspex_persist.state.errors import UnavailableError
+    from dspex_persist.wiring.connecting import open_audit
+    from dspex_persist.wiring.recordings import open_recording
 
-    with wiring.open_audit(expanded(db), reveal=reveal) as audit:
+    with open_audit(expanded(db), reveal=reveal) as audit:
         for _ in range(_MOST_LOOKS):
             recording = _recording(source, db, reveal)
             if recording.has_ended:
                 return replay_state(recording, limits=_limits())
             stored = audit.state(source)
             # If a server has written in the meantime, the two differ.
-            with wiring.open_recording(expanded(db), source) as (header, _):
+            with open_recording(expanded(db), source) as (header, _):
                 grown = header.commits > len(recording.commits)
             if not grown:
                 return replay_state(recording, stored, limits=_limits())
@@ -221,10 +222,10 @@ def _replay_tools(
 
 
 def _limits() -> Any:
-    from dspex_persist import wiring
     from dspex_persist.settings import load_settings
+    from dspex_persist.wiring.limits import limits_of
 
-    return wiring.limits_of(load_settings())
+    return limits_of(load_settings())
 
 
 # Shown to people

@@ -228,12 +228,12 @@ def serve(
     # The server enables it when it is ready.
     gc.disable()
     try:
-        from dspex_persist import wiring
         from dspex_persist.settings import Settings, load_settings
+        from dspex_persist.wiring import serving
 
         flags = {name: value for name, value in arguments.items() if name in Settings.model_fields}
         flags["tools"] = tuple(tools) if tools else None
-        wiring.serve(load_settings({**flags, **_limits(limit or [])}, config, runs_tools=True))
+        serving.serve(load_settings({**flags, **_limits(limit or [])}, config, runs_tools=True))
     finally:
         gc.enable()
 

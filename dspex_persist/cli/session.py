@@ -113,9 +113,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a session."""
-    from dspex_persist import wiring
     from dspex_persist.state.store import maintenance
     from dspex_persist.state.store.maintenance import transfer
+    from dspex_persist.wiring.recordings import open_recording
 
     if output == _STREAM and as_json:
         raise typer.BadParameter("with -o -, the recording goes to stdout: name a file, or leave out --json")
@@ -125,7 +125,7 @@ def export(
         if url is None:
             path = database_of(db)
             return transfer.export_session(path, session, to, started=started, reveal=reveal, progress=progress)
-        with wiring.open_recording(url, session, started=started, reveal=reveal) as (header, commits):
+        with open_recording(url, session, started=started, reveal=reveal) as (header, commits):
             return transfer.export_recording(url, header, commits, to, progress=progress)
 
     def work(progress: Progress) -> transfer.ExportReport:
@@ -248,16 +248,17 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Import a session."""
-    from dspex_persist import wiring
     from dspex_persist.settings import load_settings
     from dspex_persist.state.store.maintenance.transfer import ImportReport
+    from dspex_persist.wiring.limits import limits_of
+    from dspex_persist.wiring.recordings import import_session
 
     url = server_of(server, db)
 
     def work(progress: Progress) -> ImportReport:
-        limits = wiring.limits_of(load_settings()) if url is None else None
+        limits = limits_of(load_settings()) if url is None else None
         with _lines(file) as lines:
-            return wiring.import_session(
+            return import_session(
                 url or database_of(db),
                 lines,
                 name="stdin" if file == _STREAM else file,
@@ -319,19 +320,20 @@ def fork(
     as_json: Json = False,
 ) -> None:
     """Fork a session."""
-    from dspex_persist import wiring
     from dspex_persist.settings import load_settings
     from dspex_persist.state.abilities import Forkable
     from dspex_persist.state.store import maintenance
+    from dspex_persist.wiring.connecting import connect
+    from dspex_persist.wiring.limits import limits_of
 
     url = server_of(server, db)
 
     def opened() -> "StateProvider":
         if url is not None:
-            return wiring.connect(url)
+            return connect(url)
         path, settings = database_of(db), load_settings()
         maintenance.current(path)  # Refuses a missing file, which the engine would create.
-        return wiring.connect(path, limits=wiring.limits_of(settings), session_ttl_s=settings.session_ttl_s)
+        return connect(path, limits=limits_of(settings), session_ttl_s=settings.session_ttl_s)
 
     def work(_: Progress) -> dict[str, Any]:
         path = url or database_of(db)
@@ -363,15 +365,15 @@ def fork(
 )
 def show_(session: Session, db: Db = None, server: Server = None, as_json: Json = False) -> None:
     """Show a session."""
-    from dspex_persist import wiring
     from dspex_persist.cli.shown import document_of, show_session
     from dspex_persist.state.audit import SessionQuery
     from dspex_persist.state.errors import NotInHistoryError
+    from dspex_persist.wiring.connecting import open_audit
 
     url = server_of(server, db)
 
     def work(_: Progress) -> dict[str, Any]:
-        with wiring.open_audit(url or database_of(db)) as audit:
+        with open_audit(url or database_of(db)) as audit:
             # Compared again, because the id may look like a pattern.
             found = (each for each in audit.iterate(SessionQuery(session=session)) if each.session_id == session)
             entry = next(found, None)

@@ -146,7 +146,7 @@ def _of_modules(references: Sequence[str]) -> list[Listed]:
 
 
 def _of_server(target: str, session: str) -> list[Listed]:
-    from dspex_persist.wiring import connect
+    from dspex_persist.wiring.connecting import connect
 
     with connect(url_of(target), timeout_s=_TIMEOUT_S) as server:
         return [_listed(spec) for spec in server.list_tools(session)]

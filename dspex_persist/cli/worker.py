@@ -101,8 +101,8 @@ def worker(
     config: Annotated[Path | None, Config] = None,
 ) -> None:
     """Serve until SIGTERM."""
-    from dspex_persist import wiring
     from dspex_persist.settings import load_settings
+    from dspex_persist.wiring.workers import serve_worker
 
     flags = {
         "tools": tuple(tools),
@@ -113,7 +113,7 @@ def worker(
         "tls_key": tls_key,
         "client_ca": client_ca,
     }
-    wiring.serve_worker(
+    serve_worker(
         load_settings({name: flag for name, flag in flags.items() if flag is not None}, config=config, runs_tools=True),
         url_of(server),
         session,

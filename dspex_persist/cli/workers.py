@@ -35,9 +35,9 @@ def workers(target: Target = "127.0.0.1:50051", as_json: Json = False) -> None:
     url = url_of(target)
 
     def work(_: object) -> dict[str, Any]:
-        from dspex_persist import wiring
+        from dspex_persist.wiring.connecting import list_workers
 
-        pools = wiring.list_workers(url)
+        pools = list_workers(url)
         return {"pools": [asdict(pool) for pool in pools] if as_json else pools}
 
     carry_out(as_json, work, lambda report: _show(report["pools"]))

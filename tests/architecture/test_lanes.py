@@ -33,7 +33,7 @@ def parts_of_the_package() -> list[str]:
     """Every folder of the package, and the modules beside them."""
     package = ROOT / "dspex_persist"
     folders = [path.parent for path in package.rglob("__init__.py") if path.parent != package]
-    modules = [path for path in package.glob("*.py") if path.stem in ("settings", "wiring")]
+    modules = [path for path in package.glob("*.py") if path.stem == "settings"]
     return [str(path.relative_to(ROOT)) for path in (*folders, *modules)]
 
 

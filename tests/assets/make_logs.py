@@ -17,7 +17,7 @@ from typing import Any, Final
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import SessionPrunedError
 from dspex_persist.state.recording import write_recording
-from dspex_persist.wiring import import_session
+from dspex_persist.wiring.recordings import import_session
 
 ASSETS: Final = Path(__file__).parent
 LOGS: Final = ASSETS / "logs"

@@ -26,7 +26,7 @@ from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import InvalidArgumentError, PermissionDeniedError, UnauthenticatedError
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import serve
+from dspex_persist.wiring.serving import serve
 from tests.deadline import within
 
 _LOADED = (health_pb2, reflection_pb2)

@@ -31,7 +31,7 @@ from dspex_persist.state.errors import (
     UnavailableError,
 )
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import serve
+from dspex_persist.wiring.serving import serve
 from tests.certificates import Authority, Pair
 from tests.deadline import within
 

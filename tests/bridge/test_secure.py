@@ -17,7 +17,7 @@ from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import InvalidArgumentError, UnavailableError
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import serve
+from dspex_persist.wiring.serving import serve
 from tests.certificates import Authority, Pair
 from tests.deadline import within
 

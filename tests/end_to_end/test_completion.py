@@ -17,7 +17,7 @@ from dspex_persist import cli
 from dspex_persist.cli import shells
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.store import names
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from dspex_persist.cli import maintenance
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.databases import copy_database
 from tests.deadline import within
 from tests.prepared import commands

@@ -10,7 +10,7 @@ import pytest
 
 from dspex_persist.cli.demo.scenes import WatchFaults, judge_watch, lost_writes
 from dspex_persist.state.audit import ExecutionQuery
-from dspex_persist.wiring import connect, open_audit
+from dspex_persist.wiring.connecting import connect, open_audit
 from tests.deadline import within
 
 COUNTERS = ("counter_a", "counter_b", "counter_c", "counter_d")

@@ -18,7 +18,7 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import REASON
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 from tests.end_to_end.old_style import Gate, environment, serve, target_of
 from tests.end_to_end.test_db_commands import FAILED, FINE, IN_USE, UNUSABLE, USAGE, assert_one_sentence, document_of

@@ -19,7 +19,6 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from dspex_persist import wiring
 from dspex_persist.infra.tokens import add
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
@@ -35,7 +34,9 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.state.values import encode
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import _unfit, connect, serve
+from dspex_persist.wiring import serving
+from dspex_persist.wiring.connecting import connect
+from dspex_persist.wiring.serving import _unfit, serve
 from tests.deadline import within
 from tests.end_to_end.metered_tools import MODEL
 
@@ -377,7 +378,7 @@ def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path, monkeypatch
     said = [_unfit(end, engine, ready)]
     ready.set()
     said.append(_unfit(end, engine, ready))
-    monkeypatch.setattr(wiring, "_STUCK_S", -1)
+    monkeypatch.setattr(serving, "_STUCK_S", -1)
     said.append(_unfit(end, engine, ready).partition(" for ")[0])
     engine.close()
     said.append(_unfit(end, engine, ready))

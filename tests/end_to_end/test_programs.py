@@ -18,7 +18,7 @@ from dspex_persist.cli import completing
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.replay import replay
 from dspex_persist.state.errors import ToolFailedError
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of
 from tests.end_to_end.programs import programs_of

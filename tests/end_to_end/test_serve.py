@@ -31,7 +31,8 @@ from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, 
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import connect, serve
+from dspex_persist.wiring.connecting import connect
+from dspex_persist.wiring.serving import serve
 from tests.deadline import within
 from tests.prepared import commands
 
@@ -387,8 +388,8 @@ def test_storage_that_fails_in_the_drain_is_one_sentence(start: Start, client_of
 
 def test_storage_that_fails_ends_the_process_even_if_the_event_loop_is_stuck() -> None:
     script = (
-        "import asyncio, threading; from dspex_persist import wiring;"
-        "end = wiring._End(asyncio.new_event_loop(), 'a.db');"
+        "import asyncio, threading; from dspex_persist.wiring.ending import ServerEnd;"
+        "end = ServerEnd(asyncio.new_event_loop(), 'a.db');"
         "end.on_storage_failed(OSError('the disk is gone')); threading.Event().wait()"
     )
     result = subprocess.run(
@@ -553,7 +554,7 @@ def test_the_package_imports_nothing_heavy_and_has_its_names() -> None:
 def test_a_client_imports_no_shell_and_no_log_output() -> None:
     """The rules take only what compiles from the package of CEL, which stays usable."""
     script = (
-        "import sys, dspex_persist.wiring; from dspex_persist.state.rules import compile_expression;"
+        "import sys, dspex_persist.wiring.serving; from dspex_persist.state.rules import compile_expression;"
         "program = compile_expression('a <= b').program;"
         "print(sorted({'prompt_toolkit', 'structlog', 'grpc', 'sqlalchemy'} & set(sys.modules)));"
         "import cel; print(type(program) is cel.Program)"

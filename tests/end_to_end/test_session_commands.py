@@ -18,7 +18,7 @@ from dspex_persist.infra.streams import READER_GONE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.store import maintenance
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 from tests.end_to_end import programs
 from tests.end_to_end.old_style import environment, serve, target_of

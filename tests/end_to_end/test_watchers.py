@@ -34,7 +34,7 @@ from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import connect
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 
 SESSION = "watched"

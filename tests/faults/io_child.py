@@ -25,7 +25,6 @@ from typing import Any
 
 import alembic.command  # noqa: F401  (imported before the fork, so that no case has to)
 
-from dspex_persist import wiring
 from dspex_persist.errors import DspexError
 from dspex_persist.state.commands import (
     Command,
@@ -45,6 +44,7 @@ from dspex_persist.state.model import ImportedSession, PrunePolicy, Value
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance, session_store
 from dspex_persist.state.store.session_store import FileGroups
+from dspex_persist.wiring.recordings import import_session
 from tests.deadline import within
 
 KINDS = ("open", "read", "write", "sync", "truncate", "lock", "unlink", "rename")
@@ -99,7 +99,7 @@ class Case:
         except StateError as error:
             self._note(event="not closed", error=type(error).__name__, text=str(error))
             return EXIT_NOT_CLOSED
-        self._attempt("import", lambda: wiring.import_session(self._database, self._recording, session_id=IMPORTED))
+        self._attempt("import", lambda: import_session(self._database, self._recording, session_id=IMPORTED))
         self._attempt("restore", self._restore)
         return 0
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
 
-from dspex_persist import wiring
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable
@@ -24,6 +23,7 @@ from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import open_groups
+from dspex_persist.wiring.recordings import open_recording
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
 from tests.faults.checker import Checker
@@ -211,7 +211,7 @@ class Commands(_Promising):
         for outcome in store.write_group([Job(command, Origin("test", "test")) for command in commands]):
             assert outcome.error is None, outcome.error
         store.close()
-        with wiring.open_recording(other, "s", reveal=True) as read, recording.open("w") as file:
+        with open_recording(other, "s", reveal=True) as read, recording.open("w") as file:
             write_recording(*read, file)
         return recording
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import wiring
 from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.audit.report import gather, render
 from dspex_persist.errors import DspexError
@@ -27,6 +26,8 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.recording import RecordedVersion, read_recording, write_recording
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import open_groups
+from dspex_persist.wiring.connecting import open_audit
+from dspex_persist.wiring.recordings import import_session, open_recording
 
 ASSET = Path(__file__).parents[1] / "assets" / "0003.db"
 MUTANTS = int(os.environ.get("MUTANTS", "150"))
@@ -65,7 +66,7 @@ def _recordings(folder: Path) -> list[list[str]]:
     path = folder / "asset.db"
     shutil.copyfile(ASSET, path)
     open_groups(path).close()
-    with wiring.open_audit(path) as audit:
+    with open_audit(path) as audit:
         sessions = sorted({each.session_id for each in audit.iterate(SessionQuery())})
     recordings = []
     for session_id in sessions:
@@ -77,7 +78,7 @@ def _recordings(folder: Path) -> list[list[str]]:
 
 def _export(path: Path, session_id: str) -> list[str]:
     file = io.StringIO()
-    with wiring.open_recording(path, session_id, reveal=True) as recording:
+    with open_recording(path, session_id, reveal=True) as recording:
         write_recording(*recording, file)
     return file.getvalue().splitlines(keepends=True)
 
@@ -127,7 +128,7 @@ def _use(path: Path, session_id: str) -> None:
         else:
             for variable in state.list_variables(session_id):
                 state.get_variable_history(session_id, variable.name)
-    with wiring.open_audit(path) as audit:
+    with open_audit(path) as audit:
         # The results have to fit into a server's messages, too.
         for query in (HistoryQuery, CommitQuery, ExecutionQuery, SessionQuery):
             for row in audit.iterate(query(session=session_id)):
@@ -149,7 +150,7 @@ def _try_mutants(folder: Path, number: int, seed: int) -> None:
     for each in range(number):
         lines, session_id = _mutant(random.choice(recordings), random), f"mutant-{each}"
         try:
-            wiring.import_session(path, iter(lines), session_id=session_id)
+            import_session(path, iter(lines), session_id=session_id)
         except DspexError as error:
             counts[type(error).__name__] += 1
             continue
@@ -191,7 +192,7 @@ def test_an_execution_that_retries_itself_is_refused(tmp_path: Path) -> None:
         body["retry_of"] = body["execution_id"]
     circle = (json.dumps(each) + "\n" for each in documents)
     with pytest.raises(RecordingError, match="which did not begin before it"):
-        wiring.import_session(tmp_path / "circle.db", circle, session_id="circle")
+        import_session(tmp_path / "circle.db", circle, session_id="circle")
 
 
 @pytest.mark.parametrize(
@@ -219,5 +220,5 @@ def test_impossible_numbers_are_refused(tmp_path: Path, key: str, number: object
     changed = (json.dumps(each) + "\n" for each in documents)
     path = tmp_path / "changed.db"
     with pytest.raises(RecordingError, match=message):
-        wiring.import_session(path, changed, session_id="changed")
+        import_session(path, changed, session_id="changed")
     assert not path.exists()

@@ -18,7 +18,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import RecordingError
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance
-from dspex_persist.wiring import import_session
+from dspex_persist.wiring.recordings import import_session
 from tests.store.audit_history import make
 
 JUNK: tuple[Any, ...] = (

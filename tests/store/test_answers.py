@@ -47,7 +47,7 @@ from dspex_persist.state.store.history import rows as stored_rows
 from dspex_persist.state.store.history import versions
 from dspex_persist.state.store.variables import KINDS, SOURCES
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
-from dspex_persist.wiring import import_session
+from dspex_persist.wiring.recordings import import_session
 from tests.deadline import within
 from tests.store.audit_history import SECRET, make
 

@@ -22,7 +22,7 @@ from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import opening
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
-from dspex_persist.wiring import open_audit
+from dspex_persist.wiring.connecting import open_audit
 from tests.infra.test_forks import in_child
 
 DEADLINE_S = 30

@@ -82,7 +82,7 @@ def test_sensitive_values_are_masked_in_recordings(place: str, tmp_path: Path) -
 _REPLAY = """
 import json, sys
 from dspex_persist.replay import load, replay
-from dspex_persist.wiring import open_recording
+from dspex_persist.wiring.recordings import open_recording
 from tests import asked
 
 assert "dspy" not in sys.modules

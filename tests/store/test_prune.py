@@ -53,7 +53,7 @@ from dspex_persist.state.store.history import prune_plan
 from dspex_persist.state.store.log_reader import iter_commits
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.variables import find_key, metadata_as_of
-from dspex_persist.wiring import import_session
+from dspex_persist.wiring.recordings import import_session
 from tests.asked import entry
 from tests.deadline import within
 from tests.logs import capture_logs

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist import wiring
 from dspex_persist.audit import CommitQuery
 from dspex_persist.state import commands as c
 from dspex_persist.state import imports
@@ -43,6 +42,7 @@ from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.values import encode
+from dspex_persist.wiring.recordings import import_session, open_recording
 from tests.memory import MemoryGroups
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -143,7 +143,7 @@ def test_an_import_restores_everything(filled: Path, tmp_path: Path) -> None:
 
 def test_a_recording_is_as_of_its_beginning(state: EmbeddedState, path: Path) -> None:
     write(state, range(1, 1200))
-    with wiring.open_recording(path, "s") as (header, commits):
+    with open_recording(path, "s") as (header, commits):
         first = next(commits)
         state.set_variable("s", "x", 5000)
         state.cleanup_session("s")
@@ -305,7 +305,7 @@ def test_the_example_on_the_page_is_a_recording(other: Path) -> None:
 
 def test_a_missing_file_is_created(state: EmbeddedState, path: Path) -> None:
     target = path.with_name("new.db")
-    assert wiring.import_session(target, io.StringIO(exported(path))).commits == 2
+    assert import_session(target, io.StringIO(exported(path))).commits == 2
     assert maintenance.check(target).problems == ()
 
 
@@ -544,5 +544,5 @@ def test_a_fork_of_a_copy_in_the_same_file_forks_the_copy(state: EmbeddedState, 
 
 
 def test_a_missing_file_has_no_recording(tmp_path: Path) -> None:
-    with pytest.raises(NotADatabaseError), wiring.open_recording(tmp_path / "missing.db", "s"):
+    with pytest.raises(NotADatabaseError), open_recording(tmp_path / "missing.db", "s"):
         pass

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import wiring
 from dspex_persist.clock import now
 from dspex_persist.replay.state import replay_state
 from dspex_persist.state.embedded import EmbeddedState
@@ -20,6 +19,7 @@ from dspex_persist.state.model import PrunePolicy, Rule
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance
 from dspex_persist.testing.checks import take
+from dspex_persist.wiring.recordings import import_session
 
 OLD: dict[str, Any] = {"schema": {"type": "object", "required": ["name"]}, "schema_version": 1}
 NEW: dict[str, Any] = {"schema": {"type": "object", "required": ["first"]}, "schema_version": 2}
@@ -95,7 +95,7 @@ def test_they_survive_export_and_import(state: EmbeddedState, tmp_path: Path) ->
     source.write_text(text, encoding="utf-8")
     with state.audit() as audit:
         assert replay_state(source, audit.state("s")).divergences == ()
-    wiring.import_session(other, text.splitlines(keepends=True))
+    import_session(other, text.splitlines(keepends=True))
     with EmbeddedState(other) as imported:
         assert imported.list_rules("s") == (Rule("large", "x > 5"),)
         assert imported.get_variable_history("s", "profile")[0].cause == "migration profile 1->2"
@@ -109,7 +109,7 @@ def test_an_import_takes_recorded_commits_as_they_were(state: EmbeddedState, tmp
     """An older release may have checked a rule in another way."""
     lines = exported(state).splitlines(keepends=True)
     lines[-2] = lines[-2].replace("x > 5", "x > 50")
-    wiring.import_session(tmp_path / "other.db", lines)
+    import_session(tmp_path / "other.db", lines)
     with EmbeddedState(tmp_path / "other.db") as imported:
         assert imported.list_rules("s") == (Rule("large", "x > 50"),)
         with pytest.raises(RuleViolatedError):
@@ -130,7 +130,7 @@ def test_malformed_recordings(state: EmbeddedState, tmp_path: Path, written: str
     text = exported(state)
     assert written in text
     with pytest.raises(RecordingError, match=reason):
-        wiring.import_session(tmp_path / "other.db", text.replace(written, instead).splitlines(keepends=True))
+        import_session(tmp_path / "other.db", text.replace(written, instead).splitlines(keepends=True))
 
 
 def test_pruning_removes_them_with_their_session(state: EmbeddedState, path: Path) -> None:

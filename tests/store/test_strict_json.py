@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspex_persist import open_audit, wiring
+from dspex_persist import open_audit
 from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery, document
 from dspex_persist.clock import now
 from dspex_persist.state.commands import BeginExecution, FinishExecution
@@ -28,6 +28,7 @@ from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.log_reader import iter_commits
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.values.json_text import DAMAGED, storable, stored, stored_object
+from dspex_persist.wiring.recordings import import_session
 
 ASSETS = Path(__file__).parents[1] / "assets"
 VIEWS = (
@@ -171,7 +172,7 @@ def test_such_a_session_is_strict_after_an_export_and_import(poisoned: Path, tmp
     stream = StringIO()
     transfer.export_session(poisoned, "s", stream)
     target = tmp_path / "new.db"
-    wiring.import_session(target, stream.getvalue().splitlines())
+    import_session(target, stream.getvalue().splitlines())
     assert maintenance.check(target).problems == ()
 
 

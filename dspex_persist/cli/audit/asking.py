@@ -100,7 +100,7 @@ def answering(request: AuditOptions) -> Iterator[None]:
 @contextmanager
 def asking(request: AuditOptions) -> "Iterator[AuditSource]":
     """Open the requested history."""
-    from dspex_persist.wiring import open_audit
+    from dspex_persist.wiring.connecting import open_audit
 
     with answering(request):
         place: Path | str = database_of(request.db) if request.target is None else url_of(request.target)

@@ -52,21 +52,22 @@ class Place:
             tools: For a file: the modules of its tools.
             create: Create the file if it is missing.
         """
-        from dspex_persist import wiring
         from dspex_persist.settings import load_settings
         from dspex_persist.state.errors import DatabaseInUseError
         from dspex_persist.state.store import maintenance
+        from dspex_persist.wiring.connecting import connect
+        from dspex_persist.wiring.limits import limits_of
 
         if self.url is not None:
-            with wiring.connect(self.url, timeout_s=_TIMEOUT_S) as state:
+            with connect(self.url, timeout_s=_TIMEOUT_S) as state:
                 yield state
             return
         path, settings = self.path, load_settings()
         if not create:
             maintenance.current(path)  # Refuses a missing file, which the engine would create.
-        options: dict[str, Any] = {"limits": wiring.limits_of(settings), "session_ttl_s": settings.session_ttl_s}
+        options: dict[str, Any] = {"limits": limits_of(settings), "session_ttl_s": settings.session_ttl_s}
         try:
-            state = wiring.connect(path, tools=list(tools) or None, **options)
+            state = connect(path, tools=list(tools) or None, **options)
         except DatabaseInUseError as error:
             advice = f"reach it with --target {error.address or 'HOST:PORT'}, or stop it"
             raise ExplainedError(error.sentence, advice) from error
@@ -76,7 +77,7 @@ class Place:
     @contextmanager
     def history(self, *, reveal: bool = False) -> "Iterator[AuditSource]":
         """Open the history, which never changes a file, and works while a server has it open."""
-        from dspex_persist.wiring import open_audit
+        from dspex_persist.wiring.connecting import open_audit
 
         with open_audit(self.url or self.path, reveal=reveal) as source:
             yield source
