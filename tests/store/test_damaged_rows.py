@@ -42,6 +42,7 @@ QUESTIONS: Final = [
     ["diff", "main", "--from", "20"],
     ["blame", "main"],
     ["report", "main"],
+    ["denials"],
     ["verify"],
 ]
 LARGE: Final = 2**62
@@ -63,6 +64,15 @@ LEGAL: Final = {
     ("dependencies", "dependency_key", -1),
     # Some of the first commits came with an import: those of another file may have done so, too.
     ("imports", "first_sequence", 1),
+    # A clock may have been wrong, and whoever calls may have any name.
+    ("denials", "denial_key", LARGE),
+    ("denials", "at", -1),
+    ("denials", "count", LARGE),
+    *(
+        ("denials", column, damage)
+        for column in ("identity", "peer", "rpc", "session_id", "missing")
+        for damage in DAMAGE[str]
+    ),
 }
 ELSEWHERE: Final = "short"
 """A session of which nothing is damaged."""
@@ -75,6 +85,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fill(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("INSERT INTO imports VALUES (3, 4)")
+        refused = (1, 60_000_000, 60_000_000, "ann", "127.0.0.1:5000", "SetVariable", "main", "write", 1)
+        connection.execute(f"INSERT INTO denials VALUES ({', '.join('?' * len(refused))})", refused)
         connection.execute("PRAGMA journal_mode = DELETE")
     return path
 
