@@ -15,9 +15,11 @@ Exit code 0: no problems. 1: problems, which are printed, and the files are kept
 import argparse
 import asyncio
 import json
+import os
 import re
 import secrets
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -180,6 +182,14 @@ class Chaos(CrashTest):
 
     async def chaos(self, seconds: float, lives: int | None = None, *, verbose: bool = False) -> Report:
         """Disturb servers for that long, check, and shut the last one down. Stops after the first with a problem."""
+        try:
+            return await self._chaos(seconds, lives, verbose=verbose)
+        finally:
+            # Of a server with a planted bug, something may be left.
+            for pid in self._left():
+                os.kill(pid, signal.SIGKILL)
+
+    async def _chaos(self, seconds: float, lives: int | None, *, verbose: bool) -> Report:
         began = time.monotonic()
         lives = lives or max(2, round(seconds / _LIFE_S))
         names = await self._set_up()
@@ -224,6 +234,7 @@ class Chaos(CrashTest):
         with await self._start() as process:
             self._check_gone_before()
             monkey = Monkey(self._random, process.pid, self.report.counts)
+            monkey.seen, monkey.runs = self._seen, self._runs
             monkey.look()
             disturbing = asyncio.create_task(monkey.run())
             async with Bridge(process.port) as bridge:
@@ -247,8 +258,6 @@ class Chaos(CrashTest):
                     await self._terminate(process)
                 process.kill()
                 await self._gather([*working, *watching])
-            self._seen |= monkey.seen
-            self._runs |= monkey.runs
             await self._check_gone()
 
     def _work(self, process: ServerProcess, bridge: Bridge) -> list[asyncio.Task[None]]:
