@@ -41,7 +41,7 @@ from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
 from dspex_persist.testing.server import ServedDatabase
 from tests.bridge.test_access import line
 from tests.bridge.worker import Worker, serving
-from tests.deadline import within
+from tests.deadline import cpu_s_below, within
 
 METHODS = {each.full_name: each for service in (BRIDGE_SERVICE, AUDIT_SERVICE) for each in service.methods}
 PEOPLE = {
@@ -436,6 +436,24 @@ def test_the_message_of_a_variable_has_the_rules_about_it(served: ServedDatabase
 
 
 FIRST = {"include_initial_values": True, "variable_identifiers": ["pub_a"]}
+
+
+def test_long_names_and_batches_do_not_keep_the_server(served: ServedDatabase, states: dict[str, BridgedState]) -> None:
+    """However many rules with however many stars there are: nothing compares what no variable can be called."""
+    session = f"long-{next(NUMBERS):03}"
+    rules = [AccessRule("bob", ["read", "write", "observe", "execute"], f"*a?b*c*{n}", f"*a?*{n}") for n in range(100)]
+    states["ann"].initialize_session(session, access_control(rules))
+    name, many = "ab" * 2_000_000, [f"x{number}" for number in range(20_000)]
+    with cpu_s_below(10):
+        for rpc in ("GetVariable", "DeleteVariable", "ExecuteTool"):
+            fields = {"session_id": session, "variable_identifier": name, "tool_name": name}
+            assert call(served, f"snakepit.bridge.BridgeService.{rpc}", "bob", fields)[0] == DENIED
+        for service, rpc, fields in (
+            ("snakepit.bridge.BridgeService", "SetVariables", {"updates": dict.fromkeys(many, b"1")}),
+            ("snakepit.bridge.BridgeService", "WatchVariables", {"variable_identifiers": many}),
+        ):
+            code, details, _ = call(served, f"{service}.{rpc}", "bob", {"session_id": session, **fields})
+            assert (code, "batch_entries" in details) == ("RESOURCE_EXHAUSTED", True)
 
 
 # Owners and rules

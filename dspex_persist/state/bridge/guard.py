@@ -5,7 +5,7 @@ allow to read. Workers of pools call at addresses of their own, which have no gu
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -26,7 +26,7 @@ from dspex_persist.state.bridge.denials import Denials
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, BINARY, EXECUTION_ID, IDEMPOTENCY_KEY
-from dspex_persist.state.bridge.incoming import Context, RequestHeaders
+from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count
 from dspex_persist.state.bridge.lives import Lives
 from dspex_persist.state.bridge.permitted import PERMIT, Permit, absent_id, renamed
 from dspex_persist.state.errors import (
@@ -42,6 +42,7 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
     quote,
 )
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, Session
 from dspex_persist.state.rules import compile_expression
 from dspex_persist.state.session_state import SessionState
@@ -56,8 +57,11 @@ _PEEKING: Final = Origin("", commands.PeekSession.__name__)
 _OF_EXECUTION: Final = frozenset((EXECUTION_ID, ASKED_BY, EXECUTION_ID + BINARY, ASKED_BY + BINARY))
 _TOOL_NAME: Final = "tool_name"
 _HIDDEN: Final = "(hidden)"
+_BATCHES: Final = ("updates", "definitions", "variable_identifiers")
 _MUCH_WORK: Final = 2_000
 """So many questions whether a rule is about a variable hold up the event loop."""
+_MORE_IN_ID: Final = 64
+"""How much longer than its name the id of a variable may be."""
 _SEPARATOR: Final = "|"
 """Between the name of an identity, which cannot have it, and an idempotency key."""
 
@@ -75,6 +79,7 @@ class Ask:
         grants: What the caller may do.
         execution: The execution of this session that the call is part of.
         has_shown: Whether the call has shown the capability of that.
+        limits: What names and batches are within.
         errors: Errors to add to the response, by identifier.
     """
 
@@ -85,6 +90,7 @@ class Ask:
         "grants",
         "has_shown",
         "identity",
+        "limits",
         "request",
         "rpc",
         "session_id",
@@ -99,6 +105,7 @@ class Ask:
         session_id: str,
         execution: ToolSession | None,
         has_shown: bool,
+        limits: Limits,
     ) -> None:
         self.rpc = rpc
         self.identity = identity
@@ -109,6 +116,7 @@ class Ask:
         self.grants: Grants = EVERYTHING
         self.execution = execution if execution is not None and execution.session_id == session_id else None
         self.has_shown = has_shown
+        self.limits = limits
         self.errors: dict[str, StateError] = {}
 
     def look(self, state: SessionState | None) -> None:
@@ -128,6 +136,12 @@ class Ask:
         """The session, which is another object when its metadata have changed."""
         return None if self.state is None else self.state.session
 
+    @property
+    def takes_long(self) -> bool:
+        """Whether comparing the names in the request with the rules would block an event loop too long."""
+        names = sum(len(getattr(self.request, field, ())) for field in _BATCHES)
+        return names * len(self.grants.rules) > _MUCH_WORK
+
     def name_of(self, identifier: str) -> str:
         """Return the name of a variable that is given by its name or id; the identifier itself if there is none."""
         found = None
@@ -139,12 +153,12 @@ class Ask:
 
     def may(self, what: May, identifier: str) -> bool:
         """Whether the caller may do something with a variable."""
-        return self.grants.may(what, self.name_of(identifier))
+        return self.grants.may(what, self._compared(self.name_of(identifier)))
 
     def need(self, what: May, identifier: str) -> None:
         """Raise unless the caller may do something with a variable."""
         if not self.may(what, identifier):
-            if self.grants.may(what, identifier):
+            if self.grants.may(what, self._compared(identifier)):
                 # It is the id of a variable about which the caller must not know anything.
                 raise VariableNotFoundError(self.session_id, identifier)
             raise self.denied(f"{what} of {quote(identifier)}")
@@ -161,8 +175,12 @@ class Ask:
 
     def need_tool(self, tool: str) -> None:
         """Raise unless the caller may execute a tool."""
-        if not self.grants.may_execute(tool):
+        if not self.grants.may_execute(self._compared(tool)):
             raise self.denied(f"{May.EXECUTE} of {quote(tool)}")
+
+    def _compared(self, name: str) -> str:
+        """Return as much of a name as rules are compared with. Nothing has a longer one; a request can."""
+        return name[: self.limits.name_length + _MORE_IN_ID]
 
     def denied(self, missing: str) -> AccessDeniedError:
         """Return the error for what the rules do not allow."""
@@ -247,7 +265,12 @@ def _dependency(ask: Ask) -> None:
     ask.need(May.READ, ask.request.to_variable)
 
 
+def _check_batch(ask: Ask, what: str, entries: Sized) -> None:
+    check_count(what, entries, ask.limits.batch_entries, "batch_entries")
+
+
 def _definitions(ask: Ask) -> None:
+    _check_batch(ask, "definitions", ask.request.definitions)
     for each in ask.request.definitions:
         ask.need(May.WRITE, each.name)
 
@@ -257,6 +280,7 @@ def _tool(ask: Ask) -> None:
 
 
 def _watched(ask: Ask) -> None:
+    _check_batch(ask, "variables in the batch", ask.request.variable_identifiers)
     for identifier in ask.request.variable_identifiers:
         ask.need(May.OBSERVE, identifier)
 
@@ -277,6 +301,7 @@ def _begin(ask: Ask) -> None:
 
 def _updates(ask: Ask) -> None:
     request = ask.request
+    _check_batch(ask, "updates in the batch", request.updates)
     for identifier in sorted(request.updates):
         try:
             ask.need(May.WRITE, identifier)
@@ -482,6 +507,11 @@ class _Call:
         return self._metadata
 
     @property
+    def speaks_for(self) -> tuple[ToolSession | None, bool]:
+        """The execution, and whether its capability was shown."""
+        return self.execution, self.has_shown
+
+    @property
     def names_execution(self) -> bool:
         """Whether a header names an execution."""
         return any(key in _OF_EXECUTION for key, _ in self._metadata)
@@ -547,6 +577,7 @@ class Guard:
     def __init__(self, provider: WithTools, lives: Lives, capabilities: Capabilities, denials: Denials) -> None:
         self._provider = provider
         self._runner = provider.runner
+        self._limits = provider.runner.limits
         self._lives = lives
         self._peek = lives.peek
         self._capabilities = capabilities
@@ -632,7 +663,7 @@ class Guard:
             if identity is None:
                 return await run(request, context)
             call = self._read(rpc, context, identity)
-            ask = Ask(name, identity, request, getattr(request, kind.session), call.execution, call.has_shown)
+            ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._limits)
             ask.look(self._peek(ask.session_id) or await self._load(ask.session_id))
             if ask.access is None and not kind.past and not kind.always and not watches:
                 # The usual case: the session has no rules.
@@ -692,7 +723,10 @@ class Guard:
         if ask.grants.everything and not kind.always:
             return
         try:
-            kind.check(ask)
+            if ask.takes_long:
+                await asyncio.to_thread(kind.check, ask)
+            else:
+                kind.check(ask)
             if ask.rpc == "GetVariableHistory" and not ask.grants.everything:
                 await self._check_gone(ask)
         except StateError as error:
@@ -768,7 +802,7 @@ class Guard:
 
     def _check_written(self, rpc: str, call: "_Call", session: ToolSession, identity: Identity) -> None:
         """Refuse to commit what the rules do not allow to write by now."""
-        ask = Ask("CommitTransaction", identity, None, session.session_id, session, False)
+        ask = Ask("CommitTransaction", identity, None, session.session_id, session, False, self._limits)
         state = self._peek(session.session_id)
         if state is None:
             return
