@@ -1139,5 +1139,13 @@ def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:
     )
 
 
+_OUTPUT: Final = "; its output ends with:\n"
+
+
 def _shown(output: str) -> str:
-    return f"; its output ends with:\n{output}" if output else ""
+    return f"{_OUTPUT}{output}" if output else ""
+
+
+def without_output(failure: str) -> str:
+    """Return what `PoolStatistics.last_failure` says, without what the worker wrote."""
+    return failure.partition(_OUTPUT)[0]

@@ -5,6 +5,7 @@ with it. Nothing here knows a session, a call or a wire: a `Grants` answers ques
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +25,8 @@ OWNER: Final = "dspex.owner"
 MOST_RULES: Final = 100
 _LONGEST_GLOB: Final = 255
 _ALL: Final = "*"
+_NAMES: Final = re.compile(r"[A-Za-z0-9._@:/*?-]+")
+_LIKE_ACCESS: Final = frozenset({"accesscontrol", "accesscontroljson"})
 
 
 class May(StrEnum):
@@ -150,6 +153,20 @@ def _rule(document: object) -> AccessRule:
     if not isinstance(may, list) or not all(isinstance(each, str) for each in may):
         raise _wrong(f"may must be a list of texts: {form}")
     return AccessRule(**document)
+
+
+def check_names(rules: Iterable[AccessRule]) -> None:
+    """Raise `InvalidArgumentError` for a rule that is about nobody, because no token has such a name."""
+    for rule in rules:
+        if _NAMES.fullmatch(rule.who) is None:
+            raise _wrong(f"no name is like {quote(rule.who)}: names have letters, digits and ._@:/-")
+
+
+def check_keys(metadata: Iterable[str]) -> None:
+    """Raise `InvalidArgumentError` for a misspelled key of the rules, which would leave a session open to everybody."""
+    for key in metadata:
+        if key != ACCESS and "".join(filter(str.isalnum, key.casefold())) in _LIKE_ACCESS:
+            raise InvalidArgumentError("metadata", f"the key {quote(key)} means nothing: rules have the key {ACCESS}")
 
 
 def _wrong(reason: str) -> InvalidArgumentError:

@@ -10,6 +10,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -17,11 +18,12 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 import dspex_persist
+from dspex_persist.infra.tokens import CALLER, Identity
 from dspex_persist.state.access import ACCESS, OWNER, AccessRule, access_control
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
-from dspex_persist.state.bridge.guard import KIND_OF, InSession, OfServer
+from dspex_persist.state.bridge.guard import KIND_OF, Guard, InSession, OfServer
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import GetSession, GetVariable, ListVariables, RegisterTools, SetVariable
@@ -456,6 +458,25 @@ def test_long_names_and_batches_do_not_keep_the_server(served: ServedDatabase, s
             assert (code, "batch_entries" in details) == ("RESOURCE_EXHAUSTED", True)
 
 
+def test_only_administrators_see_what_a_failed_worker_wrote() -> None:
+    pool = audit_pb.WorkerPool(last_failure="worker a-1 ended with exit code 7; its output ends with:\nsecret 42")
+
+    class Workers:
+        async def ListWorkers(self, _request: Any, _context: Any) -> Any:
+            response = audit_pb.ListWorkersResponse()
+            response.pools.append(pool)
+            return response
+
+    async def seen(scope: str) -> str:
+        CALLER.set(Identity("who", frozenset({scope})))
+        guarded: Any = Guard(Mock(), Mock(), Mock(), Mock()).over(AUDIT_SERVICE, Workers())
+        response = await guarded.ListWorkers(None, None)
+        return str(response.pools[0].last_failure)
+
+    assert asyncio.run(seen("admin")) == pool.last_failure
+    assert asyncio.run(seen("read")) == "worker a-1 ended with exit code 7"
+
+
 # Owners and rules
 
 
@@ -475,6 +496,12 @@ def test_only_the_owner_and_administrators_change_the_rules(states: dict[str, Br
     for who in ("bob", "cat", "eve"):
         with pytest.raises(AccessDeniedError):
             states[who].initialize_session(session, everything)
+    for who in ("bob ", "bób", "b|b"):
+        with pytest.raises(InvalidArgumentError, match="no name is like"):
+            states["ann"].initialize_session(session, access_control([AccessRule(who)]))
+    for key in ("access_control", "Access-Control-JSON", f"{ACCESS} "):
+        with pytest.raises(InvalidArgumentError, match=f"rules have the key {ACCESS}"):
+            states["ann"].initialize_session(f"{session}-new", {key: "[]"})
     for wrong in ("{", "[1]", "ä", "[" * 5_000):
         with pytest.raises(InvalidArgumentError, match=ACCESS):
             states["ann"].initialize_session(session, {ACCESS: wrong})

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from dspex_persist import clock
 from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.infra.pool import without_output
 from dspex_persist.infra.server import Service
 from dspex_persist.infra.tokens import ADMIN, CALLER, READ, Identity
 from dspex_persist.state import commands
@@ -626,6 +627,8 @@ class Guard:
             response, identity = await run(request, context), CALLER.get()
             if identity is not None and not identity.may(ADMIN):
                 for pool in response.pools:
+                    # What a worker wrote may be about any session.
+                    pool.last_failure = without_output(pool.last_failure)
                     for worker in pool.workers:
                         if worker.key and not await self._sees(worker.key, identity):
                             worker.key = ""

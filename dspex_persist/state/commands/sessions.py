@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Final
 
 from dspex_persist.infra.tokens import Identity
 from dspex_persist.state import budgets
-from dspex_persist.state.access import ACCESS, OWNER, may_change_rules, parse_rules, without_owner
+from dspex_persist.state.access import (
+    ACCESS,
+    OWNER,
+    check_keys,
+    check_names,
+    may_change_rules,
+    parse_rules,
+    without_owner,
+)
 from dspex_persist.state.budgets import Budget
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import AccessDeniedError, InvalidArgumentError, quote
@@ -42,6 +50,8 @@ class InitializeSession(Command[SessionView]):
         check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
         check_session_metadata(self.metadata, uow.limits)
         identity = uow.origin.identity
+        if identity is not None:
+            check_keys(self.metadata)
         if ACCESS in self.metadata:
             _check_rules(self.metadata[ACCESS], identity)
         state = uow.find_session(self.session_id)
@@ -73,7 +83,7 @@ def _check_rules(text: str, identity: Identity | None) -> None:
         reason = "it protects nothing here, where nobody shows who they are: it needs a server that demands tokens"
         raise InvalidArgumentError(ACCESS, reason)
     if text:
-        parse_rules(text)
+        check_names(parse_rules(text))
 
 
 def _resumed(uow: UnitOfWork, state: SessionState) -> SessionView:
