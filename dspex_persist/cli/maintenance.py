@@ -152,7 +152,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
         'those that running tools may need, optimization locks, and versions written with metadata "pinned": "true". '
         "You can interrupt it and run it again.\n\n"
         "With --ended-sessions, --older-than applies to the time when sessions ended, and to versions only if you add "
-        "--keep-versions.\n\n"
+        "--keep-versions. Without --session, --older-than also deletes the older entries about refused calls.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"

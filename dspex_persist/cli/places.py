@@ -56,15 +56,15 @@ def server_of(target: str | None, db: Path | None) -> str | None:
     return url_of(target)
 
 
-def url_of(target: str) -> str:
-    """Return the URL of the server that `--target` names: HOST:PORT, unix:PATH, or a URL."""
+def url_of(target: str, flag: str = "--target") -> str:
+    """Return the URL of the server that `flag` names: HOST:PORT, unix:PATH, or a URL."""
     from dspex_persist.infra.listen import TLS_SCHEME, ListenError, UnixAddress, parse_listen, target_of
     from dspex_persist.settings import SettingsError
 
     try:
         address = parse_listen(target_of(target))
     except ListenError as error:
-        raise SettingsError("target", f"{target!r} is invalid: {error.reason}", "flag --target") from error
+        raise SettingsError(flag.strip("-"), f"{target!r} is invalid: {error.reason}", f"flag {flag}") from error
     if isinstance(address, UnixAddress):
         return f"grpc+{address}"
     return f"{TLS_SCHEME if target.startswith(TLS_SCHEME) else 'grpc://'}{address}"

@@ -35,7 +35,7 @@ Modules = Annotated[
 ]
 Target = Annotated[
     str | None,
-    typer.Option("--target", metavar="ADDRESS", help="List the tools of this server: HOST:PORT or unix:PATH."),
+    typer.Option("--target", metavar="ADDRESS", help="List the tools of this server: HOST:PORT, unix:PATH or its URL."),
 ]
 Session = Annotated[
     str | None,

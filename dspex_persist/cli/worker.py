@@ -115,7 +115,7 @@ def worker(
     }
     serve_worker(
         load_settings({name: flag for name, flag in flags.items() if flag is not None}, config=config, runs_tools=True),
-        url_of(server),
+        url_of(server, "--server"),
         session,
         listen=listen,
         address=address,

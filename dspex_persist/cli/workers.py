@@ -26,7 +26,7 @@ _MIB: Final = 1024 * 1024
 
 Target = Annotated[
     str,
-    typer.Option("--target", metavar="ADDRESS", help="The running server: HOST:PORT or unix:PATH."),
+    typer.Option("--target", metavar="ADDRESS", help="The running server: HOST:PORT, unix:PATH or its URL."),
 ]
 
 

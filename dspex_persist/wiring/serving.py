@@ -104,6 +104,10 @@ async def _serve(
             notifier.status(f"importing the tools of {', '.join(settings.tools)}")
         tools = load_tools(settings)
         plans = plans_of(settings, here)
+        if settings.workers and not settings.tools:
+            _log.warning(
+                "no workers", workers=settings.workers, reason="there are no tools to run: name some (--tools)"
+            )
         check_names(plans, tools)
         # Opening locks the file. A second server on it fails here, before it binds its address.
         notifier.status(f"opening {settings.db}: recovery, and an upgrade if an older release wrote it")

@@ -144,8 +144,9 @@ def test_a_forked_child_cannot_read_a_stream_of_its_parent(silent: str) -> None:
 
 def test_a_server_without_the_rpcs_is_reported_as_too_old(newer: str) -> None:
     with BridgedState(newer) as state:
-        for ask in (lambda: state.record("s"), lambda: state.fork_session("s", "t")):
-            with pytest.raises(UnsupportedError, match="older"):
+        asks = {"RecordSession": lambda: state.record("s"), "ForkSession": lambda: state.fork_session("s", "t")}
+        for rpc, ask in asks.items():
+            with pytest.raises(UnsupportedError, match=f"{rpc}; the server at .* is older"):
                 ask()
 
 

@@ -207,6 +207,11 @@ def refused(target: str, *arguments: str, tools: str = "tests.workers.own_tools"
 CASES: dict[str, tuple[list[str], int, str]] = {
     "no session": (["--session", "nobody"], 1, "session not found: 'nobody'"),
     "no tools": (["--session", "first", "--tools", "json"], 2, "there are no tools in the module itself"),
+    "no server": (
+        ["--session", "first", "--server", "nowhere"],
+        2,
+        "setting server (flag --server): 'nowhere' is invalid",
+    ),
     "no module": (["--session", "first", "--tools", "nothing_here"], 2, "the import failed"),
     "another machine": (["--session", "first", "--listen", "0.0.0.0:0"], 2, "with --insecure"),
     "every address": (["--session", "first", "--listen", "0.0.0.0:0", "--insecure"], 2, "with --address"),

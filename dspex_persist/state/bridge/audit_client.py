@@ -521,7 +521,9 @@ class _Calls:
             return answer
         except grpc.RpcError as error:
             self._line.ended(error, sent_at)
-            raise (error_of_write(error, self._target) if writes and is_lost(error) else self.error(error)) from None
+            raise (
+                error_of_write(error, self._target) if writes and is_lost(error) else self.error(error, rpc)
+            ) from None
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
@@ -549,7 +551,7 @@ class _Calls:
             self._line.ended(call, sent_at, told=False)
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
-            raise self.error(call) from None
+            raise self.error(call, rpc) from None
 
     def begin(self, rpc: str, requests: Iterator[Any], headers: Headers) -> tuple[Any, OneProcess]:
         """Begin a call with a stream of requests, and return it together with what guards it."""
@@ -578,21 +580,21 @@ class _Calls:
             self._line.ended(call, sent_at, told=timeout_s is not None)
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
-            raise self.error(call) from None
+            raise self.error(call, rpc) from None
         finally:
             if here.refusal is None:
                 call.cancel()
                 here.close()
 
-    def error(self, call: Any) -> StateError:
-        """Return the error of a failed call."""
+    def error(self, call: Any, rpc: str = "this") -> StateError:
+        """Return the error of a failed call of an rpc."""
         code = call.code()
         if is_from_server(call):
             return error_of_call(call)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             service = rpcs.AUDIT_SERVICE.full_name
             return UnsupportedError(
-                "this", f"the server at {self._target} is older than this release, or than {service}: upgrade it"
+                rpc, f"the server at {self._target} is older than this release, or than {service}: upgrade it"
             )
         if code is grpc.StatusCode.CANCELLED:
             return EngineClosedError()
