@@ -83,6 +83,9 @@ class MetricsServer:
         self._tls = None if tls is None else _Tls(tls)
         self._pages = _Pages(sources, health, admit)
         self._slots = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        # Oldest first.
+        self._unasked: dict[_Visit, None] = {}
+        self._changing = forks.Lock()
         self._listener = _listen(address)
         self.port: int = self._listener.getsockname()[1]
         self._wake, self._woken = socket.socketpair()
@@ -128,30 +131,66 @@ class MetricsServer:
                     _log.warning("a connection for metrics was not accepted", reason=str(error))
                     time.sleep(_PAUSE_S)
                     continue
-                if self._slots.acquire(blocking=False):
-                    on_new_thread(partial(self._answer, connection, peer), "dspex-persist-scrape")
-                else:
-                    connection.close()
+                if not self._slots.acquire(blocking=False):
+                    self._make_room()
+                    if not self._slots.acquire(timeout=_PAUSE_S):
+                        connection.close()
+                        continue
+                visit = _Visit(connection, peer)
+                with self._changing:
+                    self._unasked[visit] = None
+                on_new_thread(partial(self._answer, visit), "dspex-persist-scrape")
 
-    def _answer(self, connection: socket.socket, peer: Any) -> None:
+    def _make_room(self) -> None:
+        """End the oldest connection without a request yet: slow clients must not keep out others."""
+        with self._changing:
+            visit = next(iter(self._unasked), None)
+            if visit is not None:
+                del self._unasked[visit]
+                visit.end()
+
+    def _has_asked(self, visit: "_Visit") -> None:
+        with self._changing:
+            self._unasked.pop(visit, None)
+
+    def _answer(self, visit: "_Visit") -> None:
+        connection = visit.connection
         try:
             with connection:
                 connection.settimeout(_TIMEOUT_S)
                 if self._tls is None:
-                    self._handle(connection, peer)
+                    self._handle(connection, visit)
                 else:
-                    with self._tls.context().wrap_socket(connection, server_side=True) as secured:
-                        self._handle(secured, peer)
+                    context = self._tls.context()
+                    with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as secured:
+                        visit.connection = secured
+                        secured.do_handshake()
+                        self._handle(secured, visit)
         except OSError:
             # The client has gone, or does not speak TLS.
             return
         finally:
+            self._has_asked(visit)
             self._slots.release()
 
-    def _handle(self, connection: socket.socket, peer: Any) -> None:
+    def _handle(self, connection: socket.socket, visit: "_Visit") -> None:
         # What the handler calls its server is only passed on.
-        server: Any = self._pages
-        _Handler(connection, peer, server)
+        server: Any = _Asked(self._pages, partial(self._has_asked, visit))
+        _Handler(connection, visit.peer, server)
+
+
+class _Visit:
+    """A connection, and where it comes from."""
+
+    def __init__(self, connection: socket.socket, peer: Any) -> None:
+        self.connection = connection
+        self.peer = peer
+
+    def end(self) -> None:
+        """Have the thread that reads from the connection find its end."""
+        with contextlib.suppress(OSError):
+            # That of an SSLSocket also changes what the thread uses.
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
 
 def _listen(address: TcpAddress) -> socket.socket:
@@ -254,6 +293,19 @@ class _Pages:
             content = gzip.compress(content, 1)
             headers["Content-Encoding"] = "gzip"
         return _Page(HTTPStatus.OK, content, kind, headers)
+
+
+class _Asked:
+    """The pages, for one request."""
+
+    def __init__(self, pages: _Pages, asked: Callable[[], None]) -> None:
+        self._pages = pages
+        self._asked = asked
+
+    def answer(self, request: "_Handler") -> _Page:
+        """Return the page for a request, which has come."""
+        self._asked()
+        return self._pages.answer(request)
 
 
 def _asker_of(request: "_Handler") -> Asker:

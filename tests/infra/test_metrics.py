@@ -204,13 +204,24 @@ def test_an_address_in_use_is_an_error(serve: Serve) -> None:
         serve(address=TcpAddress("host.invalid", 0))
 
 
-def test_clients_that_say_nothing_keep_nobody_from_asking(serve: Serve) -> None:
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nX: "], ids=["nothing", "little"])
+def test_slow_clients_keep_nobody_from_asking(serve: Serve, said: bytes) -> None:
     server = serve(gauge("g", "G.", 1))
     with ExitStack() as stack:
-        # As many as may be open, but one.
-        for _ in range(15):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        # More than may be open.
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))).sendall(said)
         assert samples_of(server)["g"] == 1
+
+
+def test_clients_that_begin_no_tls_keep_nobody_from_asking(serve: Serve, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("a")
+    server = serve(gauge("g", "G.", 1), tls=TlsFiles(pair.cert, pair.key, None))
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        assert get(server.url, tls=ssl.create_default_context(cafile=str(authority.cert))).status == 200
 
 
 def test_its_port_is_free_when_it_has_ended() -> None:
