@@ -40,9 +40,10 @@ def serve_worker(
         ListenError: The address is in use, or cannot be bound.
         StateError: The server cannot be reached, or refuses the tools.
     """
+    quiet(settings)
+    # Imports gRPC, which is quiet only if it was told so before.
     from dspex_persist import registered
 
-    quiet(settings)
     options = registered.WorkerOptions(
         url,
         registered.check_sessions(sessions),
