@@ -12,7 +12,7 @@ from typing import Final
 from benchmarks.plan import Plan
 from benchmarks.rpc import start_server
 from benchmarks.table import Row
-from dspex_persist.infra.pool import PoolStatistics
+from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.bridged import BridgedState
 
 WORKERS: Final = (0, 1, 2)

@@ -11,7 +11,7 @@ from dspex_persist.cli.output import counted, new_table, one_line, say
 from dspex_persist.cli.places import url_of
 
 if TYPE_CHECKING:
-    from dspex_persist.infra.pool import PoolStatistics
+    from dspex_persist.infra.workers.statistics import PoolStatistics
 
 HELP: Final = (
     "List the processes in which the tools of a running server run, pool by pool.\n\n"

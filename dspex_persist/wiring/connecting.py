@@ -17,7 +17,7 @@ from dspex_persist.wiring.places import FORMS, IN_MEMORY, place_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from dspex_persist.infra.pool import PoolStatistics
+    from dspex_persist.infra.workers.statistics import PoolStatistics
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridged import BridgedState

@@ -11,7 +11,7 @@ from dspex_persist.wiring.limits import limits_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from dspex_persist.infra.worker import WorkerCommand
+    from dspex_persist.infra.workers.worker import WorkerCommand
     from dspex_persist.state.bridge.pools import PoolPlan
     from dspex_persist.state.tools.ports import ToolCode
     from dspex_persist.working import Options as WorkerOptions
@@ -32,8 +32,8 @@ def load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
 
 def plans_of(settings: Settings, here: Path) -> "list[PoolPlan]":
     """Return the pools that the settings ask for."""
-    from dspex_persist.infra.pool import PoolOptions
-    from dspex_persist.infra.worker import WorkerCommand
+    from dspex_persist.infra.workers.options import PoolOptions
+    from dspex_persist.infra.workers.worker import WorkerCommand
     from dspex_persist.state.bridge.existing import ENVIRONMENT
     from dspex_persist.state.bridge.pools import OWN, PoolPlan
 
@@ -80,7 +80,7 @@ def check_names(plans: "Iterable[PoolPlan]", tools: "Iterable[str]") -> None:
 
 def _worker_command(settings: Settings, here: Path) -> "WorkerCommand":
     """Return how a worker of ours is started: a new interpreter, which imports the tools by itself."""
-    from dspex_persist.infra.worker import WorkerCommand
+    from dspex_persist.infra.workers.worker import WorkerCommand
 
     options = _worker_options(settings).written()
     argv = (sys.executable, "-m", "dspex_persist.working", options, "unix:{socket}", "{callback}")

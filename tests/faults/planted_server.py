@@ -16,8 +16,10 @@ from typing import Any
 import grpc.aio
 
 from dspex_persist.cli import main
-from dspex_persist.infra import orphans, server, worker
-from dspex_persist.infra.pool import WorkerPool, _Lending
+from dspex_persist.infra import server
+from dspex_persist.infra.workers import orphans, worker
+from dspex_persist.infra.workers.leases import Loan
+from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.state.bridge.lending import Lender, Lending
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError, WorkerExitedError
@@ -413,8 +415,8 @@ def leave_orphans() -> None:
 def wait_for_the_dead() -> None:
     """Go on waiting for the answer of a worker that has ended."""
 
-    _patch(_Lending, "_interrupt", lambda *_: None)
-    _patch(Lending, "_execute", _hanging(Lending._execute))
+    _patch(Loan, "_interrupt", lambda *_: None)
+    _patch(Loan, "_execute", _hanging(Lending._execute))
 
 
 def _hanging(execute: Any) -> Any:

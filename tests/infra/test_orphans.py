@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.infra import holder, orphans
-from dspex_persist.infra.orphans import RUN, Run
+from dspex_persist.infra import holder
+from dspex_persist.infra.workers import orphans
+from dspex_persist.infra.workers.orphans import RUN, Run
 from tests.infra.ping import ROOT
 from tests.infra.test_helpers import await_gone, is_gone
 
 SERVER = """
 import asyncio, signal, sys
-from dspex_persist.infra.orphans import Run
-from dspex_persist.infra.pool import PoolOptions, WorkerPool
+from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.options import PoolOptions
+from dspex_persist.infra.workers.pool import WorkerPool
 from tests.infra.workers import PingContact, command
 # The test run may ignore SIGINT, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra import holder
-from dspex_persist.infra.pool import PoolOptions
-from dspex_persist.infra.pool_errors import (
+from dspex_persist.infra.workers.errors import (
     NestedTooDeepError,
     PoolSaturatedError,
     PoolStartError,
@@ -24,6 +23,7 @@ from dspex_persist.infra.pool_errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
+from dspex_persist.infra.workers.options import PoolOptions
 from tests.deadline import within
 from tests.infra.test_forks import in_child
 from tests.infra.test_helpers import is_gone
@@ -524,7 +524,7 @@ async def test_a_worker_that_has_grown_is_replaced_after_its_call() -> None:
 
 @on_loop
 async def test_a_worker_that_grows_too_much_during_a_call_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspex_persist.infra.pool._MEMORY_POLL_S", 0.05)
+    monkeypatch.setattr("dspex_persist.infra.workers.pool._MEMORY_POLL_S", 0.05)
     async with running(PoolOptions(size=1, kill_rss_bytes=100_000_000, queue_timeout_s=within(10))) as pool:
 
         async def grow() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dspex_persist.infra.orphans import Run
-from dspex_persist.infra.worker import READY_FILE, Worker, WorkerCommand, WorkerStartError, ending_of
+from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.worker import READY_FILE, Worker, WorkerCommand, WorkerStartError, ending_of
 from tests.deadline import within
 from tests.infra.test_forks import in_child
 from tests.infra.test_helpers import is_gone

@@ -10,9 +10,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from dspex_persist.infra.orphans import Run
-from dspex_persist.infra.pool import Contact, Lease, PoolOptions, WorkerPool
-from dspex_persist.infra.worker import WorkerCommand
+from dspex_persist.infra.workers.leases import Contact, Lease
+from dspex_persist.infra.workers.options import PoolOptions
+from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.pool import WorkerPool
+from dspex_persist.infra.workers.worker import WorkerCommand
 from tests.deadline import within
 
 P = ParamSpec("P")

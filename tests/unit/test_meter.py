@@ -9,7 +9,7 @@ import pytest
 
 from dspex_persist import observed
 from dspex_persist.infra.metrics import CallMeter, Family
-from dspex_persist.infra.pool import PoolStatistics
+from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.observed import Observed
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.embedded import SqliteState

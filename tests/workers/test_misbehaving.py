@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dspex_persist.infra.pool import PoolStatistics
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.audit import ExecutionDetail
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.infra.pool import PoolStatistics
+from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.abilities import (
     Auditable,
     Forkable,

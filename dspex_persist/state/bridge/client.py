@@ -86,7 +86,7 @@ from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.tools.session import current_execution_id
 
 if TYPE_CHECKING:
-    from dspex_persist.infra.pool import PoolStatistics
+    from dspex_persist.infra.workers.statistics import PoolStatistics
 
 R = TypeVar("R")
 

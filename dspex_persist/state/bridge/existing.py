@@ -15,8 +15,8 @@ from typing import Any, Final
 import grpc
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.pool import Lease
-from dspex_persist.infra.pool_errors import PoolError
+from dspex_persist.infra.workers.errors import PoolError
+from dspex_persist.infra.workers.leases import Lease
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import EXECUTION_ID, Headers

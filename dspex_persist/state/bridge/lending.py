@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 
 import grpc
 
-from dspex_persist.infra import pool_errors
 from dspex_persist.infra.channels import channel_options
-from dspex_persist.infra.pool import Contact, Lease, WorkerPool
 from dspex_persist.infra.tracing import Attributes
+from dspex_persist.infra.workers import errors as pool_errors
+from dspex_persist.infra.workers.leases import Contact, Lease
+from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.callbacks import Callbacks, Running

@@ -6,9 +6,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dspex_persist.infra.orphans import Run
-from dspex_persist.infra.pool import PoolOptions, PoolStatistics, WorkerPool
-from dspex_persist.infra.worker import WorkerCommand
+from dspex_persist.infra.workers.options import PoolOptions
+from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.pool import WorkerPool
+from dspex_persist.infra.workers.statistics import PoolStatistics
+from dspex_persist.infra.workers.worker import WorkerCommand
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.callbacks import Callbacks, ExistingCallbacks, Running
 from dspex_persist.state.bridge.existing import ExistingLending

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Final
 
-from dspex_persist.infra.pool import PoolStatistics, WorkerStatistics
+from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 
 _POOL: Final = [field.name for field in pb.WorkerPool.DESCRIPTOR.fields if field.name != "workers"]

@@ -15,8 +15,8 @@ from typing import Final
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.orphans import Run, launched
-from dspex_persist.infra.worker_output import READY_IN_LINE, READY_LINE, Output
+from dspex_persist.infra.workers.orphans import Run, launched
+from dspex_persist.infra.workers.output import READY_IN_LINE, READY_LINE, Output
 from dspex_persist.spelling import closest, did_you_mean, quote
 
 READY_FILE: Final = "SNAKEPIT_READY_FILE"

@@ -10,15 +10,12 @@ import time
 from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, TypeVar
+from typing import Any, Final, Generic, Self
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.circuit import Circuit, OpenCircuitError
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.orphans import Run
-from dspex_persist.infra.pool_errors import (
+from dspex_persist.infra.workers.errors import (
     NestedTooDeepError,
     PoolError,
     PoolSaturatedError,
@@ -31,280 +28,19 @@ from dspex_persist.infra.pool_errors import (
     WorkerTimeoutError,
     setting_of,
 )
-from dspex_persist.infra.worker import Worker, WorkerCommand, WorkerStartError
-
-Affinity = Literal["hint", "strict_queue", "strict_fail_fast"]
+from dspex_persist.infra.workers.leases import C, Contact, E, Lease, Loan, Member, Waiter, count_waiting
+from dspex_persist.infra.workers.options import PoolOptions
+from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
+from dspex_persist.infra.workers.worker import Worker, WorkerCommand, WorkerStartError
 
 _KEYS_MOST: Final = 10_000
-# A process that has closed its connections may take this long until it has ended.
-_EXIT_S: Final = 1.0
 _TRIAL_POLL_S: Final = 0.2
 _MEMORY_POLL_S: Final = 1.0
 # How long closing what belongs to a worker may take.
 _CLOSE_S: Final = 10.0
 
 _logger: Final = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOptions:
-    """The size of a pool, and its limits. Times are in seconds.
-
-    Attributes:
-        size: How many workers the pool keeps.
-        batch: How many are started at the same time.
-        queue_size: How many calls may wait for a worker, and as many nested ones.
-        queue_timeout_s: How long each of them may wait. A nested one may also wait until a worker has started.
-        call_timeout_s: How long a call may keep a worker, unless it has a limit of its own; None: without a limit.
-        affinity: What happens when a call's key was last with a worker that is busy. hint: another one takes the call;
-            strict_queue: the call waits for that one; strict_fail_fast: it is refused.
-        nesting: How deep calls may be nested, and how many spare workers there may be for them.
-        spare_keep_s: How long a spare worker is kept that nobody needs.
-        health_interval_s: How often idle workers are pinged.
-        health_timeout_s: How long the answer to a ping may take.
-        health_failures: After this many pings without an answer, a worker is replaced.
-        max_requests: A worker is replaced after this many calls.
-        max_rss_bytes: A worker is replaced when it has more memory than this in use after a call, or while it is idle.
-        kill_rss_bytes: A worker that gets more than this in use during a call is killed; looked at every second.
-        max_age_s: An idle worker is replaced when it is older; never two at the same time.
-        backoff_s: The pause after a worker that failed at once; it doubles with each further one.
-        longest_backoff_s: The longest such pause.
-        crash_limit: After this many such failures in a row no worker is started for a while, and then one as a trial.
-        crash_pause_s: How long that is.
-        stable_s: A worker that has lived this long, or has done a call, has not failed at once.
-    """
-
-    size: int = 2
-    batch: int = 4
-    queue_size: int = 1000
-    queue_timeout_s: float = 5.0
-    call_timeout_s: float | None = None
-    affinity: Affinity = "hint"
-    nesting: int = 8
-    spare_keep_s: float = 60.0
-    health_interval_s: float = 30.0
-    health_timeout_s: float = 5.0
-    health_failures: int = 2
-    max_requests: int | None = None
-    max_rss_bytes: int | None = None
-    kill_rss_bytes: int | None = None
-    max_age_s: float | None = None
-    backoff_s: float = 0.2
-    longest_backoff_s: float = 30.0
-    crash_limit: int = 5
-    crash_pause_s: float = 60.0
-    stable_s: float = 10.0
-
-
-class Contact:
-    """What the user of a pool keeps for one worker: how it is talked to. Methods are called in the order below."""
-
-    async def open(self) -> Mapping[str, str]:
-        """Called before the process starts; returns more placeholders for its command."""
-        return {}
-
-    async def connect(self, address: str) -> None:
-        """Called when the worker says that it is ready."""
-
-    async def ping(self) -> None:
-        """Return if the worker answers, and raise anything if it does not. Called to the worker's end."""
-
-    def lost(self, error: Exception) -> str:
-        """Return why an error of a call means that the connection to the worker is lost; "" if it does not."""
-        return str(error) or type(error).__name__ if isinstance(error, ConnectionError | EOFError) else ""
-
-    async def close(self) -> None:
-        """Called when the process has ended, also if it never got ready. Must not raise."""
-
-
-C = TypeVar("C", bound=Contact)
-E = TypeVar("E", bound=PoolError)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatistics:
-    """One worker, as it is now.
-
-    Attributes:
-        id: Its id.
-        pid: Its process.
-        address: Where it serves.
-        state: idle, busy, or settling: its call was given up, but has not ended.
-        spare: Whether it is beyond the size of the pool.
-        requests: The calls that it has done.
-        age_s: How long it has been ready, in seconds.
-        rss_bytes: The memory that it has in use; 0 if the system does not say.
-        busy_s: How long it has had its call, in seconds; 0 if it has none.
-        key: The affinity key of that call; "" without one.
-    """
-
-    id: str
-    pid: int
-    address: str
-    state: str
-    spare: bool
-    requests: int
-    age_s: float
-    rss_bytes: int
-    busy_s: float
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    """A pool, as it is now, and what it has counted since its start.
-
-    Attributes:
-        pool: Its name.
-        state: starting, running, failing (no worker is started for a while, after failures), draining or closed.
-        size: How many workers it is to have.
-        idle: Workers that are free.
-        busy: Workers that are lent.
-        starting: Workers that are being started.
-        spares: Workers beyond the size.
-        queued: Calls that wait.
-        requests: Calls that got a worker.
-        errors: Of these, those that ended with an error, without those counted below.
-        saturated: Calls that were refused because too many waited.
-        queue_timeouts: Calls that waited in vain.
-        call_timeouts: Calls that did not end in time.
-        exits: Calls during which the worker ended, or was lost.
-        started: Workers that got ready.
-        start_failures: Workers that did not.
-        crashed: Workers that ended by themselves.
-        recycled: Workers that were replaced because of their calls, memory or age.
-        replaced: Workers that were replaced because they did not answer, or did not end a call.
-        last_failure: The last failure to start or to live, as text; "" without any.
-        workers: The workers that are ready.
-    """
-
-    pool: str
-    state: str
-    size: int
-    idle: int
-    busy: int
-    starting: int
-    spares: int
-    queued: int
-    requests: int
-    errors: int
-    saturated: int
-    queue_timeouts: int
-    call_timeouts: int
-    exits: int
-    started: int
-    start_failures: int
-    crashed: int
-    recycled: int
-    replaced: int
-    last_failure: str
-    workers: tuple[WorkerStatistics, ...]
-
-
-class _Member(Generic[C]):
-    """A worker that is ready."""
-
-    def __init__(self, worker: Worker, contact: C, *, spare: bool, began: float, now: float) -> None:
-        self.worker = worker
-        self.contact = contact
-        self.spare = spare
-        self.began = began
-        self.ready_at = self.idle_since = now
-        self.requests = 0
-        self.has_succeeded = False
-        self.keys: set[str] = set()
-        self.lease: Lease[C] | None = None
-        # Done when it is to leave the pool, with the reason; or when the process has ended, with None.
-        self.over: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-
-    def leave(self, reason: str | None) -> None:
-        if not self.over.done():
-            self.over.set_result(reason)
-
-
-class Lease(Generic[C]):
-    """A worker that is lent to one call.
-
-    Attributes:
-        worker: The id of the worker.
-        pid: Its process.
-        address: Its gRPC target.
-        contact: What the pool's user keeps for it.
-        parent: The lease of the call that this one is nested in.
-        depth: How deep it is nested; 0 if it is not.
-        key: The affinity key.
-        deadline: The event loop's time at which the call has to end; None without a limit.
-    """
-
-    def __init__(
-        self,
-        pool: "WorkerPool[C]",
-        member: _Member[C],
-        key: str | None,
-        parent: "Lease[Any] | None",
-        deadline: float | None,
-    ) -> None:
-        self.worker = member.worker.id
-        self.pid = member.worker.pid
-        self.address = member.worker.address
-        self.contact = member.contact
-        self.key = key
-        self.parent = parent
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self.deadline = deadline
-        self.began_at = asyncio.get_running_loop().time()
-        # How many nested calls, of this pool or others, wait for a worker.
-        self.waiting = 0
-        self.pool = pool
-        self.member = member
-        self.discarded = ""
-        self.settling: tuple[Awaitable[object], float] | None = None
-        self.interrupt: Callable[[PoolError], None] | None = None
-
-    def discard(self, reason: str) -> None:
-        """Have the worker replaced when the call ends, because it cannot be trusted any more."""
-        self.discarded = self.discarded or reason
-
-    def release_when(self, settled: Awaitable[object], within_s: float) -> None:
-        """Have the worker become free only when `settled` is done, although the caller does not wait for that.
-
-        Use it for a call that was given up: until the worker has really ended it, no other call may get the worker. If
-        that takes longer than `within_s` seconds, the worker is replaced. How `settled` ends does not matter.
-        """
-        self.settling = (settled, within_s)
-
-    async def lost(self, reason: str) -> PoolError:
-        """Return the error of a call that has lost its connection to the worker, which is replaced.
-
-        `lend` calls this for the errors that `Contact.lost` knows.
-
-        Args:
-            reason: How the connection was lost, for the case that the worker's process runs on.
-        """
-        worker = self.member.worker
-        if not worker.has_exited:
-            await asyncio.wait({worker.exited}, timeout=_EXIT_S)
-        if worker.has_exited:
-            return self.exited()
-        self.discard(reason)
-        return self.pool.error(WorkerLostError, self.worker, reason)
-
-    def exited(self) -> WorkerExitedError:
-        """Return the error of a call whose worker has exited."""
-        worker = self.member.worker
-        return self.pool.error(WorkerExitedError, self.worker, worker.ending, worker.tail)
-
-
-class _Waiter(Generic[C]):
-    """A call that waits for a worker."""
-
-    def __init__(self, number: int, key: str | None, parent: Lease[Any] | None) -> None:
-        self.key = key
-        self.parent = parent
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        # The deepest nested call goes first: it ends before those that wait for it.
-        self.rank = (-self.depth, number)
-        self.turn: asyncio.Future[_Member[C]] = asyncio.get_running_loop().create_future()
 
 
 class WorkerPool(Generic[C]):
@@ -344,11 +80,11 @@ class WorkerPool(Generic[C]):
         self._run = run
         self._logger = _logger.bind(pool=name)
         self._state = "new"
-        self._members: dict[str, _Member[C]] = {}
+        self._members: dict[str, Member[C]] = {}
         # By the time of their return: the last one is the warmest.
-        self._idle: dict[str, _Member[C]] = {}
-        self._homes: OrderedDict[str, _Member[C]] = OrderedDict()
-        self._waiters: list[_Waiter[C]] = []
+        self._idle: dict[str, Member[C]] = {}
+        self._homes: OrderedDict[str, Member[C]] = OrderedDict()
+        self._waiters: list[Waiter[C]] = []
         self._numbers = 0
         self._keepers: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
@@ -453,7 +189,7 @@ class WorkerPool(Generic[C]):
 
     def lend(
         self, key: str | None = None, *, timeout_s: float | None = None, parent: Lease[Any] | None = None
-    ) -> "_Lending[C]":
+    ) -> "Loan[C]":
         """Lend a worker: `async with pool.lend(...) as lease:`.
 
         The block is interrupted when the worker exits, when its time is over, or when the pool closes; it then ends
@@ -475,7 +211,7 @@ class WorkerPool(Generic[C]):
             WorkerTimeoutError: The block took too long.
             WorkerExitedError: The worker ended during the block.
         """
-        return _Lending(self, key, timeout_s, parent)
+        return Loan(self, key, timeout_s, parent)
 
     def forget(self, key: str) -> None:
         """Forget which worker had an affinity key."""
@@ -529,13 +265,13 @@ class WorkerPool(Generic[C]):
         if parent is not None and parent.depth >= self.options.nesting:
             raise self.error(NestedTooDeepError, self.options.nesting)
         self._numbers += 1
-        waiter = _Waiter[C](self._numbers, key, parent)
+        waiter = Waiter[C](self._numbers, key, parent)
         while True:
             self._check_open(parent)
             member = self._pick(waiter) or await self._wait(waiter, deadline, timeout_s)
             if not self._is_gone(member):
                 break
-            waiter = _Waiter(self._numbers, key, parent)
+            waiter = Waiter(self._numbers, key, parent)
         if deadline is None and timeout_s is None and self.options.call_timeout_s is not None:
             deadline = self._time() + self.options.call_timeout_s
         lease = member.lease = Lease(self, member, key, parent, deadline)
@@ -545,7 +281,7 @@ class WorkerPool(Generic[C]):
             self._bind(key, member)
         return lease
 
-    async def _wait(self, waiter: _Waiter[C], deadline: float | None, timeout_s: float | None) -> _Member[C]:
+    async def _wait(self, waiter: Waiter[C], deadline: float | None, timeout_s: float | None) -> Member[C]:
         self._check_wait(waiter)
         queue_s = self.options.queue_timeout_s
         if waiter.parent is not None:
@@ -555,8 +291,8 @@ class WorkerPool(Generic[C]):
         if deadline is not None and deadline < until:
             until, queue_s = deadline, timeout_s or 0.0
         insort(self._waiters, waiter, key=lambda each: each.rank)
-        _count_waiting(waiter.parent, 1)
-        self._use_spare()
+        count_waiting(waiter.parent, 1)
+        self.use_spare()
         try:
             async with asyncio.timeout_at(until):
                 return await waiter.turn
@@ -570,13 +306,13 @@ class WorkerPool(Generic[C]):
                 self._give_back(waiter.turn.result())
             raise
         finally:
-            _count_waiting(waiter.parent, -1)
+            count_waiting(waiter.parent, -1)
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-                self._use_spare()
+                self.use_spare()
             self._changed.set()
 
-    def _is_gone(self, member: _Member[C]) -> bool:
+    def _is_gone(self, member: Member[C]) -> bool:
         """Whether a worker cannot be lent any more, even if the event loop has not learnt that it has exited."""
         if member.worker.has_exited:
             self._exited(member)
@@ -588,7 +324,7 @@ class WorkerPool(Generic[C]):
         if self._state != "running":
             raise self.error(PoolUnavailableError, f"it is {self._state.replace('new', 'not started')}")
 
-    def _check_wait(self, waiter: _Waiter[C]) -> None:
+    def _check_wait(self, waiter: Waiter[C]) -> None:
         if not self._members and not self._starting and self._circuit.state == "open":
             raise self._failing()
         # Separately: calls that wait must not keep those from ending that have workers.
@@ -605,7 +341,7 @@ class WorkerPool(Generic[C]):
         reason = f"{self._failures} workers in a row failed at once; no other is started for a while"
         return self.error(PoolUnavailableError, f"{reason}. The last: {self._last_failure}")
 
-    def _pick(self, waiter: _Waiter[C]) -> _Member[C] | None:
+    def _pick(self, waiter: Waiter[C]) -> Member[C] | None:
         """The idle worker for a call, if there is one; no spare."""
         home = self._homes.get(waiter.key) if waiter.key is not None else None
         if home is not None:
@@ -630,10 +366,10 @@ class WorkerPool(Generic[C]):
                 self._give(member, waiter)
                 if not self._idle:
                     break
-        self._use_spare()
+        self.use_spare()
         self._changed.set()
 
-    def _give(self, member: _Member[C], waiter: _Waiter[C]) -> None:
+    def _give(self, member: Member[C], waiter: Waiter[C]) -> None:
         del self._idle[member.worker.id]
         self._waiters.remove(waiter)
         waiter.turn.set_result(member)
@@ -644,7 +380,7 @@ class WorkerPool(Generic[C]):
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
 
-    def _bind(self, key: str, member: _Member[C]) -> None:
+    def _bind(self, key: str, member: Member[C]) -> None:
         before = self._homes.pop(key, None)
         if before is not None:
             before.keys.discard(key)
@@ -697,13 +433,13 @@ class WorkerPool(Generic[C]):
             self._recycle(member)
         self._give_back(member)
 
-    def _give_back(self, member: _Member[C]) -> None:
+    def _give_back(self, member: Member[C]) -> None:
         if not self._is_gone(member) and self._state != "closed":
             member.idle_since = self._time()
             self._idle[member.worker.id] = member
         self._dispatch()
 
-    def _recycle(self, member: _Member[C]) -> None:
+    def _recycle(self, member: Member[C]) -> None:
         """Have a worker replaced that has done, grown or lived enough."""
         options, reason = self.options, ""
         if options.max_requests is not None and member.requests >= options.max_requests:
@@ -764,7 +500,7 @@ class WorkerPool(Generic[C]):
         except WorkerStartError as error:
             self._start_failed(error, began)
             # Nested calls may have waited for it.
-            self._use_spare()
+            self.use_spare()
             return
         finally:
             if not first.done():
@@ -778,7 +514,7 @@ class WorkerPool(Generic[C]):
             # Its successor need not wait for its end.
             self._keep_task(self._ending, self._end(member.worker, member.contact))
 
-    async def _begin(self, *, spare: bool) -> _Member[C]:
+    async def _begin(self, *, spare: bool) -> Member[C]:
         worker_id = f"{self.name}-{self._run.new_number()}"
         contact = self._contact(worker_id)
         worker: Worker | None = None
@@ -803,7 +539,7 @@ class WorkerPool(Generic[C]):
             if isinstance(error, Exception):
                 raise WorkerStartError(worker_id, f"it does not answer as it should: {error}", tail) from error
             raise
-        member = _Member(worker, contact, spare=spare, began=began, now=self._time())
+        member = Member(worker, contact, spare=spare, began=began, now=self._time())
         worker.exited.add_done_callback(lambda _: self._exited(member))
         self._members[worker_id] = self._idle[worker_id] = member
         self._counts["started"] += 1
@@ -831,7 +567,7 @@ class WorkerPool(Generic[C]):
             talking.cancel()
             await asyncio.gather(talking, return_exceptions=True)
 
-    def _exited(self, member: _Member[C]) -> None:
+    def _exited(self, member: Member[C]) -> None:
         if member.over.done():
             return
         self._counts["crashed"] += 1
@@ -846,7 +582,7 @@ class WorkerPool(Generic[C]):
         if member.lease is not None and member.lease.interrupt is not None:
             member.lease.interrupt(member.lease.exited())
 
-    def _remove(self, member: _Member[C]) -> None:
+    def _remove(self, member: Member[C]) -> None:
         member.leave("the pool is closed")
         self._members.pop(member.worker.id, None)
         self._idle.pop(member.worker.id, None)
@@ -892,11 +628,11 @@ class WorkerPool(Generic[C]):
         if not self._members and not self._starting and self._circuit.state == "open":
             self._fail_waiters(self._failing())
 
-    def _stayed(self, member: _Member[C]) -> None:
+    def _stayed(self, member: Member[C]) -> None:
         if not member.over.done():
             self._succeeded(member)
 
-    def _succeeded(self, member: _Member[C]) -> None:
+    def _succeeded(self, member: Member[C]) -> None:
         if not member.has_succeeded:
             member.has_succeeded = True
             if self._failures:
@@ -906,14 +642,14 @@ class WorkerPool(Generic[C]):
             if self._circuit.succeeded():
                 self._logger.info("workers start again")
 
-    def _log_end(self, member: _Member[C], reason: str | None) -> None:
+    def _log_end(self, member: Member[C], reason: str | None) -> None:
         fields = {"worker": member.worker.id, "pid": member.worker.pid, "requests": member.requests}
         if reason is None:
             self._logger.warning("a worker exited", how=member.worker.ending, output=member.worker.tail, **fields)
         else:
             self._logger.info("a worker is replaced", why=reason, **fields)
 
-    def _use_spare(self) -> None:
+    def use_spare(self) -> None:
         """If all workers that are lent wait for nested calls, give the deepest of these that waits here a spare.
 
         It is deeper than what other spares do: otherwise it is not what the deepest lent worker waits for, and that one
@@ -950,7 +686,7 @@ class WorkerPool(Generic[C]):
     def _came(self, _: "asyncio.Future[None]") -> None:
         """A spare is ready, or has failed. Another one may be needed."""
         self._coming -= 1
-        self._use_spare()
+        self.use_spare()
 
     # --- Health
 
@@ -974,7 +710,7 @@ class WorkerPool(Generic[C]):
                     member.leave(reason)
                     member.lease.interrupt(self.error(WorkerLostError, member.worker.id, reason))
 
-    async def _check(self, member: _Member[C]) -> None:
+    async def _check(self, member: Member[C]) -> None:
         if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
             self._idle.pop(member.worker.id, None)
             member.leave("nobody needs it any more")
@@ -994,7 +730,7 @@ class WorkerPool(Generic[C]):
             self._idle.pop(member.worker.id, None)
             member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
 
-    async def _ping(self, member: _Member[C]) -> str:
+    async def _ping(self, member: Member[C]) -> str:
         """Return why a worker does not answer; "" if it does."""
         try:
             async with asyncio.timeout(self.options.health_timeout_s):
@@ -1010,7 +746,7 @@ class WorkerPool(Generic[C]):
     def _is_quiet(self) -> bool:
         return not self._waiters and len(self._idle) == len(self._members)
 
-    def _regular(self) -> list[_Member[C]]:
+    def _regular(self) -> list[Member[C]]:
         return _regular(self._members.values())
 
     def _described(self) -> str:
@@ -1035,94 +771,17 @@ class WorkerPool(Generic[C]):
         return asyncio.get_running_loop().time()
 
 
-class _Lending(Generic[C]):
-    """What `WorkerPool.lend` returns."""
-
-    def __init__(
-        self, pool: WorkerPool[C], key: str | None, timeout_s: float | None, parent: Lease[Any] | None
-    ) -> None:
-        self._pool = pool
-        self._key = key
-        self._timeout_s = timeout_s
-        self._parent = parent
-        self._error: PoolError | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> Lease[C]:
-        loop = asyncio.get_running_loop()
-        deadline = None if self._timeout_s is None else loop.time() + self._timeout_s
-        self._lease = lease = await self._pool.acquire(self._key, self._parent, deadline, self._timeout_s)
-        task = asyncio.current_task()
-        assert task is not None, "coroutines run in tasks"
-        self._task, self._cancelling = task, task.cancelling()
-        lease.interrupt = self._interrupt
-        if lease.deadline is not None:
-            self._timer = loop.call_at(lease.deadline, self._time_out)
-        if lease.member.worker.has_exited:
-            # It exited after it was chosen, before there was anything to interrupt.
-            loop.call_soon(self._interrupt, lease.exited())
-        return lease
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        lease = self._lease
-        lease.interrupt = None
-        if self._timer is not None:
-            self._timer.cancel()
-        raised = self._raised(error)
-        if raised is None and isinstance(error, Exception) and (reason := lease.contact.lost(error)):
-            raised = await lease.lost(reason)
-        self._pool.give_back(lease, raised or error or self._error)
-        if raised is not None:
-            raise raised from error
-
-    def _raised(self, error: BaseException | None) -> PoolError | None:
-        """The error that the block ends with instead of its own."""
-        if self._error is not None:
-            is_cancelled = self._task.uncancel() > self._cancelling
-            # A block that ended well in spite of the interruption has its result.
-            if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and not is_cancelled):
-                return self._error
-            return None
-        if isinstance(error, Exception) and not isinstance(error, PoolError) and self._lease.member.worker.has_exited:
-            return self._lease.exited()
-        return None
-
-    def _time_out(self) -> None:
-        lease = self._lease
-        limit_s = self._timeout_s if self._timeout_s is not None else self._pool.options.call_timeout_s
-        self._interrupt(self._pool.error(WorkerTimeoutError, lease.worker, limit_s or 0.0, lease.member.worker.ending))
-
-    def _interrupt(self, error: PoolError) -> None:
-        if self._error is None and self._lease.interrupt is not None:
-            self._error = error
-            self._task.cancel()
-
-
 async def _talk(contact: Contact, address: str) -> None:
     await contact.connect(address)
     await contact.ping()
 
 
-def _count_waiting(lease: Lease[Any] | None, change: int) -> None:
-    """Count a nested call that waits, at all leases that wait for it."""
-    pools = set[WorkerPool[Any]]()
-    while lease is not None:
-        lease.waiting += change
-        pools.add(lease.pool)
-        lease = lease.parent
-    if change > 0:
-        for pool in pools:
-            pool._use_spare()
-
-
-def _regular(members: Iterable[_Member[C]]) -> list[_Member[C]]:
+def _regular(members: Iterable[Member[C]]) -> list[Member[C]]:
     """Return those that stay, without spares."""
     return [member for member in members if not member.spare and not member.over.done()]
 
 
-def _statistics(member: _Member[Any], now: float) -> WorkerStatistics:
+def _statistics(member: Member[Any], now: float) -> WorkerStatistics:
     lease, worker = member.lease, member.worker
     state = "idle" if lease is None else "busy" if lease.interrupt is not None else "settling"
     return WorkerStatistics(

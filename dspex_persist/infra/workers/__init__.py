@@ -1,0 +1,1 @@
+"""Pools of workers: processes that are lent to one call at a time."""
