@@ -18,7 +18,7 @@ from benchmarks.files import NAMES, begin_session, make_file
 from benchmarks.plan import CALLERS, Plan
 from benchmarks.rpc import Calls, check_versions, rpcs, run_rounds, start_server
 from benchmarks.table import Row
-from dspex_persist.infra import tokens
+from dspex_persist.infra.access import tokens
 from tests.certificates import Authority
 
 WAYS: Final = {"plain": "", "tls": "with TLS", "token": "with a token"}

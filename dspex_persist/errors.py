@@ -16,8 +16,8 @@ _HOMES: Final = (
     "dspex_persist.cognitive.errors",
     "dspex_persist.infra.listen",
     "dspex_persist.infra.process",
-    "dspex_persist.infra.tls",
-    "dspex_persist.infra.tokens",
+    "dspex_persist.infra.access.tls",
+    "dspex_persist.infra.access.tokens",
     "dspex_persist.wiring.ending",
 )
 

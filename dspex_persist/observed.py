@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import Final
 
 from dspex_persist import clock
+from dspex_persist.infra.access.tls import Certificates
+from dspex_persist.infra.access.tokens import READ, Tokens
 from dspex_persist.infra.listen import TcpAddress, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import Asker, CallMeter, Family, Kind, Sample, gauge, total
-from dspex_persist.infra.tls import Certificates
-from dspex_persist.infra.tokens import READ, Tokens
 from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.denials import NoteDenial, Refused

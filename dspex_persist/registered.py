@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from dspex_persist.infra import server, streams
+from dspex_persist.infra.access.tls import Certificates
 from dspex_persist.infra.channels import is_here
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import TLS_SCHEME, TcpAddress, UnixAddress, is_loopback, parse_listen, target_of
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End, loop_factory
-from dspex_persist.infra.tls import Certificates
 from dspex_persist.settings import SettingsError
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.registered_service import RegisteredServicer

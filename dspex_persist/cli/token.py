@@ -9,7 +9,7 @@ from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import counted, plain, say
 
 if TYPE_CHECKING:
-    from dspex_persist.infra.tokens import Identity
+    from dspex_persist.infra.access.tokens import Identity
 
 HELP: Final = "Edit the file of tokens of a server (serve --token-file), which reads it again by itself."
 EPILOG: Final = (
@@ -86,7 +86,7 @@ def new(
     given = {"expires": expires, "rate": rate, "inflight": inflight, "sessions": sessions, "bytes": bytes_}
 
     def work(_: object) -> dict[str, Any]:
-        from dspex_persist.infra import tokens
+        from dspex_persist.infra.access import tokens
 
         allowance = {key: text for key, text in given.items() if text is not None}
         token = tokens.add(_file(token_file), name, scopes.replace(" ", "").split(","), allowance)
@@ -100,7 +100,7 @@ def list_(token_file: File = None, as_json: Json = False) -> None:
     """List the names."""
 
     def work(_: object) -> dict[str, Any]:
-        from dspex_persist.infra import tokens
+        from dspex_persist.infra.access import tokens
 
         return {"tokens": [_described(each) for each in tokens.listed(_file(token_file))]}
 
@@ -128,7 +128,7 @@ def _text(key: str, fact: object) -> str:
 def _described(identity: "Identity") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from dspex_persist.infra.tokens import SCOPES
+    from dspex_persist.infra.access.tokens import SCOPES
 
     expires = identity.expires_at
     facts = {
@@ -149,7 +149,7 @@ def revoke(name: Name, token_file: File = None, as_json: Json = False) -> None:
     """Remove tokens."""
 
     def work(_: object) -> dict[str, Any]:
-        from dspex_persist.infra import tokens
+        from dspex_persist.infra.access import tokens
 
         path = _file(token_file)
         count = tokens.revoke(path, name)

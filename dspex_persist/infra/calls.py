@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from dspex_persist.infra.access.tls import CallerFiles, TlsError
 from dspex_persist.infra.channels import Options, channel_options
 from dspex_persist.infra.circuit import Circuit, OpenCircuitError
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.tls import CallerFiles, TlsError
 
 A = TypeVar("A")
 

@@ -31,11 +31,11 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.access.tls import Certificates, TlsFiles
 from dspex_persist.infra.listen import ListenError, TcpAddress
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import Asker, Counter, Family
 from dspex_persist.infra.threads import on_new_thread
-from dspex_persist.infra.tls import Certificates, TlsFiles
 from dspex_persist.infra.traces import trace_of
 
 Source = Callable[[], Iterable[Family]]

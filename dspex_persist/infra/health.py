@@ -98,7 +98,7 @@ def serves(address: Address, tls: Tls | None, timeout_s: float) -> bool:
 def _context(tls: Tls) -> "ssl.SSLContext":
     import ssl
 
-    from dspex_persist.infra.tls import read_authorities, read_pair
+    from dspex_persist.infra.access.tls import read_authorities, read_pair
 
     context = ssl.create_default_context(cadata=None if tls.ca is None else read_authorities(tls.ca).decode("ascii"))
     context.set_alpn_protocols(["h2"])

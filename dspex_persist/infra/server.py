@@ -25,7 +25,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
-from dspex_persist.infra.admission import Admission
+from dspex_persist.infra.access.admission import Admission
+from dspex_persist.infra.access.tls import Certificates, Material
+from dspex_persist.infra.access.tokens import CALLER
 from dspex_persist.infra.listen import (
     Address,
     ListenError,
@@ -37,8 +39,6 @@ from dspex_persist.infra.listen import (
 )
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import CallMeter, RpcMeter
-from dspex_persist.infra.tls import Certificates, Material
-from dspex_persist.infra.tokens import CALLER
 from dspex_persist.infra.traced_calls import CallSpans, TracedRpc
 from dspex_persist.infra.tracing import tracer
 from dspex_persist.infra.traffic import traffic_of

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Final
 
-from dspex_persist.infra.tokens import ADMIN, Identity
+from dspex_persist.infra.access.tokens import ADMIN, Identity
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.globs import compile_glob

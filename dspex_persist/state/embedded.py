@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from dspex_persist.infra.access.tokens import Allowance
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.tokens import Allowance
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (

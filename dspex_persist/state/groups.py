@@ -12,8 +12,8 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.infra import tracing
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.tokens import Identity
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.infra.tracing import Place
 from dspex_persist.state import outcomes

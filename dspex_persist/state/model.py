@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple
 
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state.frozen import freeze
 
 

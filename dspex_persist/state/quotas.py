@@ -8,7 +8,7 @@ asked about, and then counted as they are written.
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from dspex_persist.infra.tokens import Allowance
+from dspex_persist.infra.access.tokens import Allowance
 from dspex_persist.state.errors import QuotaExceededError
 from dspex_persist.state.model import VariableVersion, size_of
 

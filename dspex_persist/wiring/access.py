@@ -10,8 +10,8 @@ from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, pa
 from dspex_persist.settings import Settings, SettingsError, flag_of
 
 if TYPE_CHECKING:
-    from dspex_persist.infra.tls import CallerFiles, Certificates
-    from dspex_persist.infra.tokens import Tokens
+    from dspex_persist.infra.access.tls import CallerFiles, Certificates
+    from dspex_persist.infra.access.tokens import Tokens
     from dspex_persist.state.bridge.access import Access
     from dspex_persist.state.bridge.denials import Denials
 
@@ -74,7 +74,7 @@ def check_metrics(settings: Settings, *, has_tls: bool) -> None:
 
 def check_same_user(settings: Settings) -> None:
     """Refuse `same_user` where the user at the other end of a connection is not known."""
-    from dspex_persist.infra.peers import can_tell_users
+    from dspex_persist.infra.access.peers import can_tell_users
 
     if not settings.same_user:
         return
@@ -86,7 +86,7 @@ def check_same_user(settings: Settings) -> None:
 
 def certificates_of(settings: Settings) -> "Certificates | None":
     """Return the certificates for TLS, or None without it. Raise `SettingsError` for a fault in a file."""
-    from dspex_persist.infra.tls import Certificates, TlsError, TlsFiles
+    from dspex_persist.infra.access.tls import Certificates, TlsError, TlsFiles
 
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.client_ca
     if cert is None or key is None:
@@ -108,7 +108,7 @@ def certificates_of(settings: Settings) -> "Certificates | None":
 
 def allowed_of(settings: Settings) -> Callable[[str], bool]:
     """Return whether a registered tool at an address may be called; raise `SettingsError` for a wrong list."""
-    from dspex_persist.infra.allowed import AllowedAddresses
+    from dspex_persist.infra.access.allowed import AllowedAddresses
 
     if settings.insecure and not settings.tool_addresses:
         return lambda _: True
@@ -120,7 +120,7 @@ def allowed_of(settings: Settings) -> Callable[[str], bool]:
 
 def worker_tls_of(settings: Settings) -> "CallerFiles":
     """Return the files for TLS with registered workers; raise `SettingsError` for a fault in one."""
-    from dspex_persist.infra.tls import CallerFiles, TlsError
+    from dspex_persist.infra.access.tls import CallerFiles, TlsError
 
     given = (settings.worker_ca, settings.worker_cert, settings.worker_key)
     ca, cert, key = (each and each.absolute() for each in given)
@@ -138,7 +138,7 @@ def worker_tls_of(settings: Settings) -> "CallerFiles":
 
 def tokens_of(settings: Settings) -> "Tokens | None":
     """Return the tokens of clients, or None without a file of them. Raise `SettingsError` for a fault in it."""
-    from dspex_persist.infra.tokens import TokenFileError, Tokens
+    from dspex_persist.infra.access.tokens import TokenFileError, Tokens
 
     if settings.token_file is None:
         return None

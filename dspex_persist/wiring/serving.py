@@ -38,9 +38,9 @@ from dspex_persist.wiring.tools import check_names, load_tools, plans_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from dspex_persist.infra.access.tls import Certificates
+    from dspex_persist.infra.access.tokens import Tokens
     from dspex_persist.infra.notify import Notifier
-    from dspex_persist.infra.tls import Certificates
-    from dspex_persist.infra.tokens import Tokens
     from dspex_persist.state.bridge.pools import PoolPlan
     from dspex_persist.state.denials import NoteDenial, Refused
     from dspex_persist.state.embedded import SqliteState

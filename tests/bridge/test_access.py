@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import dspex_persist
 from dspex_persist import Context
-from dspex_persist.infra.tokens import SCOPES
+from dspex_persist.infra.access.tokens import SCOPES
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access import SCOPE_OF

@@ -18,7 +18,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from dspex_persist import clock
-from dspex_persist.infra import tokens
+from dspex_persist.infra.access import tokens
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access import Access, names_of

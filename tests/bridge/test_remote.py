@@ -17,10 +17,10 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 
+from dspex_persist.infra.access.tls import CallerFiles
 from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.infra.tls import CallerFiles
 from dspex_persist.state.bridge import codec, remote
 from dspex_persist.state.bridge.headers import EXECUTION_ID
 from dspex_persist.state.bridge.remote import RemoteTools

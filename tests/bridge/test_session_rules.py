@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 import dspex_persist
-from dspex_persist.infra.tokens import CALLER, Identity
+from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state.access import ACCESS, OWNER, AccessRule, access_control
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE

@@ -19,7 +19,7 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from dspex_persist.infra.tokens import add
+from dspex_persist.infra.access.tokens import add
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import GetVariable, SetVariable

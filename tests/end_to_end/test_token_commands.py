@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from dspex_persist.infra.tokens import Allowance, Tokens
+from dspex_persist.infra.access.tokens import Allowance, Tokens
 from dspex_persist.state.denials import Refused
 from dspex_persist.state.embedded import SqliteState
 from tests.deadline import within

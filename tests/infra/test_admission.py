@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from dspex_persist.infra.admission import Admission, CallCounts, TooManyCallsError
-from dspex_persist.infra.tokens import Allowance, Identity
+from dspex_persist.infra.access.admission import Admission, CallCounts, TooManyCallsError
+from dspex_persist.infra.access.tokens import Allowance, Identity
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dspex_persist.infra.allowed import AllowedAddresses
+from dspex_persist.infra.access.allowed import AllowedAddresses
 from dspex_persist.infra.listen import ListenError
 
 

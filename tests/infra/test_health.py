@@ -9,10 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from dspex_persist.infra.access.tls import TlsError
 from dspex_persist.infra.health import NoAnswerError, Tls, serves
 from dspex_persist.infra.listen import TcpAddress, UnixAddress
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.infra.tls import TlsError
 from tests.certificates import Authority
 from tests.deadline import within
 from tests.infra.ping import StartServer

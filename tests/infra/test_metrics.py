@@ -17,10 +17,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dspex_persist.infra.access.tls import TlsFiles
 from dspex_persist.infra.exposition import MetricsServer
 from dspex_persist.infra.listen import ListenError, TcpAddress
 from dspex_persist.infra.metrics import Asker, CallMeter, Counter, Family, Histogram, Names, gauge, total
-from dspex_persist.infra.tls import TlsFiles
 from tests.certificates import Authority
 from tests.deadline import within
 

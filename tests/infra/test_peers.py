@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.infra.peers import PeerUsers, can_tell_users
+from dspex_persist.infra.access.peers import PeerUsers, can_tell_users
 
 needs_linux = pytest.mark.skipif(not can_tell_users(), reason="this system does not say whose a connection is")
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"

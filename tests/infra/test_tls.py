@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.infra.tls import Certificates, TlsError, TlsFiles, read_authorities, read_material
+from dspex_persist.infra.access.tls import Certificates, TlsError, TlsFiles, read_authorities, read_material
 from tests.certificates import Authority, Pair
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist.infra.tokens import (
+from dspex_persist.infra.access.tokens import (
     SCOPES,
     Allowance,
     Identity,

@@ -7,7 +7,7 @@ import pytest
 
 import dspex_persist
 from dspex_persist.audit import ExecutionQuery
-from dspex_persist.infra.tokens import Allowance
+from dspex_persist.infra.access.tokens import Allowance
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import QuotaExceededError, StorageError, VersionConflictError
 from dspex_persist.state.model import PrunePolicy

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state.access import (
     ACCESS,
     MOST_RULES,

@@ -11,8 +11,8 @@ from typing import Any, Final, Protocol
 
 from dspex_persist import clock
 from dspex_persist.infra import server
+from dspex_persist.infra.access.peers import can_tell_users
 from dspex_persist.infra.listen import TcpAddress, parse_listen
-from dspex_persist.infra.peers import can_tell_users
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, timestamp_of, value_of
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb

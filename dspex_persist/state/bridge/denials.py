@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from dspex_persist.infra.tokens import CALLER, Identity
+from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state.denials import NoteDenial, Refused
 
 _UNIX: Final = "unix"

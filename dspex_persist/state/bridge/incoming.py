@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from dspex_persist.infra.tokens import CALLER, Identity
+from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state import arguments
 from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, REASON, SOURCE, TIMEOUT_S
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote

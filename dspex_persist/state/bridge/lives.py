@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state.access import Access, Grants, grants_of
 from dspex_persist.state.audit import AuditSource, SessionQuery
 from dspex_persist.state.errors import NotInHistoryError

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state.access import Access, Grants, May, grants_of
 from dspex_persist.state.audit import (
     PAGE,

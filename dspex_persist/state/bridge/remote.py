@@ -8,11 +8,11 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from dspex_persist.infra.access.tls import CallerFiles
 from dspex_persist.infra.calls import CLOSED, Call, Peer, Service, StatusError, UnreachableError
 from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_callee
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.tls import CallerFiles
 from dspex_persist.infra.tracing import Headers
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec

@@ -4,9 +4,9 @@ import asyncio
 import os
 from typing import Any, Final
 
-from dspex_persist.infra.admission import Admission
+from dspex_persist.infra.access.admission import Admission
+from dspex_persist.infra.access.peers import PeerUsers
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.peers import PeerUsers
 from dspex_persist.infra.server import Admit
 from dspex_persist.state.bridge.denials import Denials
 from dspex_persist.state.errors import Hint, UnauthenticatedError

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import grpc
 
+from dspex_persist.infra.access.tls import TlsError, read_authorities, read_pair
 from dspex_persist.infra.channels import Options, channel_options, is_here
 from dspex_persist.infra.listen import TLS_SCHEME, target_of
-from dspex_persist.infra.tls import TlsError, read_authorities, read_pair
 from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.state.errors import InvalidArgumentError, quote
 

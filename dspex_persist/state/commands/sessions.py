@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state import budgets
 from dspex_persist.state.access import (
     ACCESS,

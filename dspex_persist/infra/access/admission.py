@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dspex_persist.errors import DspexError
-from dspex_persist.infra.tokens import Identity
+from dspex_persist.infra.access.tokens import Identity
 
 
 @dataclass(eq=False)
