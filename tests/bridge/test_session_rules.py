@@ -26,7 +26,14 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audi
 from dspex_persist.state.bridge.guard import KIND_OF, Guard, InSession, OfServer
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.commands import GetSession, GetVariable, ListVariables, RegisterTools, SetVariable
+from dspex_persist.state.commands import (
+    GetSession,
+    GetVariable,
+    ListVariables,
+    RegisterTools,
+    RegisterVariable,
+    SetVariable,
+)
 from dspex_persist.state.errors import (
     AccessDeniedError,
     DependencyCycleError,
@@ -487,6 +494,8 @@ def test_the_rules_are_shown_to_those_whom_they_concern(states: dict[str, Bridge
     assert own[ACCESS] == access_control(RULES[:3])[ACCESS]
     with states["bob"].audit() as audit:
         (entry,) = audit.iterate(SessionQuery(session=session))
+        # Nor can the others be guessed.
+        assert not list(audit.iterate(SessionQuery(session=session, metadata={ACCESS: shown[ACCESS]})))
     assert entry.metadata[ACCESS] == own[ACCESS]
     assert entry.variables == 2
 
@@ -502,6 +511,16 @@ def test_only_the_owner_and_administrators_change_the_rules(states: dict[str, Br
     for key in ("access_control", "Access-Control-JSON", f"{ACCESS} "):
         with pytest.raises(InvalidArgumentError, match=f"rules have the key {ACCESS}"):
             states["ann"].initialize_session(f"{session}-new", {key: "[]"})
+    rules = {ACCESS: "[]"}
+    for misplaced in (
+        lambda: states["ann"].register_variable(session, "x", "integer", 1, metadata=rules),
+        lambda: states["ann"].set_variable(session, "secret", 1, metadata=rules),
+        lambda: states["ann"].register_variables(
+            session, [RegisterVariable(session, "x", "integer", Value("1"), metadata=rules)]
+        ),
+    ):
+        with pytest.raises(InvalidArgumentError, match="an entry of a session's metadata"):
+            misplaced()
     for wrong in ("{", "[1]", "ä", "[" * 5_000):
         with pytest.raises(InvalidArgumentError, match=ACCESS):
             states["ann"].initialize_session(session, {ACCESS: wrong})

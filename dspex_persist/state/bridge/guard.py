@@ -35,6 +35,7 @@ from dspex_persist.state.errors import (
     DependencyCycleError,
     ExecutionConflictError,
     ExecutionNotFoundError,
+    InvalidArgumentError,
     NotInHistoryError,
     RuleNotFoundError,
     RuleViolatedError,
@@ -665,6 +666,7 @@ class Guard:
             identity = CALLER.get()
             if identity is None:
                 return await run(request, context)
+            _check_place_of_rules(request)
             call = self._read(rpc, context, identity)
             ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._limits)
             ask.look(self._peek(ask.session_id) or await self._load(ask.session_id))
@@ -816,6 +818,16 @@ class Guard:
         except StateError:
             self._denials.note(rpc, call, f"rule for {May.WRITE}", session.session_id)
             raise
+
+
+def _check_place_of_rules(request: Any) -> None:
+    """Refuse rules in the metadata of a variable, where they would protect nothing."""
+    if isinstance(request, pb.InitializeSessionRequest):
+        return
+    for each in (request, *getattr(request, "definitions", ())[:_MUCH_WORK]):
+        if ACCESS in getattr(each, "metadata", ()):
+            reason = f"{ACCESS} is an entry of a session's metadata, for its variables, too: InitializeSession sets it"
+            raise InvalidArgumentError("metadata", reason)
 
 
 _ONE_LIFE: Final = ("RecordSession", "GetContentHash")

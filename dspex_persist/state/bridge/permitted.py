@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
 from dspex_persist.infra.access.tokens import Identity
-from dspex_persist.state.access import Access, Grants, May, grants_of
+from dspex_persist.state.access import ACCESS, Access, Grants, May, grants_of
 from dspex_persist.state.audit import (
     PAGE,
     AuditSource,
@@ -28,6 +28,7 @@ from dspex_persist.state.audit import (
     PointLike,
     Query,
     SessionEntry,
+    SessionQuery,
     T,
     VariableState,
     is_glob,
@@ -158,7 +159,7 @@ class PermittedSource(AuditSource):
             hides = False
             for place, row in enumerate(page.rows, 1):
                 shown = self._shown(row)
-                if shown is None:
+                if shown is None or not _fits(query, shown):
                     hides = True
                 elif full is not None:
                     return Page(kept, self._inner.page(query, *full).after)
@@ -330,6 +331,13 @@ class PermittedSource(AuditSource):
         for each in self._inner.page(query, None, 1).rows:
             if not self._grants(each.session_id, began).sees:
                 raise _no_execution(execution_id)
+
+
+def _fits(query: Query[Any], shown: Any) -> bool:
+    """Whether a session fits a question about its rules by those that are shown: others must not be guessed."""
+    if not isinstance(query, SessionQuery) or ACCESS not in query.metadata:
+        return True
+    return bool(shown.metadata.get(ACCESS) == query.metadata[ACCESS])
 
 
 def _no_execution(execution_id: str) -> StateError:
