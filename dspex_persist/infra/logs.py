@@ -65,6 +65,10 @@ class EventLogger:
         """Log a failure that ends the process."""
         self._log(logging.CRITICAL, event, fields)
 
+    def log(self, level: int, event: str, fields: Mapping[str, Any]) -> None:
+        """Log an event of another process: the bound fields have precedence over its own."""
+        self._log(level, event, {**fields, **self._bound})
+
     def _log(self, level: int, event: str, fields: dict[str, Any]) -> None:
         if not self.is_on(level):
             return

@@ -211,6 +211,26 @@ async def test_last_words_are_read_to_the_end(run: Run) -> None:
 
 
 @on_loop
+async def test_events_of_its_log_keep_their_level_and_fields(run: Run) -> None:
+    lines = [
+        '{"event": "tool failed", "level": "error", "source": "shop", "timestamp": "2026-01-01", "worker": "another"}',
+        '{"event": "no level"}',
+        '{"event": 1, "level": "info"}',
+        '{"level": "loud", "event": "x"}',
+        "[" * 1_500,
+        "{" * 1_500,
+        "null",
+    ]
+    with capture_logs() as events:
+        async with started(run, script(f"import sys; print(*{lines!r}, sep=chr(10), file=sys.stderr)")) as worker:
+            await worker.exited
+    (failed,) = [each for each in events if each["event"] == "tool failed"]
+    expected = {"log_level": "error", "source": "shop", "worker": "w-1", "stream": "stderr"}
+    assert {key: failed.get(key) for key in (*expected, "timestamp")} == {**expected, "timestamp": None}
+    assert [each["text"] for each in events if each["event"] == "a worker wrote"] == lines[1:]
+
+
+@on_loop
 async def test_a_forked_child_does_not_touch_workers(run: Run) -> None:
     async with started(run, command()) as worker:
         await worker.ready()

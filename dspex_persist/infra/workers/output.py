@@ -1,10 +1,15 @@
-"""What a worker writes to stdout and stderr: its lines go to the log, within limits, and one says that it is ready."""
+"""What a worker writes to stdout and stderr: its lines go to the log, within limits, and one says that it is ready.
+
+Lines that are events of a log of ours are logged as what they are, with their level and fields.
+"""
 
 import asyncio
+import json
+import logging
 import os
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import EventLogger
@@ -19,6 +24,7 @@ _SLICE_S: Final = 0.05
 _BURST: Final = 500
 _LINES_PER_S: Final = 50.0
 _REPORT_S: Final = 1.0
+_LEVELS: Final = {name.lower(): number for name, number in logging.getLevelNamesMapping().items()}
 
 _MARK: Final = b"GRPC_READY:"
 _PORT: Final = rb"GRPC_READY:([0-9]{1,5})"
@@ -159,6 +165,8 @@ class Output:
         text = line.decode(errors="replace").rstrip()
         if is_cut:
             self._logger.info("a worker wrote", text=text, cut=True)
+        elif (event := _event_in(text)) is not None:
+            self._logger.log(*event)
         else:
             self._logger.info("a worker wrote", text=text)
 
@@ -183,3 +191,18 @@ class Output:
         if self._dropped:
             self._logger.warning("a worker writes more than is logged; lines were left out", lines=self._dropped)
             self._dropped, self._reported = 0, self._refilled
+
+
+def _event_in(text: str) -> tuple[int, str, dict[str, Any]] | None:
+    """Return the level, the event and the fields of a line that `JsonLines` has written, or something like it."""
+    if not text.startswith("{"):
+        return None
+    try:
+        fields = json.loads(text)
+        level = _LEVELS[fields.pop("level")]
+        event = fields.pop("event")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # The server logs it at once, and its line has a time of its own.
+    fields.pop("timestamp", None)
+    return (level, event, fields) if isinstance(event, str) else None
