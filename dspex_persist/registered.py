@@ -17,11 +17,11 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End, loop_factory
 from dspex_persist.settings import SettingsError
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
-from dspex_persist.state.bridge.registered_service import RegisteredServicer
-from dspex_persist.state.bridge.registering import Registrations
 from dspex_persist.state.bridge.status import status_of
 from dspex_persist.state.bridge.traced import OF_THE_SERVER
-from dspex_persist.state.bridge.worker_session import Callback
+from dspex_persist.state.bridge.workers.registered import RegisteredServicer
+from dspex_persist.state.bridge.workers.registering import Registrations
+from dspex_persist.state.bridge.workers.session import Callback
 from dspex_persist.state.limits import Limits
 
 if TYPE_CHECKING:

@@ -119,8 +119,8 @@ async def _serve(options: Options, listen: str, callback: str) -> None:
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.bridge.traced import OF_THE_SERVER
-    from dspex_persist.state.bridge.worker_service import WorkerServicer
-    from dspex_persist.state.bridge.worker_session import Callback
+    from dspex_persist.state.bridge.workers.service import WorkerServicer
+    from dspex_persist.state.bridge.workers.session import Callback
 
     end = End(asyncio.get_running_loop())
     tools = Toolbox.of(options.tools, record_lm=options.record_lm)

@@ -8,7 +8,7 @@ from dspex_persist.settings import Settings
 
 if TYPE_CHECKING:
     from dspex_persist.infra.notify import Notifier
-    from dspex_persist.state.bridge.pools import PoolPlan
+    from dspex_persist.state.bridge.workers.pools import PoolPlan
     from dspex_persist.state.embedded import SqliteState
 
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dspex_persist.infra.access.tls import Certificates
     from dspex_persist.infra.access.tokens import Tokens
     from dspex_persist.infra.notify import Notifier
-    from dspex_persist.state.bridge.pools import PoolPlan
+    from dspex_persist.state.bridge.workers.pools import PoolPlan
     from dspex_persist.state.denials import NoteDenial, Refused
     from dspex_persist.state.embedded import SqliteState
     from dspex_persist.state.meter import Meter
@@ -202,13 +202,13 @@ async def _serve_bridge(
     from dspex_persist.state.bridge.denials import Denials
     from dspex_persist.state.bridge.guard import guarded
     from dspex_persist.state.bridge.lives import Lives
-    from dspex_persist.state.bridge.pools import Pools
-    from dspex_persist.state.bridge.remote import RemoteTools
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
     from dspex_persist.state.bridge.same_user import SameUser
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.bridge.traced import OF_CLIENTS
+    from dspex_persist.state.bridge.workers.pools import Pools
+    from dspex_persist.state.bridge.workers.remote import RemoteTools
     from dspex_persist.state.budgets import Budget
     from dspex_persist.state.tools.with_tools import WithTools
 

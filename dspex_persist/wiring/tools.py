@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from dspex_persist.infra.workers.worker import WorkerCommand
-    from dspex_persist.state.bridge.pools import PoolPlan
+    from dspex_persist.state.bridge.workers.pools import PoolPlan
     from dspex_persist.state.tools.ports import ToolCode
     from dspex_persist.working import Options as WorkerOptions
 
@@ -34,8 +34,8 @@ def plans_of(settings: Settings, here: Path) -> "list[PoolPlan]":
     """Return the pools that the settings ask for."""
     from dspex_persist.infra.workers.options import PoolOptions
     from dspex_persist.infra.workers.worker import WorkerCommand
-    from dspex_persist.state.bridge.existing import ENVIRONMENT
-    from dspex_persist.state.bridge.pools import OWN, PoolPlan
+    from dspex_persist.state.bridge.workers.existing import ENVIRONMENT
+    from dspex_persist.state.bridge.workers.pools import OWN, PoolPlan
 
     given = dict(settings.pools)
     own = given.pop(OWN, PoolSettings.model_validate({}))

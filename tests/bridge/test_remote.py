@@ -21,9 +21,10 @@ from dspex_persist.infra.access.tls import CallerFiles
 from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.state.bridge import codec, remote
+from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.headers import EXECUTION_ID
-from dspex_persist.state.bridge.remote import RemoteTools
+from dspex_persist.state.bridge.workers import remote
+from dspex_persist.state.bridge.workers.remote import RemoteTools
 from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, ToolFailedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec, Value

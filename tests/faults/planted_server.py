@@ -20,7 +20,7 @@ from dspex_persist.infra import server
 from dspex_persist.infra.workers import orphans, worker
 from dspex_persist.infra.workers.leases import Loan
 from dspex_persist.infra.workers.pool import WorkerPool
-from dspex_persist.state.bridge.lending import Lender, Lending
+from dspex_persist.state.bridge.workers.lending import Lender, Lending
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError, WorkerExitedError
 from dspex_persist.state.groups import Groups, Job, Outcome

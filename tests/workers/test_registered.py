@@ -14,7 +14,7 @@ import snakepit_bridge_pb2_grpc as bridge
 
 from dspex_persist import Context
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.state.bridge.registering import Registrations
+from dspex_persist.state.bridge.workers.registering import Registrations
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import StateError, ToolFailedError
 from dspex_persist.state.model import ExecutionStatus, ToolSpec

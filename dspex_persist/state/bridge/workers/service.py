@@ -14,7 +14,7 @@ from dspex_persist.state.bridge.headers import ACTOR, ASKED_BY, EXECUTION_ID, RE
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders
 from dspex_persist.state.bridge.lent import ATTEMPT, FAILURE, JOURNAL, PARENT, SEED, failure_text
 from dspex_persist.state.bridge.rpcs.tools import parameters_of
-from dspex_persist.state.bridge.worker_session import Callback, LentExecution, LentSession, WorkerHost
+from dspex_persist.state.bridge.workers.session import Callback, LentExecution, LentSession, WorkerHost
 from dspex_persist.state.errors import ToolNotFoundError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, Source, Value

@@ -19,13 +19,13 @@ from dspex_persist.infra.workers.leases import Contact, Lease
 from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.state import values
 from dspex_persist.state.bridge import codec
-from dspex_persist.state.bridge.callbacks import Callbacks, Running
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
 from dspex_persist.state.bridge.headers import ACTOR, ASKED_BY, BINARY, EXECUTION_ID, REASON
 from dspex_persist.state.bridge.lent import ATTEMPT, FAILURE, JOURNAL, PARENT, SEED, raised_in, take_entries
 from dspex_persist.state.bridge.status import error_of
 from dspex_persist.state.bridge.traced import calling_tool
+from dspex_persist.state.bridge.workers.callbacks import Callbacks, Running
 from dspex_persist.state.errors import (
     PoolSaturatedError,
     QueueTimeoutError,

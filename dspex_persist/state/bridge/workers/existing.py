@@ -20,10 +20,10 @@ from dspex_persist.infra.workers.leases import Lease
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import EXECUTION_ID, Headers
-from dspex_persist.state.bridge.lending import SETTLE_S, Leases, Lender, WorkerContact, error_of_pool
 from dspex_persist.state.bridge.lent import RaisedThereError
-from dspex_persist.state.bridge.remote import chunk_in, result_in, says_nothing
 from dspex_persist.state.bridge.traced import calling_tool
+from dspex_persist.state.bridge.workers.lending import SETTLE_S, Leases, Lender, WorkerContact, error_of_pool
+from dspex_persist.state.bridge.workers.remote import chunk_in, result_in, says_nothing
 from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, StateError, ToolFailedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Failure, Origin, ToolSpec, Value

@@ -12,10 +12,10 @@ from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.infra.workers.worker import WorkerCommand
 from dspex_persist.state.bridge.audit_service import AuditServicer
-from dspex_persist.state.bridge.callbacks import Callbacks, ExistingCallbacks, Running
-from dspex_persist.state.bridge.existing import ExistingLending
-from dspex_persist.state.bridge.lending import Leases, Lender, Lending, WorkerContact
 from dspex_persist.state.bridge.servicer import BridgeServicer
+from dspex_persist.state.bridge.workers.callbacks import Callbacks, ExistingCallbacks, Running
+from dspex_persist.state.bridge.workers.existing import ExistingLending
+from dspex_persist.state.bridge.workers.lending import Leases, Lender, Lending, WorkerContact
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec
 from dspex_persist.state.tools.pooled import POOL, PassedTool, PoolPort

@@ -16,8 +16,8 @@ from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import EXECUTION_ID
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders
 from dspex_persist.state.bridge.lent import FAILURE, raised_in
-from dspex_persist.state.bridge.worker_service import WorkerServicer
-from dspex_persist.state.bridge.worker_session import LentExecution, LentSession, WorkerHost
+from dspex_persist.state.bridge.workers.service import WorkerServicer
+from dspex_persist.state.bridge.workers.session import LentExecution, LentSession, WorkerHost
 from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.model import ToolSpec, Value
