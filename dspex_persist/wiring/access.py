@@ -12,8 +12,8 @@ from dspex_persist.settings import Settings, SettingsError, flag_of
 if TYPE_CHECKING:
     from dspex_persist.infra.access.tls import CallerFiles, Certificates
     from dspex_persist.infra.access.tokens import Tokens
-    from dspex_persist.state.bridge.access import Access
-    from dspex_persist.state.bridge.denials import Denials
+    from dspex_persist.state.bridge.access.denials import Denials
+    from dspex_persist.state.bridge.access.scopes import Access
 
 
 def refuse_passed_sockets() -> None:
@@ -150,7 +150,7 @@ def tokens_of(settings: Settings) -> "Tokens | None":
 
 def access_of(certificates: "Certificates | None", tokens: "Tokens | None", denials: "Denials") -> "Access | None":
     """Return what knows the clients; None if none has to show anything."""
-    from dspex_persist.state.bridge.access import Access
+    from dspex_persist.state.bridge.access.scopes import Access
 
     certified = certificates is not None and certificates.asks_clients
     return Access(tokens, denials, certified=certified) if certified or tokens is not None else None

@@ -196,14 +196,14 @@ async def _serve_bridge(
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.infra.metrics import CallMeter
+    from dspex_persist.state.bridge.access.denials import Denials
+    from dspex_persist.state.bridge.access.guard import guarded
+    from dspex_persist.state.bridge.access.lives import Lives
+    from dspex_persist.state.bridge.access.same_user import SameUser
     from dspex_persist.state.bridge.audit_service import AuditServicer
     from dspex_persist.state.bridge.capabilities import Capabilities
     from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
-    from dspex_persist.state.bridge.denials import Denials
-    from dspex_persist.state.bridge.guard import guarded
-    from dspex_persist.state.bridge.lives import Lives
     from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
-    from dspex_persist.state.bridge.same_user import SameUser
     from dspex_persist.state.bridge.servicer import BridgeServicer
     from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.bridge.traced import OF_CLIENTS

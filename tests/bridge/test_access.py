@@ -20,7 +20,7 @@ from dspex_persist import Context
 from dspex_persist.infra.access.tokens import SCOPES
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
-from dspex_persist.state.bridge.access import SCOPE_OF
+from dspex_persist.state.bridge.access.scopes import SCOPE_OF
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState

@@ -21,7 +21,7 @@ from dspex_persist import clock
 from dspex_persist.infra.access import tokens
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
-from dspex_persist.state.bridge.access import Access, names_of
+from dspex_persist.state.bridge.access.scopes import Access, names_of
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import (
     PermissionDeniedError,

@@ -21,9 +21,9 @@ import dspex_persist
 from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state.access import ACCESS, OWNER, AccessRule, access_control
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
+from dspex_persist.state.bridge.access.guard import KIND_OF, Guard, InSession, OfServer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
-from dspex_persist.state.bridge.guard import KIND_OF, Guard, InSession, OfServer
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import (

@@ -28,11 +28,11 @@ from dspex_persist.state.abilities import (
     SessionImport,
 )
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.bridge.access.permitted import PERMIT
 from dspex_persist.state.bridge.calls import Calls, methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.hold_service import HoldRpcs
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
-from dspex_persist.state.bridge.permitted import PERMIT
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import beside, recordings, workers
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single

@@ -5,12 +5,12 @@ from typing import Any
 
 from dspex_persist import clock
 from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.access.permitted import PERMIT, Permit
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS, CONTINUES
 from dspex_persist.state.bridge.incoming import Context, check_count, fitting
 from dspex_persist.state.bridge.inherited import OneProcess
-from dspex_persist.state.bridge.permitted import PERMIT, Permit
 from dspex_persist.state.bridge.rpcs import RPCS
 from dspex_persist.state.bridge.rpcs.sessions import INITIALIZE_SESSION
 from dspex_persist.state.bridge.tools import ToolRpcs

@@ -7,10 +7,10 @@ from typing import Any, Final
 from dspex_persist import clock
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.access.permitted import PermittedWatch
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, BEGAN, INITIAL_VALUES, POSITION
 from dspex_persist.state.bridge.incoming import Context
-from dspex_persist.state.bridge.permitted import PermittedWatch
 from dspex_persist.state.errors import UnavailableError, WatchStalledError
 from dspex_persist.state.model import Update, UpdateKind
 from dspex_persist.state.watch import Watch

@@ -13,6 +13,7 @@ from dspex_persist import clock
 from dspex_persist.infra import server
 from dspex_persist.infra.access.peers import can_tell_users
 from dspex_persist.infra.listen import TcpAddress, parse_listen
+from dspex_persist.state.bridge.access.same_user import SameUser
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, timestamp_of, value_of
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
@@ -22,7 +23,6 @@ from dspex_persist.state.bridge.incoming import Context, RequestHeaders
 from dspex_persist.state.bridge.lent import KIND, PUBLISH, take_entries
 from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
-from dspex_persist.state.bridge.same_user import SameUser
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.bridge.status import status_of
 from dspex_persist.state.bridge.traced import from_workers

@@ -8,7 +8,7 @@ from dspex_persist.infra.access.admission import Admission
 from dspex_persist.infra.access.peers import PeerUsers
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.server import Admit
-from dspex_persist.state.bridge.denials import Denials
+from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.errors import Hint, UnauthenticatedError
 
 _ROOT: Final = 0

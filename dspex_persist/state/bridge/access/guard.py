@@ -21,15 +21,15 @@ from dspex_persist.state import commands
 from dspex_persist.state.abilities import Auditable
 from dspex_persist.state.access import ACCESS, EVERYTHING, Access, Grants, May, grants_of, may_change_rules
 from dspex_persist.state.audit import HistoryQuery
-from dspex_persist.state.bridge.access import SCOPE_OF
+from dspex_persist.state.bridge.access.denials import Denials
+from dspex_persist.state.bridge.access.lives import Lives
+from dspex_persist.state.bridge.access.permitted import PERMIT, Permit, absent_id, renamed
+from dspex_persist.state.bridge.access.scopes import SCOPE_OF
 from dspex_persist.state.bridge.capabilities import Capabilities, bare
-from dspex_persist.state.bridge.denials import Denials
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, BINARY, EXECUTION_ID, IDEMPOTENCY_KEY
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count
-from dspex_persist.state.bridge.lives import Lives
-from dspex_persist.state.bridge.permitted import PERMIT, Permit, absent_id, renamed
 from dspex_persist.state.errors import (
     AccessDeniedError,
     DependencyCycleError,

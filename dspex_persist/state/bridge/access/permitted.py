@@ -34,7 +34,7 @@ from dspex_persist.state.audit import (
     is_glob,
     point_text,
 )
-from dspex_persist.state.bridge.lives import Lives, life_at
+from dspex_persist.state.bridge.access.lives import Lives, life_at
 from dspex_persist.state.errors import (
     NotInHistoryError,
     SessionNotFoundError,

@@ -11,7 +11,7 @@ from dspex_persist import clock
 from dspex_persist.clock import LATEST
 from dspex_persist.infra.access.admission import Admission, CallCounts, TooManyCallsError
 from dspex_persist.infra.access.tokens import ADMIN, CALLER, EXECUTE, READ, WRITE, Identity, Tokens, digest_of
-from dspex_persist.state.bridge.denials import Denials
+from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.errors import PermissionDeniedError, RateLimitedError, UnauthenticatedError
 
 _OPEN: Final = ""
