@@ -19,9 +19,9 @@ import pytest
 from dspex_persist import tool
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state import commands as c
-from dspex_persist.state.bridge import cache as caches
 from dspex_persist.state.bridge import codec
-from dspex_persist.state.bridge.cache import ValueCache
+from dspex_persist.state.bridge.client import cache as caches
+from dspex_persist.state.bridge.client.cache import ValueCache
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import InvalidArgumentError, StateError, UnavailableError
 from dspex_persist.state.frozen import FrozenDict

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspex_persist.state import commands as c
-from dspex_persist.state.bridge.cache import ValueCache, _Session
+from dspex_persist.state.bridge.client.cache import ValueCache, _Session
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import (
     ChangeKind,

@@ -6,8 +6,8 @@ from typing import Any
 import grpc
 import pytest
 
-from dspex_persist.state.bridge.attempt import Attempt
-from dspex_persist.state.bridge.line import Breaker, Line
+from dspex_persist.state.bridge.client.attempt import Attempt
+from dspex_persist.state.bridge.client.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.status import status_of
 from dspex_persist.state.commands import Command, ExecuteTool, GetVariable, SetVariable

@@ -13,7 +13,7 @@ from dspex_persist.audit import ExecutionQuery
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.abilities import Recordable
-from dspex_persist.state.bridge.audit_client import BridgedImport
+from dspex_persist.state.bridge.client.audits import BridgedImport
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import (
     InternalError,

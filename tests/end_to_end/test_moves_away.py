@@ -12,7 +12,7 @@ from dspex_persist import Context
 from dspex_persist.audit import CommitQuery
 from dspex_persist.cognitive import moves
 from dspex_persist.state.abilities import Recordable
-from dspex_persist.state.bridge.audit_client import BridgedHold
+from dspex_persist.state.bridge.client.audits import BridgedHold
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import (
     InternalError,

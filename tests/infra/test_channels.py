@@ -13,7 +13,7 @@ from dspex_persist.infra import calls
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.infra.server import ServerOptions, _channel_options
-from dspex_persist.state.bridge import client
+from dspex_persist.state.bridge.client import state as client
 from tests.deadline import within
 from tests.infra import ping
 from tests.infra.frames import GOAWAY, MAX_CONCURRENT_STREAMS, RawConnection, begun_and_reset

@@ -17,10 +17,10 @@ from dspex_persist import Context, LocalState
 from dspex_persist.cognitive.changes import Change
 from dspex_persist.cognitive.watching import Changes
 from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.client.line import Line
+from dspex_persist.state.bridge.client.watch import BridgedWatch, Resumption
 from dspex_persist.state.bridge.headers import BEGAN, INITIAL_VALUES, POSITION
-from dspex_persist.state.bridge.line import Line
 from dspex_persist.state.bridge.status import error_of_call
-from dspex_persist.state.bridge.watch import BridgedWatch, Resumption
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch

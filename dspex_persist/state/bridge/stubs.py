@@ -9,7 +9,7 @@ import grpc
 
 from dspex_persist.state import errors
 from dspex_persist.state.bridge import codec
-from dspex_persist.state.bridge.client import BridgedState
+from dspex_persist.state.bridge.client.state import BridgedState
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as dspex_persist_audit_pb2
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2_grpc as dspex_persist_audit_pb2_grpc
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as snakepit_bridge_pb2

@@ -9,7 +9,7 @@ from typing import Final
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import commands
 from dspex_persist.state.audit import SessionQuery
-from dspex_persist.state.bridge.client import BridgedState
+from dspex_persist.state.bridge.client.state import BridgedState
 from dspex_persist.state.errors import (
     NotInHistoryError,
     RemoteToolError,

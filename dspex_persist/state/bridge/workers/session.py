@@ -18,7 +18,7 @@ import grpc
 
 from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.state import commands
-from dspex_persist.state.bridge.client import BridgedState
+from dspex_persist.state.bridge.client.state import BridgedState
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.headers import EXECUTION_ID
 from dspex_persist.state.bridge.lent import KIND, PUBLISH, RAISED, Entries

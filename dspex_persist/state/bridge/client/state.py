@@ -28,10 +28,13 @@ from dspex_persist.state.abilities import (
     Transacts,
     unkeyed,
 )
-from dspex_persist.state.bridge import audit_client
-from dspex_persist.state.bridge.attempt import Attempt
-from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedHold, BridgedImport
-from dspex_persist.state.bridge.cache import MAX_AGE_S, MAX_BYTES, ValueCache
+from dspex_persist.state.bridge.client import audits as audit_client
+from dspex_persist.state.bridge.client.attempt import Attempt
+from dspex_persist.state.bridge.client.audits import BridgedAudit, BridgedHold, BridgedImport
+from dspex_persist.state.bridge.client.cache import MAX_AGE_S, MAX_BYTES, ValueCache
+from dspex_persist.state.bridge.client.line import Breaker, Line
+from dspex_persist.state.bridge.client.transactions import BridgedTransaction
+from dspex_persist.state.bridge.client.watch import BridgedWatch, Resumption
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
@@ -51,14 +54,11 @@ from dspex_persist.state.bridge.headers import (
     Headers,
 )
 from dspex_persist.state.bridge.inherited import OneProcess, refuse_lost
-from dspex_persist.state.bridge.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
 from dspex_persist.state.bridge.secure import PathLike, Peer
 from dspex_persist.state.bridge.status import error_of_call
-from dspex_persist.state.bridge.transaction_client import BridgedTransaction
-from dspex_persist.state.bridge.watch import BridgedWatch, Resumption
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,

@@ -6,8 +6,8 @@ from typing import Any
 
 import grpc
 
+from dspex_persist.state.bridge.client.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.headers import Headers
-from dspex_persist.state.bridge.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, never_sent, no_answer, unreadable
 from dspex_persist.state.commands import Command, ExecuteTool

@@ -25,11 +25,11 @@ from dspex_persist.state.audit import (
     VariableState,
     point_text,
 )
+from dspex_persist.state.bridge.client.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.headers import Headers
 from dspex_persist.state.bridge.inherited import OneProcess
-from dspex_persist.state.bridge.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import Single

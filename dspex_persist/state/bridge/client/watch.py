@@ -11,10 +11,10 @@ import grpc
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.client.line import Line
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import BEGAN, INITIAL_VALUES, POSITION
 from dspex_persist.state.bridge.inherited import OneProcess
-from dspex_persist.state.bridge.line import Line
 from dspex_persist.state.bridge.status import is_broken, no_answer, unreadable
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, StateError, UnavailableError
 from dspex_persist.state.model import Update, Value, Variable

@@ -1,0 +1,1 @@
+"""`BridgedState`: the provider that reaches a server."""
