@@ -1,6 +1,7 @@
 """The file of tokens: what is in it, what is wrong with it, and what a change does."""
 
 import hashlib
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -194,3 +195,10 @@ def test_several_lines_of_a_name_allow_the_most_of_each(path: Path) -> None:
     tokens = Tokens(path)
     assert tokens.allowance_of("a") == Allowance(rate=7.0)
     assert tokens.allowance_of("b") == tokens.allowance_of("nobody") == Allowance()
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(TokenFileError, match="it is not a file"):
+        Tokens(path)

@@ -288,7 +288,8 @@ def _read(path: Path) -> tuple[Lines, list[str]]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        # A pipe in its place would otherwise be waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             _check_access(path, os.fstat(file.fileno()))
             return file.read().decode()
     except OSError as error:
