@@ -31,7 +31,7 @@ from dspex_persist.infra.workers.errors import (
 from dspex_persist.infra.workers.leases import C, Contact, E, Lease, Loan, Member, Waiter, count_waiting
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
-from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
+from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics, with_output
 from dspex_persist.infra.workers.worker import Worker, WorkerCommand, WorkerStartError
 
 _KEYS_MOST: Final = 10_000
@@ -572,10 +572,10 @@ class WorkerPool(Generic[C]):
             return
         self._counts["crashed"] += 1
         if not member.has_succeeded:
-            reason = f"worker {member.worker.id} {member.worker.ending} at once{_shown(member.worker.tail)}"
+            reason = f"worker {member.worker.id} {member.worker.ending} at once{with_output(member.worker.tail)}"
             self._failed(reason, member.began)
         else:
-            self._last_failure = f"worker {member.worker.id} {member.worker.ending}{_shown(member.worker.tail)}"
+            self._last_failure = f"worker {member.worker.id} {member.worker.ending}{with_output(member.worker.tail)}"
         # At once: nobody may get it any more.
         self._idle.pop(member.worker.id, None)
         member.leave(None)
@@ -796,15 +796,3 @@ def _statistics(member: Member[Any], now: float) -> WorkerStatistics:
         busy_s=0.0 if lease is None else now - lease.began_at,
         key="" if lease is None or lease.key is None else lease.key,
     )
-
-
-_OUTPUT: Final = "; its output ends with:\n"
-
-
-def _shown(output: str) -> str:
-    return f"{_OUTPUT}{output}" if output else ""
-
-
-def without_output(failure: str) -> str:
-    """Return what `PoolStatistics.last_failure` says, without what the worker wrote."""
-    return failure.partition(_OUTPUT)[0]
