@@ -103,6 +103,8 @@ def _answer(what: str, argument: str = "") -> object:
             os._exit(int(argument))
         case "leak":
             _kept.append(b"x" * int(argument))
+        case "warn":
+            print(argument, file=sys.stderr, flush=True)
         case "print":
             print(argument, flush=True)
         case "flood":

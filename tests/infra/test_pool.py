@@ -321,6 +321,8 @@ async def test_a_killed_worker_ends_its_call_and_is_replaced() -> None:
 @on_loop
 async def test_a_worker_that_exits_says_why() -> None:
     async with running(ONE) as pool:
+        # What it wrote during the calls of others is not for this one.
+        await ask(pool, "warn", "earlier")
         with pytest.raises(WorkerExitedError) as caught:
             await ask(pool, "exit", 3)
         assert caught.value.ending == "ended with exit code 3"

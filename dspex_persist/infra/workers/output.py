@@ -74,17 +74,29 @@ class Output:
         os.close(self.writer)
 
     def tail(self) -> str:
-        """Return the last lines, up to 4 KB."""
+        """Return the last lines, up to 4 KB; after `forget`, only what came since."""
         return (bytes(self._tail) + bytes(self._line))[-_TAIL_BYTES:].decode(errors="replace").strip()
+
+    def forget(self) -> None:
+        """Leave what the worker has written so far out of `tail`."""
+        if self._open:
+            # What it wrote before may still be in the pipe.
+            self._read_rest()
+            if self._line:
+                self._end_line(b"")
+        self._tail.clear()
 
     def close(self) -> None:
         """Read what the pipe still has, and close it. May be called again."""
         if not self._open:
             return
+        self._read_rest()
+        self._end()
+
+    def _read_rest(self) -> None:
         for _ in range(_SLICE_BYTES // _CHUNK_BYTES):
             if not self._read_chunk():
                 break
-        self._end()
 
     def _read(self) -> None:
         read = self._read_chunk()

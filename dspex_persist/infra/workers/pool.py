@@ -274,6 +274,8 @@ class WorkerPool(Generic[C]):
             waiter = Waiter(self._numbers, key, parent)
         if deadline is None and timeout_s is None and self.options.call_timeout_s is not None:
             deadline = self._time() + self.options.call_timeout_s
+        # The error of a call shows what was written during it, and not what those of others have written.
+        member.worker.forget_output()
         lease = member.lease = Lease(self, member, key, parent, deadline)
         self._idle.pop(member.worker.id, None)
         self._counts["requests"] += 1

@@ -182,9 +182,14 @@ class Worker:
 
     @property
     def tail(self) -> str:
-        """The end of what the worker wrote to stderr or, if that is nothing, to stdout."""
+        """The end of what the worker wrote to stderr or, if that is nothing, to stdout; see `forget_output`."""
         stdout, stderr = (output.tail() for output in self._outputs)
         return stderr or stdout
+
+    def forget_output(self) -> None:
+        """Leave what the worker has written so far out of `tail`: it concerns others."""
+        for output in self._outputs:
+            output.forget()
 
     @property
     def has_exited(self) -> bool:
