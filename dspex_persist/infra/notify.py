@@ -97,8 +97,12 @@ class Notifier:
             yield
             return
         over = threading.Event()
-        arguments = (over, round(most_s / _EXTEND_EVERY_S))
-        thread = threading.Thread(target=self._extend, args=arguments, name="dspex-persist-notify", daemon=True)
+        times = round(most_s / _EXTEND_EVERY_S)
+        # The first time before the block, which may keep the thread from starting for a while.
+        if times:
+            self._extend()
+        arguments = (over, times - 1)
+        thread = threading.Thread(target=self._go_on, args=arguments, name="dspex-persist-notify", daemon=True)
         thread.start()
         try:
             yield
@@ -106,13 +110,16 @@ class Notifier:
             over.set()
             thread.join()
 
-    def _extend(self, over: threading.Event, times: int) -> None:
+    def _go_on(self, over: threading.Event, times: int) -> None:
         for _ in range(times):
-            self.extend(_EXTENSION_S)
-            # A process that starts or stops is ended by the time limit, not by the watchdog.
-            self.alive()
             if over.wait(_EXTEND_EVERY_S):
                 return
+            self._extend()
+
+    def _extend(self) -> None:
+        self.extend(_EXTENSION_S)
+        # A process that starts or stops is ended by the time limit, not by the watchdog.
+        self.alive()
 
     def extend(self, seconds: float) -> None:
         """Ask for so much time from now on, if starting or stopping takes longer than the manager would wait."""
