@@ -11,6 +11,9 @@ import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
+from dspex_persist.infra import process
+from tests.prepared import Started
+
 # Containers often forbid bytecode next to the sources. Without it, every run would rewrite the assertions of all tests
 # first, and every process that a test starts would compile the whole package.
 if sys.dont_write_bytecode:
@@ -27,6 +30,9 @@ for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
 
+# Servers, which are most of the processes that the tests start, are forks.
+process.Popen = Started  # type: ignore[misc]
+
 
 def pytest_collection_finish() -> None:
     """Have the collector never look at what was collected: it would take half a second each time, and copy its pages
@@ -40,6 +46,14 @@ def pytest_sessionfinish() -> None:
     """End the process that prepares commands, if tests have used it."""
     if "tests.prepared" in sys.modules:
         sys.modules["tests.prepared"].close()
+
+
+@pytest.fixture(scope="module")
+def own_interpreters() -> Iterator[None]:
+    """For modules about the start of a server, or its memory: each server gets a new interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Started, "own_interpreters", True)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,24 @@
-"""Commands that start at once: a process imports the heavy modules once, and forks for each command.
+"""Commands and servers that start at once: a process imports the heavy modules once, and forks for each of them.
 
 The start of a command is mostly imports: some 0.4 s of CPU time, against some 0.03 s here. What depends on the start
 itself (variables that Python reads, warnings at imports, Ctrl-C before `main`) needs a process of its own.
+
+`Started` is for what runs on, such as a server: a Popen whose child is forked there, but is a child of this process,
+with its own pid, descriptors, environment, working directory and limits.
 """
 
+import ctypes
 import json
 import os
+import resource
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -24,12 +31,23 @@ ROOT: Final = Path(__file__).parents[1]
 _MODULES: Final = (
     "alembic.command",
     "alembic.config",
+    "encodings.idna",
+    "uvloop",
     "dspex_persist.audit.pictures",
     "dspex_persist.cli.audit.lists",
     "dspex_persist.cli.audit.tables",
     "dspex_persist.cognitive.migrating",
+    "dspex_persist.infra.access.allowed",
+    "dspex_persist.infra.log_output",
+    "dspex_persist.infra.access.peers",
+    "dspex_persist.infra.workers.pool",
     "dspex_persist.replay",
+    "dspex_persist.state.bridge.access.scopes",
+    "dspex_persist.state.bridge.workers.existing",
+    "dspex_persist.state.bridge.access.guard",
+    "dspex_persist.state.bridge.workers.pools",
     "dspex_persist.state.bridged",
+    "dspex_persist.state.embedded",
     "dspex_persist.state.store.maintenance.transfer",
     "dspex_persist.wiring.recordings",
     "dspex_persist.wiring.serving",
@@ -40,20 +58,29 @@ _MODULES: Final = (
     "typer._click.decorators",
 )
 _NAMES: Final = ("stdin", "stdout", "stderr")
+# What an interpreter or its libraries read when they start. With other values than here, only a new one will do.
+_READ_AT_START: Final = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "GRPC_", "OPENSSL_", "SSL_", "UV_")
+_PATH: Final = "PYTHONPATH"
+# What `serve` sets before it imports gRPC, which reads it then. With its fork support, gRPC would start threads in each
+# process that a tool forks.
+_SERVERS: Final = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+_LIMITS: Final = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+_SET_SUBREAPER: Final = 36
+"""Of prctl(2): orphans among the descendants of the process become its children."""
 
 
 class Prepared:
     """Runs commands of `dspex-persist`, one after the other, each in a fork of a process with the environment `env`."""
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._ours, theirs = socket.socketpair()
-        path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.prepared", str(theirs.fileno())],
                 cwd=ROOT,
-                env={**env, "PYTHONPATH": path},
+                # What a new interpreter has on its import path without that, each command adds its own to.
+                env={name: text for name, text in env.items() if name != _PATH},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -78,16 +105,20 @@ class Prepared:
             "alarm_s": round(timeout_s),
             "encoding": encoding,
         }
+        with self.lock:
+            return int(self.ask(request, [stream for stream in streams if stream is not None]))
+
+    def ask(self, request: Mapping[str, Any], streams: Sequence[int]) -> str:
+        """Return the answer to a request; the caller holds `lock`."""
         line = json.dumps(request).encode() + b"\n"
-        with self._lock:
-            try:
-                sent = socket.send_fds(self._ours, [line], [stream for stream in streams if stream is not None])
-                self._ours.sendall(line[sent:])
-                return int(self._answers.readline())
-            except BaseException:
-                # Of an interrupted test: its answer would be taken for that to the next request.
-                self._process.kill()
-                raise
+        try:
+            sent = socket.send_fds(self._ours, [line], streams)
+            self._ours.sendall(line[sent:])
+            return self._answers.readline()
+        except BaseException:
+            # Of an interrupted test: its answer would be taken for that to the next request.
+            self._process.kill()
+            raise
 
     def run(
         self, words: Sequence[str | bytes], *, cwd: Path, env: Mapping[str, str], timeout_s: float, text: str = ""
@@ -134,14 +165,118 @@ def commands() -> Prepared:
 
 def close() -> None:
     """End the shared one, if there is one."""
+    while _starters:
+        _starters.pop().close()
     while _shared:
         _shared.pop().close()
+
+
+class _Starter:
+    """Has children of this process forked."""
+
+    def __init__(self) -> None:
+        self._env = {**os.environ, **_SERVERS}
+        self._prepared = Prepared(self._env)
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def suits(self, env: Mapping[str, str]) -> bool:
+        """Whether a fork is as good as a new interpreter in this environment."""
+        serving = {**_SERVERS, **env}
+        names = {name for name in serving.keys() | self._env.keys() if name.startswith(_READ_AT_START)} - {_PATH}
+        return all(serving.get(name) == self._env.get(name) for name in names)
+
+    def fork(self, request: Mapping[str, Any], streams: Sequence[int]) -> int:
+        """Fork a child with these standard streams, and return its pid; OSError if the process that forks has ended."""
+        with self._prepared.lock:
+            self._adopt(True)
+            try:
+                return int(self._prepared.ask(request, streams))
+            finally:
+                self._adopt(False)
+
+    def is_running(self) -> bool:
+        return self._prepared.is_running()
+
+    def close(self) -> None:
+        self._prepared.close()
+
+    def _adopt(self, wanted: bool) -> None:
+        if self._prctl(_SET_SUBREAPER, int(wanted), 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+_starters: list[_Starter] = []
+_starting = threading.Lock()
+
+
+def _starter() -> _Starter:
+    with _starting:
+        if not _starters or not _starters[0].is_running():
+            while _starters:
+                _starters.pop().close()
+            _starters.append(_Starter())
+        return _starters[0]
+
+
+class Started(subprocess.Popen[Any]):
+    """A process that runs `python -m dspex_persist serve`: a fork where that does, else a new interpreter."""
+
+    own_interpreters = False
+    """Whether all get a new interpreter."""
+
+    def _execute_child(
+        self,
+        args: Any,
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: Any,
+        pass_fds: Any,
+        cwd: Any,
+        env: Any,
+        *more: Any,
+    ) -> None:
+        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more[2:9]
+        gid, gids, uid, umask, session, group = more[10:]
+        program = list(args)[:4] if not isinstance(args, str | bytes | os.PathLike) else []
+        folder = Path(os.fsdecode(cwd or ".")).absolute()
+        wants_more = (executable, preexec_fn, pass_fds, shell, session, umask >= 0, group >= 0)
+        given = dict(os.environ if env is None else env)
+        if (
+            self.own_interpreters
+            or sys.platform != "linux"
+            or program != [sys.executable, "-m", "dspex_persist", "serve"]
+            or any(wants_more)
+            or not close_fds
+            or any(each is not None for each in (gid, gids, uid))
+            or not folder.is_dir()
+            or not _starter().suits(given)
+        ):
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)  # type: ignore[misc]
+            return
+        request = {
+            "words": list(map(os.fsdecode, args[3:])),
+            "cwd": os.fspath(folder),
+            "env": given,
+            "limits": [[number, *resource.getrlimit(number)] for number in _LIMITS],
+            "umask": _umask(),
+            "parent": os.getpid(),
+        }
+        streams = [stream if stream >= 0 else number for number, stream in enumerate((p2cread, c2pwrite, errwrite))]
+        self.pid = _starter().fork(request, streams)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+
+
+def _umask() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("\nUmask:")[2].split()[0], 8)
 
 
 # In the process that forks
 
 
-def _serve(connection: socket.socket) -> None:
+def _prepare() -> tuple[list[str], Any]:
+    """Import what commands do, and return the import path that all of them have, and their `main`."""
     import gc
 
     import typer
@@ -153,25 +288,91 @@ def _serve(connection: socket.socket) -> None:
     # The tree of all commands is half of what is left of a short one.
     command = typer.main.get_command(cli.app)
     typer.main.get_command = lambda typer_instance: command  # noqa: ARG005
-    own = (os.environ.get("PYTHONPATH") or "").split(os.pathsep)
-    path = [each for each in sys.path[1:] if each not in own]
+    path = sys.path[1:]
     gc.collect()
     # The children neither look through the modules nor get copies of their pages for that.
     gc.freeze()
+    return path, cli.main
+
+
+def _serve(connection: socket.socket) -> None:
+    path, main = _prepare()
     while True:
         line, streams, _, _ = socket.recv_fds(connection, 65536, len(_NAMES))
         while line and not line.endswith(b"\n"):
             line += connection.recv(65536)
         if not line:
             return
-        child = os.fork()
-        if child == 0:
-            connection.close()
-            _become(json.loads(line), streams, path, cli.main)
+        request = json.loads(line)
+        if "parent" in request:
+            child = _forked_twice()
+            if child == 0:
+                connection.close()
+                _start(request, streams, path)
+                return
+            answer = child
+        else:
+            child = os.fork()
+            if child == 0:
+                connection.close()
+                _become(request, streams, path, main)
+            answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for stream in streams:
             os.close(stream)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(f"{code}\n".encode())
+        connection.sendall(f"{answer}\n".encode())
+
+
+def _forked_twice() -> int:
+    """Fork a child of the process that adopts orphans; it continues once that is its parent."""
+    ended, ending = os.pipe()
+    told, telling = os.pipe()
+    between = os.fork()
+    if between == 0:
+        os.close(ending)
+        child = os.fork()
+        if child:
+            os.write(telling, str(child).encode())
+            os._exit(0)
+        os.close(told)
+        os.close(telling)
+        os.read(ended, 1)
+        os.close(ended)
+        return 0
+    os.waitpid(between, 0)
+    child = int(os.read(told, 20))
+    for descriptor in (ended, ending, told, telling):
+        os.close(descriptor)
+    return child
+
+
+def _start(request: Mapping[str, Any], streams: list[int], path: list[str]) -> None:
+    """Run `python -m dspex_persist` on these streams. The interpreter then ends as it does by itself."""
+    assert os.getppid() == request["parent"]
+    os.umask(request["umask"])
+    for number, soft, hard in request["limits"]:
+        resource.setrlimit(number, (soft, hard))
+    _take([True] * len(_NAMES), streams, "utf-8")
+    for name in _NAMES:
+        stream = getattr(sys, name)
+        stream.reconfigure(errors=getattr(sys, f"__{name}__").errors)
+        setattr(sys, f"__{name}__", stream)
+    os.chdir(request["cwd"])
+    _move(request["env"], path)
+    # Those of the working directory are others.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.argv[:] = ["-m", *request["words"]]
+    runpy.run_module("dspex_persist", run_name="__main__", alter_sys=True)
+
+
+def _move(env: Mapping[str, str], path: list[str]) -> None:
+    """Take this environment, and what it and the working directory say of imports."""
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+    given = os.environ.get(_PATH)
+    own = given.split(os.pathsep) if given else []
+    sys.path[:] = [str(Path.cwd()), *own, *(each for each in path if each not in own)]
 
 
 def _become(request: Mapping[str, Any], streams: list[int], path: list[str], main: Any) -> NoReturn:
@@ -182,10 +383,7 @@ def _become(request: Mapping[str, Any], streams: list[int], path: list[str], mai
         signal.alarm(request["alarm_s"])
         _take(request["streams"], streams, request["encoding"])
         os.chdir(request["cwd"])
-        os.environ.clear()
-        os.environ.update(request["env"])
-        given = os.environ.get("PYTHONPATH")
-        sys.path[:] = [str(Path.cwd()), *(given.split(os.pathsep) if given else ()), *path]
+        _move(request["env"], path)
         sys.argv[:] = ["dspex-persist", *request["words"]]
         code = _run(main)
     finally:

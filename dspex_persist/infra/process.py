@@ -5,11 +5,11 @@ import os
 import re
 import selectors
 import signal
-import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from types import TracebackType
 from typing import Final, Self
 
@@ -60,13 +60,13 @@ class ServerProcess:
             OSError: The program cannot be started.
         """
         self.argv = tuple(argv)
-        self._popen = subprocess.Popen(
+        self._popen = Popen(
             self.argv,
             env=None if env is None else dict(env),
             cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
             bufsize=0,
         )
         atexit.register(self.kill)
@@ -143,7 +143,7 @@ class ServerProcess:
         """Wait until the child ends by itself and return its exit code; `ProcessFailedError` if it does not."""
         try:
             return self._popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             raise self._failure(f"it still runs after {timeout_s:g} s") from None
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -185,7 +185,7 @@ class ServerProcess:
         # The end of stdout comes a moment before the child can be reaped.
         try:
             self._popen.wait(_LAST_WORDS_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             return
         self._output.join(_LAST_WORDS_S)
 
@@ -196,7 +196,7 @@ class ServerProcess:
 class _Output:
     """Reads a child's stdout and stderr on a thread, so that the child never blocks on a full pipe."""
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(self, popen: Popen[bytes]) -> None:
         assert popen.stdout is not None  # both are pipes
         assert popen.stderr is not None
         self.port: int | None = None

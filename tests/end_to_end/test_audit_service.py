@@ -44,6 +44,8 @@ from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of, wait_until
 from tests.prepared import commands
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 SERVICE = "dspex.persist.v1.AuditService"
 SECRET = "0451"
 VERSIONS = 5_000

@@ -14,6 +14,8 @@ from dspex_persist.state.errors import UnavailableError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.server import ServedDatabase
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 PROGRAM = (sys.executable, "-m", "dspex_persist")
 DEADLINE_S = 30
 TOOLS = """

@@ -24,6 +24,8 @@ from tests.deadline import within
 from tests.end_to_end.old_style import environment, target_of
 from tests.faults.crash_test import server_argv
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 CALLS, ROUNDS = int(os.environ.get("REFUSED_CALLS", "15")), 5
 LARGE_MIB = int(os.environ.get("REFUSED_MIB", "10"))
 """`make refused-test` says more calls, and larger ones."""

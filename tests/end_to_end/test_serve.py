@@ -36,6 +36,8 @@ from dspex_persist.wiring.serving import serve
 from tests.deadline import within
 from tests.prepared import commands
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 PROGRAM = (sys.executable, "-m", "dspex_persist")
 DEADLINE_S = within(30)
 

@@ -15,6 +15,8 @@ from tests.deadline import within
 from tests.end_to_end.old_style import environment, target_of, wait_until
 from tests.service_manager import ALIVE, READY, STOPPING, ServiceManager
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 SERVE = (sys.executable, "-m", "dspex_persist", "serve", "--listen", "127.0.0.1:0")
 # A tool that does to the server's writer what a disk does that does not answer.
 STUCK = """

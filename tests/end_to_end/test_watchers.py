@@ -37,6 +37,8 @@ from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 
+pytestmark = pytest.mark.usefixtures("own_interpreters")
+
 SESSION = "watched"
 WATCH = "/snakepit.bridge.BridgeService/WatchVariables"
 DEADLINE_S = within(60)
