@@ -23,6 +23,7 @@ from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import environment
 from tests.infra.test_helpers import is_gone
+from tests.outcomes import result_of, until_there
 
 TOOLS = "tests.end_to_end.pool_tools"
 ROOT = Path(__file__).parents[2]
@@ -55,12 +56,6 @@ def execute(provider: BridgedState, session: str, tool: str, **parameters: Any) 
     return provider.execute_tool(session, tool, parameters, metadata={"user": "ada"})
 
 
-def result_of(outcome: ToolOutcome) -> Any:
-    assert outcome.success, outcome
-    assert outcome.result is not None
-    return json.loads(outcome.result.json)
-
-
 def detail_of(provider: BridgedState, execution_id: str) -> ExecutionDetail:
     with provider.audit() as audit:
         return audit.execution(execution_id)
@@ -76,14 +71,6 @@ def until_gone(pid: int) -> None:
     while not is_gone(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.01)
-
-
-def until_there(path: Path) -> str:
-    deadline = time.monotonic() + within(10)
-    while not path.exists() or not (path.read_text() or path.suffix == ".at"):
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.005)
-    return path.read_text()
 
 
 def test_it_runs_in_another_process_which_the_tools_share(

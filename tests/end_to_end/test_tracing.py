@@ -19,6 +19,7 @@ from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.keys import ANSWER, PROMPT
 from tests.end_to_end.old_style import ROOT, STUBS, environment, target_of, wait_until
 from tests.end_to_end.telling_worker import telling
+from tests.outcomes import result_of
 
 TOOLS = ("--tools", "tests.end_to_end.traced_tools", "--otel")
 SESSION, SECRET = "traced", "w0rd-that-is-nobodys"
@@ -48,12 +49,6 @@ def client_of(server: ServerProcess) -> Iterator[BridgedState]:
         state.initialize_session(SESSION)
         state.register_variable(SESSION, "a", "string", "")
         yield state
-
-
-def result_of(outcome: ToolOutcome) -> Any:
-    assert outcome.success, outcome
-    assert outcome.result is not None
-    return json.loads(outcome.result.json)
 
 
 def trace_of(span: Received, spans: list[Received]) -> list[str]:

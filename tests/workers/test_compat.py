@@ -63,12 +63,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
-def provider(server: ServerProcess) -> Iterator[BridgedState]:
-    with BridgedState(target_of(server), timeout_s=DEADLINE_S) as provider:
-        yield provider
-
-
-@pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.node.name)
 

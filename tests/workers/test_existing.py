@@ -3,22 +3,19 @@ part of the transactions of the tools that they run."""
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state import errors
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.model import ExecutionStatus, ToolOutcome
+from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.state.values import BinaryValue
-from tests.deadline import within
-from tests.end_to_end.gates import DEADLINE_S
-from tests.end_to_end.old_style import ROOT, STUBS, serve, target_of
+from tests.end_to_end.old_style import ROOT, STUBS, serve
+from tests.outcomes import execute, result_of, until_there
 
 POOL = """
 [pools.{generation}]
@@ -57,35 +54,8 @@ def generation(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def provider(servers: dict[str, ServerProcess], generation: str) -> Iterator[BridgedState]:
-    with BridgedState(target_of(servers[generation]), timeout_s=DEADLINE_S) as provider:
-        yield provider
-
-
-@pytest.fixture
-def session(provider: BridgedState, request: pytest.FixtureRequest) -> str:
-    name = str(request.node.name)
-    provider.initialize_session(name)
-    provider.register_variable(name, "a", "integer", 0)
-    return name
-
-
-def execute(provider: BridgedState, session: str, tool: str, /, **parameters: Any) -> ToolOutcome:
-    return provider.execute_tool(session, tool, parameters)
-
-
-def result_of(outcome: ToolOutcome) -> Any:
-    assert outcome.success, outcome
-    assert outcome.result is not None
-    return json.loads(outcome.result.json)
-
-
-def until_there(path: Path) -> str:
-    deadline = time.monotonic() + within(10)
-    while not path.exists() or not (path.read_text() or path.suffix == ".at"):
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.005)
-    return path.read_text()
+def server(servers: dict[str, ServerProcess], generation: str) -> ServerProcess:
+    return servers[generation]
 
 
 def commits(provider: BridgedState, session: str) -> int:

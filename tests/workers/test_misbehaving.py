@@ -1,10 +1,8 @@
 """Workers that misbehave, in a real server: the execution fails cleanly, its journal says why, the pool heals."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -14,8 +12,8 @@ from dspex_persist.state.audit import ExecutionDetail
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome
 from tests.deadline import within
-from tests.end_to_end.gates import DEADLINE_S
-from tests.end_to_end.old_style import ROOT, STUBS, serve, target_of
+from tests.end_to_end.old_style import ROOT, STUBS, serve
+from tests.outcomes import execute, result_of
 
 POOLS = f"""
 [pools.tools]
@@ -42,30 +40,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ("--tools", "tests.workers.rough_tools", "--workers", "1", "--config", str(folder / "pools.toml"))
     with serve(folder / "sessions.db", *flags) as server:
         yield server
-
-
-@pytest.fixture
-def provider(server: ServerProcess) -> Iterator[BridgedState]:
-    with BridgedState(target_of(server), timeout_s=DEADLINE_S) as provider:
-        yield provider
-
-
-@pytest.fixture
-def session(provider: BridgedState, request: pytest.FixtureRequest) -> str:
-    name = str(request.node.name)
-    provider.initialize_session(name)
-    provider.register_variable(name, "a", "integer", 0)
-    return name
-
-
-def execute(provider: BridgedState, session: str, tool: str, /, **parameters: Any) -> ToolOutcome:
-    return provider.execute_tool(session, tool, parameters)
-
-
-def result_of(outcome: ToolOutcome) -> Any:
-    assert outcome.success, outcome
-    assert outcome.result is not None
-    return json.loads(outcome.result.json)
 
 
 def why(provider: BridgedState, session: str, failed: ToolOutcome) -> ExecutionDetail:
