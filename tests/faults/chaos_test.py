@@ -12,17 +12,13 @@ have all of their workers, free; nothing is left of a server that has ended; the
 Exit code 0: no problems. 1: problems, which are printed, and the files are kept.
 """
 
-import argparse
 import asyncio
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -37,6 +33,7 @@ from tests.deadline import within
 from tests.faults import chaos_tools
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, ToolAnswer
+from tests.faults.by_hand import run_by_hand
 from tests.faults.checker import copy_files
 from tests.faults.crash_test import CrashTest, Report
 from tests.faults.ledger import Ledger, Write
@@ -369,30 +366,10 @@ _FORESEEN = ("workers fail at once; no other is started for a while",)
 _ENDS = "SELECT sequence, body FROM events WHERE kind = 'execution_ended' AND sequence > ?"
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="disturb servers with workers at random, for a long time")
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
-    arguments = parser.parse_args()
-    if sys.platform != "linux":
-        print("this test needs /proc, which only Linux has")
-        return 2
-    folder = Path(tempfile.mkdtemp(prefix="chaos-test-"))
-    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, {arguments.clients} clients, in {folder}", flush=True)
-    test = Chaos(folder, arguments.seed, arguments.clients, arguments.plant)
-    report = asyncio.run(test.chaos(arguments.minutes * 60, verbose=True))
-    print(report)
-    for problem in report.problems[:20]:
-        print(f"  {problem}")
-    if report.problems:
-        print(f"the files are kept in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+async def _run(folder: Path, seed: int, clients: int, planted: str | None, minutes: float) -> Report:
+    return await Chaos(folder, seed, clients, planted).chaos(minutes * 60, verbose=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    description = "disturb servers with workers at random, for a long time"
+    sys.exit(run_by_hand("chaos-test", description, _run, unit="minutes", usual=15.0, clients=6, needs_proc=True))

@@ -6,12 +6,8 @@ A tenth of the kills hit the start-up. Clients, watchers and the checker run in 
 Exit code 0: no problems. 1: problems, which are printed, and the files are kept.
 """
 
-import argparse
 import asyncio
-import secrets
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +18,7 @@ from random import Random
 from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 from tests.deadline import within
 from tests.faults.bridge import Bridge
+from tests.faults.by_hand import run_by_hand
 from tests.faults.checker import Checker, check_histories, copy_files, verify
 from tests.faults.ledger import Ledger
 from tests.faults.tools import TOOLS
@@ -205,27 +202,11 @@ class CrashTest:
         counts["commits received by watchers"] = sum(len(watcher.commits) for watcher in self._watchers)
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="kill a server again and again, and check its files")
-    parser.add_argument("--cycles", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="crash-test-"))
-    print(f"seed {arguments.seed}, {arguments.cycles} cycles, {arguments.clients} clients, in {folder}", flush=True)
-    test = CrashTest(folder, arguments.seed, arguments.clients, arguments.plant)
-    report = asyncio.run(test.run(arguments.cycles, verbose=True))
-    print(report)
-    for problem in report.problems[:20]:
-        print(f"  {problem}")
-    if report.problems:
-        print(f"the files are kept in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+async def _run(folder: Path, seed: int, clients: int, planted: str | None, cycles: int) -> Report:
+    return await CrashTest(folder, seed, clients, planted).run(cycles, verbose=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        run_by_hand("crash-test", "kill a server again and again, and check its files", _run, unit="cycles", usual=200)
+    )

@@ -8,12 +8,8 @@ of the crash test; in addition, memory and file descriptors of a warm server mus
 1: problems, which are printed, and the files are kept.
 """
 
-import argparse
 import asyncio
-import secrets
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +24,7 @@ from dspex_persist.state.store import maintenance
 from tests.deadline import within
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
+from tests.faults.by_hand import run_by_hand
 from tests.faults.crash_test import CrashTest, Report
 from tests.faults.workload import SESSION, Client, Watcher
 
@@ -198,30 +195,10 @@ class Soak(CrashTest):
             target.unlink(missing_ok=True)
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="use servers in every way at once, for a long time")
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
-    arguments = parser.parse_args()
-    if sys.platform != "linux":
-        print("this test needs /proc, which only Linux has")
-        return 2
-    folder = Path(tempfile.mkdtemp(prefix="soak-test-"))
-    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, {arguments.clients} clients, in {folder}", flush=True)
-    test = Soak(folder, arguments.seed, arguments.clients, arguments.plant)
-    report = asyncio.run(test.soak(arguments.minutes * 60, verbose=True))
-    print(report)
-    for problem in report.problems[:20]:
-        print(f"  {problem}")
-    if report.problems:
-        print(f"the files are kept in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+async def _run(folder: Path, seed: int, clients: int, planted: str | None, minutes: float) -> Report:
+    return await Soak(folder, seed, clients, planted).soak(minutes * 60, verbose=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    description = "use servers in every way at once, for a long time"
+    sys.exit(run_by_hand("soak-test", description, _run, unit="minutes", usual=15.0, needs_proc=True))
