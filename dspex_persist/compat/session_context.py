@@ -213,7 +213,6 @@ class SessionContext:
         self._ttl_s = 0.0
         # By identifier: until when it may be used, and the value.
         self._cache: dict[str, tuple[float, Any]] = {}
-        self._writes = 0
 
     @property
     def _variables(self) -> Variables:
@@ -275,9 +274,10 @@ class SessionContext:
         return self._read(tuple(identifiers))
 
     def _read(self, identifiers: tuple[str, ...]) -> dict[str, Any]:
-        now, writes = time.monotonic(), self._writes
+        # A write replaces the cache: what is read meanwhile, and may be older, goes with the old one.
+        now, cache = time.monotonic(), self._cache
         if self._ttl_s:
-            known = {name: self._cache.get(name, (0.0, None)) for name in identifiers}
+            known = {name: cache.get(name, (0.0, None)) for name in identifiers}
             if all(until > now for until, _ in known.values()):
                 return {name: copy.deepcopy(value) for name, (_, value) in known.items()}
         if len(identifiers) == 1:
@@ -288,9 +288,9 @@ class SessionContext:
             for missing in identifiers:
                 if missing not in found:
                     self._variables[missing]
-        if self._ttl_s and writes == self._writes:
+        if self._ttl_s:
             until = now + self._ttl_s
-            self._cache |= {name: (until, copy.deepcopy(value)) for name, value in found.items()}
+            cache.update({name: (until, copy.deepcopy(value)) for name, value in found.items()})
         return found
 
     @_old_terms
@@ -434,19 +434,17 @@ class SessionContext:
         What is written with this object, or by tools that it calls, is seen at once in any case.
         """
         self._ttl_s = ttl.total_seconds()
-        self._cache.clear()
+        self.clear_cache()
 
     def clear_cache(self) -> None:
         """Have the next reads return what is there now."""
-        self._writes += 1
-        self._cache.clear()
+        self._cache = {}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         finally:
-            # Also of reads that are under way: what they return may be older.
             self.clear_cache()
 
     # Tools
