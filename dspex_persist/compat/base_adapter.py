@@ -88,7 +88,7 @@ class BaseAdapter:
         Raises:
             AttributeError: It has no such tool.
         """
-        if tool_name not in _names_of(type(self)):
+        if not _is_tool(type(self), tool_name):
             raise AttributeError(f"tool {tool_name!r} not found in {type(self).__name__}")
         return getattr(self, tool_name)(**arguments)
 
@@ -287,7 +287,11 @@ def _content(chunk: Any) -> Any:
 def _names_of(adapter: type[Any]) -> list[str]:
     """Return the names of the tools, in the order of their definition."""
     names = {name: None for base in reversed(adapter.__mro__) for name in vars(base)}
-    return [name for name in names if hasattr(getattr(adapter, name, None), _METADATA)]
+    return [name for name in names if _is_tool(adapter, name)]
+
+
+def _is_tool(adapter: type[Any], name: str) -> bool:
+    return hasattr(getattr(adapter, name, None), _METADATA)
 
 
 def _specs_of(adapter: type[Any]) -> list[ToolSpec]:
