@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from dspex_persist.errors import DspexError
+
+_OUTPUT: Final = "; its output ends with:\n"
 
 
 @dataclass(eq=False)
@@ -119,7 +122,7 @@ class WorkerExitedError(PoolError):
     output: str = ""
 
     def __str__(self) -> str:
-        wrote = f"; its output ends with:\n{self.output}" if self.output else "; it wrote nothing"
+        wrote = output_or_nothing(self.output)
         return f"worker {self.worker} of pool {self.pool} {self.ending} during the call{wrote}"
 
 
@@ -142,6 +145,21 @@ class PoolStartError(PoolError):
 
     def __str__(self) -> str:
         return f"pool {self.pool} has no workers: {self.reason}; correct {self._setting('command')}"
+
+
+def with_output(output: str) -> str:
+    """Return what follows in the text of a worker's failure if it wrote something; "" if it did not."""
+    return f"{_OUTPUT}{output}" if output else ""
+
+
+def output_or_nothing(output: str) -> str:
+    """Return the same, and that it wrote nothing if it did not."""
+    return with_output(output) or "; it wrote nothing"
+
+
+def without_output(failure: str) -> str:
+    """Return the text of a worker's failure without what the worker wrote."""
+    return failure.partition(_OUTPUT)[0]
 
 
 def setting_of(pool: str, name: str, settings: Mapping[str, str]) -> str:

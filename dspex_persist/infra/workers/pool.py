@@ -27,11 +27,12 @@ from dspex_persist.infra.workers.errors import (
     WorkerLostError,
     WorkerTimeoutError,
     setting_of,
+    with_output,
 )
 from dspex_persist.infra.workers.leases import C, Contact, E, Lease, Loan, Member, Waiter, count_waiting
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
-from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics, with_output
+from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
 from dspex_persist.infra.workers.worker import Worker, WorkerCommand, WorkerStartError
 
 _KEYS_MOST: Final = 10_000

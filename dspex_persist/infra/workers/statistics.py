@@ -1,9 +1,6 @@
 """What a pool of workers does now, and what it has counted."""
 
 from dataclasses import dataclass
-from typing import Final
-
-_OUTPUT: Final = "; its output ends with:\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +81,3 @@ class PoolStatistics:
     replaced: int
     last_failure: str
     workers: tuple[WorkerStatistics, ...]
-
-
-def with_output(output: str) -> str:
-    """Return what follows in `PoolStatistics.last_failure` if the worker wrote something; "" if it did not."""
-    return f"{_OUTPUT}{output}" if output else ""
-
-
-def without_output(failure: str) -> str:
-    """Return what `PoolStatistics.last_failure` says, without what the worker wrote."""
-    return failure.partition(_OUTPUT)[0]

@@ -15,6 +15,7 @@ from typing import Final
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.workers.errors import output_or_nothing
 from dspex_persist.infra.workers.orphans import Run, launched
 from dspex_persist.infra.workers.output import READY_IN_LINE, READY_LINE, Output
 from dspex_persist.spelling import closest, did_you_mean, quote
@@ -42,7 +43,7 @@ class WorkerStartError(DspexError):
     output: str = ""
 
     def __str__(self) -> str:
-        return f"worker {self.worker} did not start: {self.reason}{_quoted(self.output)}"
+        return f"worker {self.worker} did not start: {self.reason}{output_or_nothing(self.output)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +331,6 @@ def ending_of(exit_code: int) -> str:
         name = f"signal {-exit_code}"
     memory = " (by somebody, or by the system because memory ran out)" if name == "SIGKILL" else ""
     return f"was killed by {name}{memory}"
-
-
-def _quoted(output: str) -> str:
-    return f"; its output ends with:\n{output}" if output else "; it wrote nothing"
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ from dspex_persist import clock
 from dspex_persist.infra.access.tokens import ADMIN, CALLER, READ, Identity
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.infra.server import Service
-from dspex_persist.infra.workers.statistics import without_output
+from dspex_persist.infra.workers.errors import without_output
 from dspex_persist.state import commands
 from dspex_persist.state.abilities import Auditable
 from dspex_persist.state.access import ACCESS, EVERYTHING, Access, Grants, May, grants_of, may_change_rules
