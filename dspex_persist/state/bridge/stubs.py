@@ -55,12 +55,8 @@ class StubState(BridgedState):
         """Nothing: only the owner of the stub knows it."""
         return ""
 
-    def close(self) -> None:
-        """End the watches."""
-        self._closed = True
-        for watch in tuple(self._watches):
-            watch.end()
-        self._here.close()
+    def _close_channel(self) -> None:
+        """Leave it open: its owner closes it."""
 
 
 def is_stub(given: object) -> bool:

@@ -571,8 +571,11 @@ class BridgedState(
                 watch.end()
             if self.cache is not None:
                 self.cache.close()
-            self._channel.close()
+            self._close_channel()
             self._here.close()
+
+    def _close_channel(self) -> None:
+        self._channel.close()
 
     def _error_of(self, call: Any) -> StateError:
         """The error that ended a stream: `EngineClosedError` if this object was closed meanwhile."""
