@@ -74,11 +74,11 @@ class ExistingLending(Lender):
     async def _call(self, lease: Lease[WorkerContact], spec: ToolSpec, session: ToolSession) -> Value:
         request = _request(session, lease.contact.callback)
         lease.contact.began(session)
-        if spec.streaming:
-            return await self._stream(lease, request, session)
-        with calling_tool(lease.address, self._facts(lease), streams=False) as place:
+        with calling_tool(lease.address, self._facts(lease), streams=spec.streaming) as place:
             request.metadata.update(place)
             headers = ((EXECUTION_ID, session.execution_id), *place)
+            if spec.streaming:
+                return await self._stream(lease, request, session, headers)
             # It goes on if its caller does not wait for it any more: until it has ended, so may its callbacks.
             asking = asyncio.ensure_future(self._answer(lease.contact, request, session, headers))
             asking.add_done_callback(partial(_ended, lease.contact, session.execution_id))
@@ -127,13 +127,7 @@ class ExistingLending(Lender):
             raise RemoteToolError(request.tool_name, contact.callback, "its answer is not a message of the protocol")
         return response
 
-    async def _stream(self, lease: Lease[WorkerContact], request: pb.ExecuteToolRequest, session: ToolSession) -> Value:
-        with calling_tool(lease.address, self._facts(lease), streams=True) as place:
-            request.metadata.update(place)
-            headers = ((EXECUTION_ID, session.execution_id), *place)
-            return await self._stream_chunks(lease, request, session, headers)
-
-    async def _stream_chunks(
+    async def _stream(
         self, lease: Lease[WorkerContact], request: pb.ExecuteToolRequest, session: ToolSession, headers: Headers
     ) -> Value:
         contact, chunks = lease.contact, Chunks(request.tool_name, self._limits)
