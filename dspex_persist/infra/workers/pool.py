@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Generic, Self
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.circuit import Circuit, OpenCircuitError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.workers.errors import (
     NestedTooDeepError,
@@ -29,6 +28,7 @@ from dspex_persist.infra.workers.errors import (
     setting_of,
     with_output,
 )
+from dspex_persist.infra.workers.failures import FailuresInARow
 from dspex_persist.infra.workers.leases import C, Contact, E, Lease, Loan, Member, Waiter, count_waiting
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
@@ -36,7 +36,6 @@ from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatist
 from dspex_persist.infra.workers.worker import Worker, WorkerCommand, WorkerStartError
 
 _KEYS_MOST: Final = 10_000
-_TRIAL_POLL_S: Final = 0.2
 _MEMORY_POLL_S: Final = 1.0
 # How long closing what belongs to a worker may take.
 _CLOSE_S: Final = 10.0
@@ -93,18 +92,13 @@ class WorkerPool(Generic[C]):
         # Of the spares, `_coming` have not got ready yet.
         self._starting = self._spares = self._coming = 0
         self._may_start = asyncio.Semaphore(self.options.batch)
-        self._failures = 0
-        self._failed_at = float("-inf")
-        self._recovery = asyncio.Event()
         self._last_failure = ""
         self._counts: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._clock: Callable[[], float] = time.monotonic
         self._closing: asyncio.Task[None] | None = None
         longest_trial_s = command.ready_timeout_s + self.options.stable_s
-        self._circuit = Circuit(
-            self.options.crash_limit, self.options.crash_pause_s, self.options.crash_pause_s, trial_s=longest_trial_s
-        )
+        self._failures = FailuresInARow(self.options, longest_trial_s, self._logger)
 
     # --- Life
 
@@ -230,7 +224,7 @@ class WorkerPool(Generic[C]):
         # The loop adds and removes members meanwhile.
         now, members = self._clock(), list(self._members.values())
         state = self._state
-        if state == "running" and self._circuit.state == "open":
+        if state == "running" and self._failures.is_pausing:
             state = "failing"
         elif state == "running" and len(_regular(members)) < self.options.size:
             state = "starting"
@@ -328,7 +322,7 @@ class WorkerPool(Generic[C]):
             raise self.error(PoolUnavailableError, f"it is {self._state.replace('new', 'not started')}")
 
     def _check_wait(self, waiter: Waiter[C]) -> None:
-        if not self._members and not self._starting and self._circuit.state == "open":
+        if self._is_failing():
             raise self._failing()
         # Separately: calls that wait must not keep those from ending that have workers.
         alike = sum((each.parent is None) is (waiter.parent is None) for each in self._waiters)
@@ -340,9 +334,12 @@ class WorkerPool(Generic[C]):
             self._counts["saturated"] += 1
             raise self.error(WorkerBusyError, home.worker.id)
 
+    def _is_failing(self) -> bool:
+        """Whether there is no worker, and there will be none for a while."""
+        return not self._members and not self._starting and self._failures.is_pausing
+
     def _failing(self) -> PoolUnavailableError:
-        reason = f"{self._failures} workers in a row failed at once; no other is started for a while"
-        return self.error(PoolUnavailableError, f"{reason}. The last: {self._last_failure}")
+        return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._last_failure}")
 
     def _pick(self, waiter: Waiter[C]) -> Member[C] | None:
         """The idle worker for a call, if there is one; no spare."""
@@ -471,24 +468,10 @@ class WorkerPool(Generic[C]):
 
     async def _pause(self) -> None:
         """Wait until another worker may be started."""
-        if self._failures:
-            pause_s = self.options.backoff_s * 2 ** min(self._failures - 1, 20)
-            await self._sleep(min(pause_s, self.options.longest_backoff_s))
-        while True:
-            try:
-                self._circuit.admit()
-                break
-            except OpenCircuitError as error:
-                await self._sleep(max(error.retry_in_s, _TRIAL_POLL_S))
+        await self._failures.pause()
         # Workers that do not end must not become more and more.
         while len(self._ending) > self.options.size:
             await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _sleep(self, most_s: float) -> None:
-        """Sleep, at most until workers start again."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(most_s):
-                await self._recovery.wait()
 
     async def _live(self, first: "asyncio.Future[None]", *, spare: bool) -> None:
         """Start a worker, and wait until it is over."""
@@ -611,24 +594,10 @@ class WorkerPool(Generic[C]):
         self._failed(str(error), began)
 
     def _failed(self, reason: str, began: float) -> None:
-        """Note that a worker failed at once whose start began at a time.
-
-        Those that were started together with one that has failed are no more failures in a row: what made them fail may
-        have been a moment without memory, processes or descriptors.
-        """
+        """Note that a worker failed at once whose start began at a time."""
         self._last_failure = reason
-        if began >= self._failed_at:
-            self._failures += 1
-            self._failed_at = self._time()
-            pause_s = self._circuit.failed(reason)
-            if pause_s is not None:
-                self._logger.error(
-                    "workers fail at once; no other is started for a while",
-                    failures=self._failures,
-                    pause_s=pause_s,
-                    reason=reason,
-                )
-        if not self._members and not self._starting and self._circuit.state == "open":
+        self._failures.add(reason, began)
+        if self._is_failing():
             self._fail_waiters(self._failing())
 
     def _stayed(self, member: Member[C]) -> None:
@@ -638,12 +607,7 @@ class WorkerPool(Generic[C]):
     def _succeeded(self, member: Member[C]) -> None:
         if not member.has_succeeded:
             member.has_succeeded = True
-            if self._failures:
-                self._failures = 0
-                self._recovery.set()
-                self._recovery = asyncio.Event()
-            if self._circuit.succeeded():
-                self._logger.info("workers start again")
+            self._failures.end()
 
     def _log_end(self, member: Member[C], reason: str | None) -> None:
         fields = {"worker": member.worker.id, "pid": member.worker.pid, "requests": member.requests}
