@@ -441,6 +441,18 @@ async def test_workers_that_fail_at_once_are_not_started_again_and_again(tmp_pat
 
 
 @on_loop
+async def test_who_waits_hears_that_no_other_worker_comes() -> None:
+    options = PoolOptions(size=1, crash_limit=1, crash_pause_s=within(60), queue_timeout_s=within(10))
+    async with running(options) as pool:
+        lent = await background(ask(pool, "hang", fails=WorkerExitedError), lambda: pool.statistics().busy == 1)
+        waiting = await background(ask(pool, "ping"), lambda: pool.statistics().queued == 1)
+        os.kill(pool.statistics().workers[0].pid, signal.SIGKILL)
+        await lent
+        with pytest.raises(PoolUnavailableError, match=r"1 workers in a row failed at once.* was killed by SIGKILL"):
+            await waiting
+
+
+@on_loop
 async def test_garbage_is_logged_within_limits_and_hides_nothing() -> None:
     with capture_logs() as events:
         async with running(ONE, "--garbage", "3000000") as pool:

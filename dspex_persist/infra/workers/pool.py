@@ -341,6 +341,11 @@ class WorkerPool(Generic[C]):
     def _failing(self) -> PoolUnavailableError:
         return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._last_failure}")
 
+    def _refuse_waiters(self) -> None:
+        """Refuse the calls that wait as soon as there is no worker, and will be none for a while."""
+        if self._is_failing():
+            self._fail_waiters(self._failing())
+
     def _pick(self, waiter: Waiter[C]) -> Member[C] | None:
         """The idle worker for a call, if there is one; no spare."""
         home = self._homes.get(waiter.key) if waiter.key is not None else None
@@ -575,6 +580,7 @@ class WorkerPool(Generic[C]):
         for key in member.keys:
             self._homes.pop(key, None)
         member.keys.clear()
+        self._refuse_waiters()
         self._dispatch()
 
     async def _end(self, worker: Worker | None, contact: C) -> None:
@@ -592,13 +598,12 @@ class WorkerPool(Generic[C]):
         self._counts["start_failures"] += 1
         self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
         self._failed(str(error), began)
+        self._refuse_waiters()
 
     def _failed(self, reason: str, began: float) -> None:
         """Note that a worker failed at once whose start began at a time."""
         self._last_failure = reason
         self._failures.add(reason, began)
-        if self._is_failing():
-            self._fail_waiters(self._failing())
 
     def _stayed(self, member: Member[C]) -> None:
         if not member.over.done():
