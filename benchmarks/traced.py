@@ -7,7 +7,7 @@ import asyncio
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +17,10 @@ from google.protobuf.message import Message
 
 from benchmarks.executing import SERVED, result_of, tool_request
 from benchmarks.files import begin_session, make_file
-from benchmarks.load import Series, ratios_of
-from benchmarks.metered import take, turns
 from benchmarks.plan import CALLERS, Plan
-from benchmarks.rpc import Calls, Rpc, start_server
+from benchmarks.rpc import Rpc, start_server
 from benchmarks.table import Row
+from benchmarks.turns import call_in_turn, rows
 from dspex_persist.infra.process import ServerProcess
 
 _IN_FLIGHT: Final = (1, CALLERS)
@@ -41,32 +40,14 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
             make_file(path, chain(*(begin_session(number) for number in range(CALLERS))))
             ports.append(stack.enter_context(start_server(path, *SERVED, *options, variables=variables)).port)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return [
-                row for in_flight in _IN_FLIGHT for row in _rows(in_flight, runner.run(_call(plan, ports, in_flight)))
-            ]
+            return [row for in_flight in _IN_FLIGHT for row in runner.run(_rows(plan, ports, in_flight))]
 
 
-def _rows(in_flight: int, series: tuple[Series, Series]) -> list[Row]:
-    without, traced = series
-    what, ratios = f"ExecuteTool, no-op, {in_flight} in flight", ratios_of(traced.rates, without.rates)
-    base = Row.of_rounds(f"tools.untraced.{in_flight}", what, "calls/s", without.rates)
-    key = f"tools.traced.{in_flight}"
-    return [base, Row.of_rounds(key, "... with traces", "calls/s", traced.rates, ratios, ratio_to=base.key)]
-
-
-async def _call(plan: Plan, ports: list[int], in_flight: int) -> tuple[Series, Series]:
-    series = Series(), Series()
+async def _rows(plan: Plan, ports: list[int], in_flight: int) -> list[Row]:
     print(f"tools: traced, {in_flight} in flight", file=sys.stderr, flush=True)
-    async with AsyncExitStack() as stack:
-        calls = []
-        for port in ports:
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
-            calls.append(Calls(channel, _noop(), in_flight))
-            if plan.warm_s:
-                await calls[-1].run(plan.warm_s)
-        for _ in range(plan.rounds):
-            take(series, [(which, await calls[which].run(seconds)) for which, seconds in turns(plan)])
-    return series
+    both = await call_in_turn(plan, ports, _noop, in_flight)
+    what = f"ExecuteTool, no-op, {in_flight} in flight"
+    return rows("tools", f"traced.{in_flight}", what, "calls/s", "traces", both)
 
 
 def _noop() -> Rpc:
