@@ -106,15 +106,18 @@ class Prepared:
             "encoding": encoding,
         }
         with self.lock:
-            return int(self.ask(request, [stream for stream in streams if stream is not None]))
+            return self.ask(request, [stream for stream in streams if stream is not None])
 
-    def ask(self, request: Mapping[str, Any], streams: Sequence[int]) -> str:
-        """Return the answer to a request; the caller holds `lock`."""
+    def ask(self, request: Mapping[str, Any], streams: Sequence[int]) -> int:
+        """Return the answer to a request; OSError if the process has ended. The caller holds `lock`."""
         line = json.dumps(request).encode() + b"\n"
         try:
             sent = socket.send_fds(self._ours, [line], streams)
             self._ours.sendall(line[sent:])
-            return self._answers.readline()
+            answer = self._answers.readline()
+            if not answer:
+                raise ConnectionError("the process that forks has ended")
+            return int(answer)
         except BaseException:
             # Of an interrupted test: its answer would be taken for that to the next request.
             self._process.kill()
@@ -190,7 +193,7 @@ class _Starter:
         with self._prepared.lock:
             self._adopt(True)
             try:
-                return int(self._prepared.ask(request, streams))
+                return self._prepared.ask(request, streams)
             finally:
                 self._adopt(False)
 
@@ -300,7 +303,9 @@ def _serve(connection: socket.socket) -> None:
     while True:
         line, streams, _, _ = socket.recv_fds(connection, 65536, len(_NAMES))
         while line and not line.endswith(b"\n"):
-            line += connection.recv(65536)
+            more = connection.recv(65536)
+            # Of a test run that was killed, half a request is all that comes.
+            line = line + more if more else b""
         if not line:
             return
         request = json.loads(line)
