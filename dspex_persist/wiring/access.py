@@ -4,6 +4,7 @@ Faults in them are found before the server starts.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen
@@ -16,7 +17,49 @@ if TYPE_CHECKING:
     from dspex_persist.state.bridge.access.scopes import Access
 
 
-def refuse_passed_sockets() -> None:
+@dataclass(frozen=True, slots=True)
+class Security:
+    """Who may connect to a server, and what it may connect to.
+
+    Attributes:
+        certificates: For TLS; None to serve without encryption.
+        tokens: Those of clients; None to demand none.
+        allows: Whether a registered tool at an address may be called.
+        worker_tls: For TLS with registered workers.
+    """
+
+    certificates: "Certificates | None"
+    tokens: "Tokens | None"
+    allows: Callable[[str], bool]
+    worker_tls: "CallerFiles"
+
+    @property
+    def asks_certificates(self) -> bool:
+        """Whether clients have to show certificates."""
+        return self.certificates is not None and self.certificates.asks_clients
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has to show anything."""
+        return self.tokens is None and not self.asks_certificates
+
+
+def security_of(settings: Settings) -> Security:
+    """Return what the settings say; raise `SettingsError` for a fault in them, or in a file that they name.
+
+    Call it before tools are imported, which may change the working directory.
+    """
+    _check_listen(settings, has_tls=settings.tls_cert is not None)
+    _check_same_user(settings)
+    _refuse_passed_sockets()
+    security = Security(
+        certificates_of(settings), _tokens_of(settings), _allowed_of(settings), _worker_tls_of(settings)
+    )
+    _check_metrics(settings, has_tls=security.certificates is not None)
+    return security
+
+
+def _refuse_passed_sockets() -> None:
     """Refuse to start by socket activation. Raise `SettingsError`."""
     from dspex_persist.infra.notify import passed_sockets
 
@@ -28,7 +71,7 @@ def refuse_passed_sockets() -> None:
         raise SettingsError("listen", reason, "environment variable LISTEN_FDS")
 
 
-def check_listen(settings: Settings, *, has_tls: bool) -> None:
+def _check_listen(settings: Settings, *, has_tls: bool) -> None:
     """Refuse to serve without TLS where other machines can connect, unless the settings allow it."""
     try:
         allowed = settings.insecure or has_tls or is_loopback(settings.listen)
@@ -43,8 +86,8 @@ def check_listen(settings: Settings, *, has_tls: bool) -> None:
         raise SettingsError("listen", reason)
 
 
-def check_metrics(settings: Settings, *, has_tls: bool) -> None:
-    """Refuse to serve metrics where `check_listen` would refuse to serve, and without what is needed for them."""
+def _check_metrics(settings: Settings, *, has_tls: bool) -> None:
+    """Refuse to serve metrics where `_check_listen` would refuse to serve, and without what is needed for them."""
     listen = settings.metrics_listen
     if listen is None:
         return
@@ -72,7 +115,7 @@ def check_metrics(settings: Settings, *, has_tls: bool) -> None:
         raise SettingsError("metrics_listen", reason) from None
 
 
-def check_same_user(settings: Settings) -> None:
+def _check_same_user(settings: Settings) -> None:
     """Refuse `same_user` where the user at the other end of a connection is not known."""
     from dspex_persist.infra.access.peers import can_tell_users
 
@@ -106,7 +149,7 @@ def certificates_of(settings: Settings) -> "Certificates | None":
         raise SettingsError(names.get(error.path, "client_ca"), str(error)) from error
 
 
-def allowed_of(settings: Settings) -> Callable[[str], bool]:
+def _allowed_of(settings: Settings) -> Callable[[str], bool]:
     """Return whether a registered tool at an address may be called; raise `SettingsError` for a wrong list."""
     from dspex_persist.infra.access.allowed import AllowedAddresses
 
@@ -118,7 +161,7 @@ def allowed_of(settings: Settings) -> Callable[[str], bool]:
         raise SettingsError("tool_addresses", str(error)) from error
 
 
-def worker_tls_of(settings: Settings) -> "CallerFiles":
+def _worker_tls_of(settings: Settings) -> "CallerFiles":
     """Return the files for TLS with registered workers; raise `SettingsError` for a fault in one."""
     from dspex_persist.infra.access.tls import CallerFiles, TlsError
 
@@ -136,7 +179,7 @@ def worker_tls_of(settings: Settings) -> "CallerFiles":
     return files
 
 
-def tokens_of(settings: Settings) -> "Tokens | None":
+def _tokens_of(settings: Settings) -> "Tokens | None":
     """Return the tokens of clients, or None without a file of them. Raise `SettingsError` for a fault in it."""
     from dspex_persist.infra.access.tokens import TokenFileError, Tokens
 
@@ -148,9 +191,10 @@ def tokens_of(settings: Settings) -> "Tokens | None":
         raise SettingsError("token_file", str(error)) from error
 
 
-def access_of(certificates: "Certificates | None", tokens: "Tokens | None", denials: "Denials") -> "Access | None":
+def access_of(security: Security, denials: "Denials") -> "Access | None":
     """Return what knows the clients; None if none has to show anything."""
+    if security.is_open:
+        return None
     from dspex_persist.state.bridge.access.scopes import Access
 
-    certified = certificates is not None and certificates.asks_clients
-    return Access(tokens, denials, certified=certified) if certified or tokens is not None else None
+    return Access(security.tokens, denials, certified=security.asks_certificates)

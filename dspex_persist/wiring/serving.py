@@ -18,17 +18,7 @@ from dspex_persist.infra.stopping import loop_factory, spare_the_collector
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.errors import CheckpointError, StateError
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.wiring.access import (
-    access_of,
-    allowed_of,
-    certificates_of,
-    check_listen,
-    check_metrics,
-    check_same_user,
-    refuse_passed_sockets,
-    tokens_of,
-    worker_tls_of,
-)
+from dspex_persist.wiring.access import Security, access_of, security_of
 from dspex_persist.wiring.ending import ServerEnd, StorageFailedError
 from dspex_persist.wiring.life import STARTING_S, Life
 from dspex_persist.wiring.limits import limits_of
@@ -38,8 +28,6 @@ from dspex_persist.wiring.tools import check_names, load_tools, plans_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from dspex_persist.infra.access.tls import Certificates
-    from dspex_persist.infra.access.tokens import Tokens
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.state.bridge.workers.pools import PoolPlan
     from dspex_persist.state.denials import NoteDenial, Refused
@@ -73,25 +61,17 @@ def serve(settings: Settings) -> None:
 
     notifier = Notifier.of_process()
     try:
-        check_listen(settings, has_tls=settings.tls_cert is not None)
-        check_same_user(settings)
-        refuse_passed_sockets()
-        certificates, tokens = certificates_of(settings), tokens_of(settings)
-        allowed_of(settings)
-        worker_tls_of(settings)
-        check_metrics(settings, has_tls=certificates is not None)
+        security = security_of(settings)
         quiet(settings)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         with traced(settings), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(_serve(settings, certificates, tokens, notifier))
+            runner.run(_serve(settings, security, notifier))
     except (DspexError, SettingsError) as error:
         notifier.status(str(error))
         raise
 
 
-async def _serve(
-    settings: Settings, certificates: "Certificates | None", tokens: "Tokens | None", notifier: "Notifier"
-) -> None:
+async def _serve(settings: Settings, security: Security, notifier: "Notifier") -> None:
     end = ServerEnd(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
     here = Path.cwd()
@@ -115,7 +95,7 @@ async def _serve(
         engine = _open(settings, _settled(settings.db, path), end.on_storage_failed, meter)
         life = Life(notifier, settings, engine, starting, ending)
         try:
-            await _serve_bridge(settings, listen, certificates, tokens, engine, tools, end, here, plans, life)
+            await _serve_bridge(settings, listen, security, engine, tools, end, here, plans, life)
         finally:
             life.closing()
             _close(engine, settings.db)
@@ -185,8 +165,7 @@ def _close(provider: StateProvider, path: Path) -> None:
 async def _serve_bridge(
     settings: Settings,
     listen: str,
-    certificates: "Certificates | None",
-    tokens: "Tokens | None",
+    security: Security,
     engine: "SqliteState",
     tools: "Mapping[str, ToolCode]",
     end: "ServerEnd",
@@ -226,27 +205,27 @@ async def _serve_bridge(
             # The parent process may not wait for that line, and clients can be served without it.
             _log.warning("could not print the ready line", reason=str(error))
         tls = {} if certificates is None else {"tls": "mutual" if certificates.asks_clients else "server"}
-        is_open = tokens is None and (certificates is None or not certificates.asks_clients)
-        if certificates is not None and is_open and not is_loopback(settings.listen):
+        if certificates is not None and security.is_open and not is_loopback(settings.listen):
             _log.warning("anyone who can connect can read and change every session: see client_ca and token_file")
         _log.info(
             "serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence, **tls
         )
 
+    certificates, tokens = security.certificates, security.tokens
     limits, ready = limits_of(settings), threading.Event()
     capabilities = None if tokens is None else Capabilities()
     remote = RemoteTools(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
-        allow=allowed_of(settings),
-        tls=worker_tls_of(settings),
+        allow=security.allows,
+        tls=security.worker_tls,
         limits=limits,
         capabilities=capabilities,
     )
     meter = engine.meter
     note_denial = _counting(engine.denials.note, meter)
     denials = Denials(note_denial)
-    access = access_of(certificates, tokens, denials)
+    access = access_of(security, denials)
     if tokens is not None:
         engine.limit_storage(tokens.allowance_of)
     admit = None if access is None else access.admit

@@ -61,7 +61,7 @@ def plans_of(settings: Settings, here: Path) -> "list[PoolPlan]":
         if not pool.command:
             raise SettingsError(f"pools.{name}.command", "name the command line that starts a worker")
         env = {**ENVIRONMENT, **pool.env}
-        command = WorkerCommand(pool.command, env=env, cwd=pool.cwd or here, **timeouts(pool))
+        command = WorkerCommand(pool.command, env=env, cwd=here / (pool.cwd or ""), **timeouts(pool))
         names = tuple(dict.fromkeys((*pool.tools, *pool.streaming)))
         more: Any = {"streaming": frozenset(pool.streaming), "takes_binary": pool.binary}
         plans.append(PoolPlan(name, command, options(pool, pool.size or 2), names, **more))

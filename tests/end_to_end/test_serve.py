@@ -33,6 +33,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring.connecting import connect
 from dspex_persist.wiring.serving import serve
+from tests.certificates import Authority
 from tests.deadline import within
 from tests.prepared import commands
 
@@ -142,6 +143,7 @@ def test_tools_may_change_the_working_directory(
 ) -> None:
     """While they are imported, and while they run: what was named is where it was named."""
     (tmp_path / "elsewhere").mkdir()
+    Authority(tmp_path, "trusted")
     (tmp_path / "wandering.py").write_text(
         "import os\n"
         "from dspex_persist import tool\n"
@@ -150,7 +152,8 @@ def test_tools_may_change_the_working_directory(
         "def wander() -> None:\n"
         "    os.chdir('/')\n"
     )
-    server = start("--listen", "unix:a.sock", "--db", "a.db", "--tools", "wandering")
+    files = ("--listen", "unix:a.sock", "--db", "a.db", "--worker-ca", "trusted.pem")
+    server = start(*files, "--tools", "wandering")
     client = client_of(f"grpc+unix:{tmp_path / 'a.sock'}")
     fill(client)
     assert client.execute_tool("s", "wander").success

@@ -24,6 +24,7 @@ from dspex_persist.settings import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store.session_store import StoreOptions
+from dspex_persist.wiring.tools import plans_of
 
 ADDRESSES = ("metrics_listen",)
 FILES = ("tls_cert", "tls_key", "client_ca", "token_file", "worker_ca", "worker_cert", "worker_key")
@@ -329,3 +330,10 @@ def test_the_document_lists_every_setting_of_a_pool() -> None:
         f"| `{name}` | {_shown(field.default)} | {field.description} |"
         for name, field in PoolSettings.model_fields.items()
     ]
+
+
+def test_a_pool_works_where_the_server_was_started_or_below() -> None:
+    given = {"far": {"cwd": "/far"}, "near": {"cwd": "near"}, "here": {}}
+    pools: Any = {name: {"command": "x", **pool} for name, pool in given.items()}
+    plans = plans_of(Settings(pools=pools), Path("/start"))
+    assert [plan.command.cwd for plan in plans] == [Path("/far"), Path("/start/near"), Path("/start")]
