@@ -11,8 +11,7 @@ from typing import Final, Literal, TextIO, get_args
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
-from dspex_persist.infra import tracing
-from dspex_persist.infra.logs import FIELDS, LINES, LogHandler, LogLevel, quiet_libraries
+from dspex_persist.infra.logs import FIELDS, LINES, LogHandler, LogLevel, quiet_libraries, trace_fields
 
 LogStyle = Literal["auto", "json", "console"]
 
@@ -111,9 +110,7 @@ def _configure_stdlib(number: int, shared: list[Processor], render: list[Process
 
 def _add_trace(_logger: object, _method: str, event: EventDict) -> EventDict:
     """Say during which span the event happened, while tracing is on."""
-    ids = tracing.ids() if tracing.tracer() is not None else None
-    if ids is not None:
-        event["trace_id"], event["span_id"] = ids
+    event.update(trace_fields())
     return event
 
 

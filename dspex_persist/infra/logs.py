@@ -23,7 +23,6 @@ FIELDS: Final = "dspex_fields"
 LINES: Final = ("traceback", "exception")
 """Fields that are text of several lines."""
 
-
 # Below WARNING these log nothing useful, and at DEBUG a line for each call.
 _NOISY_LOGGERS: Final = ("asyncio", "grpc._cython.cygrpc")
 
@@ -113,6 +112,12 @@ def quiet_libraries(level: int) -> None:
     )
 
 
+def trace_fields() -> dict[str, str]:
+    """Return the fields that say during which span an event happens; none while tracing is off, or outside of spans."""
+    ids = tracing.ids() if tracing.tracer() is not None else None
+    return {} if ids is None else {"trace_id": ids[0], "span_id": ids[1]}
+
+
 class LogHandler(logging.StreamHandler[TextIO]):
     """Writes to a stream that may fail, as with a closed pipe or a full disk, without affecting the program."""
 
@@ -134,9 +139,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat().replace("+00:00", "Z"),
         }
-        ids = tracing.ids() if tracing.tracer() is not None else None
-        if ids is not None:
-            event["trace_id"], event["span_id"] = ids
+        event.update(trace_fields())
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
         return json.dumps(event, default=repr)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sys
 from typing import Final
 
 from dspex_persist.infra.logs import quiet_grpc
@@ -37,10 +36,7 @@ def quiet(settings: Settings) -> None:
     quiet_grpc()
     # With it, gRPC would restart its threads in processes that tools fork, on the server's sockets, and crash there.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    style = settings.log_style
-    if style == "auto":
-        style = "console" if sys.stderr.isatty() else "json"
-    configure_logs(settings.log_level, style)
+    configure_logs(settings.log_level, settings.log_style)
     # Alembic logs each of its plugins at INFO. Only the upgrade of a file is worth reporting.
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
     logging.getLogger("alembic.runtime.migration").addFilter(lambda record: str(record.msg).startswith("Running"))
