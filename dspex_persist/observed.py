@@ -50,10 +50,11 @@ class _Readers:
             identity = self._tokens.find(asker.token)
         else:
             identity = self._tokens.find_certificate(asker.names)
-        is_known = identity is not None and not identity.has_expired
-        if is_known and identity is not None and identity.may(READ):
+        if identity is not None and identity.has_expired:
+            identity = None
+        if identity is not None and identity.may(READ):
             return True
-        name, missing = (identity.name, f"scope {READ}") if is_known and identity is not None else ("", "a valid token")
+        name, missing = ("", "a valid token") if identity is None else (identity.name, f"scope {READ}")
         self._note(Refused(name, asker.host, "/metrics", "", missing))
         return False
 

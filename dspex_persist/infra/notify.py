@@ -17,7 +17,7 @@ from dspex_persist.infra.logs import get_logger
 _SOCKET: Final = "NOTIFY_SOCKET"
 _WATCHDOG: Final = "WATCHDOG_USEC"
 _WATCHED: Final = "WATCHDOG_PID"
-_PASSED, _PASSED_TO, _NAMES = "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"
+_PASSED, _PASSED_TO = "LISTEN_FDS", "LISTEN_PID"
 _MICROS: Final = 1_000_000
 # How much more time is asked for at once while something takes long, and how often.
 _EXTENSION_S: Final = 30.0

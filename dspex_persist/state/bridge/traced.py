@@ -1,7 +1,7 @@
 """Spans of calls of the bridge protocol, in both directions."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import grpc
@@ -38,12 +38,10 @@ OF_THE_SERVER: Final = CallSpans(attributes_of, begins=False)
 """How calls are traced that a server makes to its worker."""
 
 
-@contextmanager
-def calling_tool(address: str, attributes: Attributes, *, streams: bool) -> Iterator[Headers]:
+def calling_tool(address: str, attributes: Attributes, *, streams: bool) -> AbstractContextManager[Headers]:
     """Make a span around a call of a tool in another process; yields the headers that tell it the place."""
     rpc = f"{BRIDGE_SERVICE.full_name}.{'ExecuteStreamingTool' if streams else 'ExecuteTool'}"
-    with calling(rpc, address, attributes, _code_of) as headers:
-        yield headers
+    return calling(rpc, address, attributes, _code_of)
 
 
 def _code_of(error: BaseException) -> Any:

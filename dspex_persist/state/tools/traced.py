@@ -13,7 +13,7 @@ from dspex_persist.infra.tracing import Attributes, Kind, Tracer
 from dspex_persist.state.errors import ToolFailedError
 from dspex_persist.state.lm_calls import LmCall, lm_call_of
 from dspex_persist.state.model import RECORDING, RECORDING_ID, TRANSACTION, ExecutionStatus, ToolOutcome, Value
-from dspex_persist.state.tools.failures import RaisedError, raised_of, status_of
+from dspex_persist.state.tools.failures import RaisedError, status_of
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.session import ToolSession
 
@@ -64,7 +64,8 @@ async def called(tracer: Tracer, execute: Callable[[], Awaitable[Value]], reques
         try:
             result = await execute()
         except BaseException as error:
-            status = status_of(raised_of(error)[0]) if isinstance(error, Exception) else ExecutionStatus.CANCELLED
+            raised = error.error if isinstance(error, RaisedError) else error
+            status = status_of(raised) if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
             span.set({_STATUS: status.value})
             # What was raised in a worker is known by its description only.
             span.fail(error.failure.type if isinstance(error, RaisedError) else kind_of(error))
