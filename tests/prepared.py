@@ -49,6 +49,7 @@ _MODULES: Final = (
     "dspex_persist.state.bridged",
     "dspex_persist.state.embedded",
     "dspex_persist.state.store.maintenance.transfer",
+    "dspex_persist.wiring.bridge",
     "dspex_persist.wiring.recordings",
     "dspex_persist.wiring.serving",
     "rich._emoji_codes",

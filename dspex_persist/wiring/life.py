@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 from dspex_persist.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.state.bridge.workers.pools import PoolPlan
     from dspex_persist.state.embedded import SqliteState
@@ -34,7 +36,7 @@ class Life:
         self._is_ending = False
         self._watching: asyncio.Task[None] | None = None
 
-    def starting_workers(self, plans: "list[PoolPlan]") -> None:
+    def starting_workers(self, plans: "Sequence[PoolPlan]") -> None:
         """Say which workers the server waits for."""
         if plans:
             self._notifier.status(f"starting the workers of {', '.join(plan.name for plan in plans)}")

@@ -34,9 +34,10 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ExecutionStatus
 from dspex_persist.state.values import encode
 from dspex_persist.testing.server import ServedDatabase
-from dspex_persist.wiring import serving
+from dspex_persist.wiring import bridge
+from dspex_persist.wiring.bridge import _unfit
 from dspex_persist.wiring.connecting import connect
-from dspex_persist.wiring.serving import _unfit, serve
+from dspex_persist.wiring.serving import serve
 from tests.deadline import within
 from tests.end_to_end.metered_tools import MODEL
 
@@ -378,7 +379,7 @@ def test_health_says_why_a_server_cannot_do_its_work(tmp_path: Path, monkeypatch
     said = [_unfit(end, engine, ready)]
     ready.set()
     said.append(_unfit(end, engine, ready))
-    monkeypatch.setattr(serving, "_STUCK_S", -1)
+    monkeypatch.setattr(bridge, "_STUCK_S", -1)
     said.append(_unfit(end, engine, ready).partition(" for ")[0])
     engine.close()
     said.append(_unfit(end, engine, ready))
