@@ -453,6 +453,18 @@ async def test_who_waits_hears_that_no_other_worker_comes() -> None:
 
 
 @on_loop
+async def test_callers_are_not_told_what_was_written_in_calls_of_others() -> None:
+    options = PoolOptions(size=1, crash_limit=1, crash_pause_s=within(60))
+    async with running(options) as pool:
+        with pytest.raises(WorkerExitedError, match="last words"):
+            await ask(pool, "exit", 1)
+        await until(lambda: pool.statistics().state == "failing" and not pool.statistics().workers)
+        with pytest.raises(PoolUnavailableError, match=r"The last: worker ping-1 ended with exit code 1 at once$"):
+            await ask(pool, "ping")
+        assert "last words" in pool.statistics().last_failure
+
+
+@on_loop
 async def test_garbage_is_logged_within_limits_and_hides_nothing() -> None:
     with capture_logs() as events:
         async with running(ONE, "--garbage", "3000000") as pool:

@@ -92,7 +92,8 @@ class WorkerPool(Generic[C]):
         # Of the spares, `_coming` have not got ready yet.
         self._starting = self._spares = self._coming = 0
         self._may_start = asyncio.Semaphore(self.options.batch)
-        self._last_failure = ""
+        # In full, and as callers are told.
+        self._last_failure = self._told_failure = ""
         self._counts: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._clock: Callable[[], float] = time.monotonic
@@ -339,7 +340,7 @@ class WorkerPool(Generic[C]):
         return not self._members and not self._starting and self._failures.is_pausing
 
     def _failing(self) -> PoolUnavailableError:
-        return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._last_failure}")
+        return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._told_failure}")
 
     def _refuse_waiters(self) -> None:
         """Refuse the calls that wait as soon as there is no worker, and will be none for a while."""
@@ -562,11 +563,14 @@ class WorkerPool(Generic[C]):
         if member.over.done():
             return
         self._counts["crashed"] += 1
-        if not member.has_succeeded:
-            reason = f"worker {member.worker.id} {member.worker.ending} at once{with_output(member.worker.tail)}"
-            self._failed(reason, member.began)
+        how = f"worker {member.worker.id} {member.worker.ending}{'' if member.has_succeeded else ' at once'}"
+        wrote = with_output(member.worker.tail)
+        if member.requests or member.lease is not None:
+            self._note_failure(how, wrote)
         else:
-            self._last_failure = f"worker {member.worker.id} {member.worker.ending}{with_output(member.worker.tail)}"
+            self._note_failure(how + wrote)
+        if not member.has_succeeded:
+            self._failures.add(self._last_failure, member.began)
         # At once: nobody may get it any more.
         self._idle.pop(member.worker.id, None)
         member.leave(None)
@@ -597,13 +601,13 @@ class WorkerPool(Generic[C]):
     def _start_failed(self, error: WorkerStartError, began: float) -> None:
         self._counts["start_failures"] += 1
         self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
-        self._failed(str(error), began)
+        self._note_failure(str(error))
+        self._failures.add(self._last_failure, began)
         self._refuse_waiters()
 
-    def _failed(self, reason: str, began: float) -> None:
-        """Note that a worker failed at once whose start began at a time."""
-        self._last_failure = reason
-        self._failures.add(reason, began)
+    def _note_failure(self, failure: str, in_call: str = "") -> None:
+        """Note how a worker failed; callers are not told what it wrote in a call, which was not theirs."""
+        self._told_failure, self._last_failure = failure, failure + in_call
 
     def _stayed(self, member: Member[C]) -> None:
         if not member.over.done():
@@ -698,7 +702,7 @@ class WorkerPool(Generic[C]):
                 return
         if member.worker.id in self._idle:
             self._counts["replaced"] += 1
-            self._last_failure = f"worker {member.worker.id} did not answer health checks: {reason}"
+            self._note_failure(f"worker {member.worker.id} did not answer health checks: {reason}")
             self._idle.pop(member.worker.id, None)
             member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
 
@@ -724,8 +728,8 @@ class WorkerPool(Generic[C]):
     def _described(self) -> str:
         busy = sum(member.lease is not None for member in self._members.values())
         words = [f"{busy} of {self.options.size} workers busy", f"{len(self._waiters)} calls waiting"]
-        if len(self._regular()) < self.options.size and self._last_failure:
-            words.append(f"the last failure: {self._last_failure}")
+        if len(self._regular()) < self.options.size and self._told_failure:
+            words.append(f"the last failure: {self._told_failure}")
         return ", ".join(words)
 
     def _keep_task(self, tasks: "set[asyncio.Task[None]]", coroutine: Any) -> None:
