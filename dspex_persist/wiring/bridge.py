@@ -219,7 +219,7 @@ class Bridge:
         scheme = "" if self._security.certificates is None else TLS_SCHEME
         address = f"{scheme}{self._listen.rpartition(':')[0]}:{port}" if port else self._listen
         self._engine.announce(address)
-        self._life.serving(address)
+        self._life.serving(address, self._engine)
         self._ready.set()
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from dspex_persist.settings import Settings
 
@@ -14,34 +14,45 @@ if TYPE_CHECKING:
     from dspex_persist.state.embedded import SqliteState
 
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
-STARTING_S: Final = 3_600.0
+_STARTING_S: Final = 3_600.0
 _ENDING_S: Final = 600.0
 
 
 class Life:
-    """Tells the service manager how far the server is."""
+    """Tells the service manager how far the server is, from its start, where the `with` block begins, to its end."""
 
-    def __init__(
-        self,
-        notifier: "Notifier",
-        settings: Settings,
-        engine: "SqliteState",
-        starting: contextlib.ExitStack,
-        ending: contextlib.ExitStack,
-    ) -> None:
+    def __init__(self, notifier: "Notifier", settings: Settings) -> None:
         self._notifier = notifier
         self._settings = settings
-        self._engine = engine
-        self._starting, self._ending = starting, ending
+        # What asks for more time. Neither ends where it begins.
+        self._starting, self._ending = contextlib.ExitStack(), contextlib.ExitStack()
         self._is_ending = False
         self._watching: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._starting.enter_context(self._notifier.taking_long(_STARTING_S))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._starting.close()
+        self._ending.close()
+
+    def importing_tools(self) -> None:
+        """Say which tools are imported."""
+        if self._settings.tools:
+            self._notifier.status(f"importing the tools of {', '.join(self._settings.tools)}")
+
+    def opening(self) -> None:
+        """Say that the file is opened."""
+        what = f"opening {self._settings.db}"
+        self._notifier.status(f"{what}: recovery, and an upgrade if an older release wrote it")
 
     def starting_workers(self, plans: "Sequence[PoolPlan]") -> None:
         """Say which workers the server waits for."""
         if plans:
             self._notifier.status(f"starting the workers of {', '.join(plan.name for plan in plans)}")
 
-    def serving(self, address: str) -> None:
+    def serving(self, address: str, engine: "SqliteState") -> None:
         """Say that the server is ready, and from now on that it is alive."""
         from dspex_persist.infra.traffic import traffic_of
 
@@ -51,11 +62,11 @@ class Life:
             if self._is_ending:
                 return self._draining(traffic.calls)
             what = f"serving {self._settings.db} at {address}"
-            return f"{what}: commit {self._engine.head_sequence}, {_calls(traffic.calls)}"
+            return f"{what}: commit {engine.head_sequence}, {_calls(traffic.calls)}"
 
         self._starting.close()
         self._notifier.ready(status())
-        self._watching = asyncio.create_task(self._notifier.watch(lambda: self._engine.silent_s, status))
+        self._watching = asyncio.create_task(self._notifier.watch(lambda: engine.silent_s, status))
 
     def draining(self) -> None:
         """Say that calls in progress may finish."""

@@ -1,7 +1,6 @@
 """The server of a database: assembled from its settings, and run until it is told to end."""
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from dspex_persist.state.errors import CheckpointError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.wiring.access import Security, security_of
 from dspex_persist.wiring.ending import ServerEnd, StorageFailedError
-from dspex_persist.wiring.life import STARTING_S, Life
+from dspex_persist.wiring.life import Life
 from dspex_persist.wiring.limits import limits_of
 from dspex_persist.wiring.reporting import quiet, traced
 from dspex_persist.wiring.tools import check_names, load_tools, plans_of
@@ -65,13 +64,9 @@ async def _serve(settings: Settings, security: Security, notifier: "Notifier") -
     end = ServerEnd(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
     here = Path.cwd()
-    # Started here and not where the time is needed, as starting and ending are not in one block.
-    starting, ending = contextlib.ExitStack(), contextlib.ExitStack()
-    with starting, ending:
-        starting.enter_context(notifier.taking_long(STARTING_S))
+    with Life(notifier, settings) as life:
         # Before the file is opened: importing them takes time, and may fail.
-        if settings.tools:
-            notifier.status(f"importing the tools of {', '.join(settings.tools)}")
+        life.importing_tools()
         tools = load_tools(settings)
         plans = plans_of(settings, here)
         if settings.workers and not settings.tools:
@@ -80,10 +75,9 @@ async def _serve(settings: Settings, security: Security, notifier: "Notifier") -
             )
         check_names(plans, tools)
         # Opening locks the file. A second server on it fails here, before it binds its address.
-        notifier.status(f"opening {settings.db}: recovery, and an upgrade if an older release wrote it")
+        life.opening()
         meter = _meter_of(settings, tools, plans)
         engine = _open(settings, _settled(settings.db, path), end.on_storage_failed, meter)
-        life = Life(notifier, settings, engine, starting, ending)
         try:
             # Only now: what is wrong with the settings or the file is said before all this is imported.
             from dspex_persist.wiring.bridge import Bridge
