@@ -115,6 +115,7 @@ class MetricsServer:
         forks.blank_sockets(self.port)
 
     def _accept(self) -> None:
+        has_failed = False
         with self._listener, self._wake, self._woken, selectors.DefaultSelector() as selector:
             for each in (self._listener, self._woken):
                 selector.register(each, selectors.EVENT_READ)
@@ -123,23 +124,34 @@ class MetricsServer:
                 if self._woken in ready:
                     return
                 try:
-                    connection, peer = self._listener.accept()
+                    self._accept_one()
                 except BlockingIOError:
                     continue
-                except OSError as error:
-                    # No descriptor is left, for one; the connection waits.
-                    _log.warning("a connection for metrics was not accepted", reason=str(error))
+                except (OSError, RuntimeError) as error:
+                    # The system has no descriptor or no thread left, which may last.
+                    if not has_failed:
+                        _log.warning("a connection for metrics was not accepted", reason=str(error))
+                    has_failed = True
                     time.sleep(_PAUSE_S)
-                    continue
-                if not self._slots.acquire(blocking=False):
-                    self._make_room()
-                    if not self._slots.acquire(timeout=_PAUSE_S):
-                        connection.close()
-                        continue
-                visit = _Visit(connection, peer)
-                with self._changing:
-                    self._unasked[visit] = None
-                on_new_thread(partial(self._answer, visit), "dspex-persist-scrape")
+                else:
+                    has_failed = False
+
+    def _accept_one(self) -> None:
+        connection, peer = self._listener.accept()
+        if not self._slots.acquire(blocking=False):
+            self._make_room()
+            if not self._slots.acquire(timeout=_PAUSE_S):
+                connection.close()
+                return
+        visit = _Visit(connection, peer)
+        with self._changing:
+            self._unasked[visit] = None
+        try:
+            on_new_thread(partial(self._answer, visit), "dspex-persist-scrape")
+        except RuntimeError:
+            connection.close()
+            self._has_left(visit)
+            raise
 
     def _make_room(self) -> None:
         """End the oldest connection without a request yet: slow clients must not keep out others."""
@@ -152,6 +164,10 @@ class MetricsServer:
     def _has_asked(self, visit: "_Visit") -> None:
         with self._changing:
             self._unasked.pop(visit, None)
+
+    def _has_left(self, visit: "_Visit") -> None:
+        self._has_asked(visit)
+        self._slots.release()
 
     def _answer(self, visit: "_Visit") -> None:
         connection = visit.connection
@@ -170,8 +186,7 @@ class MetricsServer:
             # The client has gone, or does not speak TLS.
             return
         finally:
-            self._has_asked(visit)
-            self._slots.release()
+            self._has_left(visit)
 
     def _handle(self, connection: socket.socket, visit: "_Visit") -> None:
         # What the handler calls its server is only passed on.

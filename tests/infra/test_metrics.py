@@ -1,5 +1,6 @@
 """What counts, and the HTTP server that shows it."""
 
+import errno
 import gzip
 import os
 import socket
@@ -17,6 +18,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dspex_persist.infra import exposition
 from dspex_persist.infra.access.tls import TlsFiles
 from dspex_persist.infra.exposition import MetricsServer
 from dspex_persist.infra.listen import ListenError, TcpAddress
@@ -222,6 +224,38 @@ def test_clients_that_begin_no_tls_keep_nobody_from_asking(serve: Serve, tmp_pat
         for _ in range(40):
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         assert get(server.url, tls=ssl.create_default_context(cafile=str(authority.cert))).status == 200
+
+
+def test_it_goes_on_when_the_system_has_no_descriptors_or_threads_for_a_while(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accept, begin = socket.socket.accept, exposition.on_new_thread
+    faults: list[Exception] = [OSError(errno.EMFILE, "too many open files")] * 3
+
+    def accept_later(listener: socket.socket) -> Any:
+        if faults and isinstance(faults[0], OSError):
+            raise faults.pop(0)
+        return accept(listener)
+
+    def begin_later(*arguments: Any) -> Any:
+        if faults:
+            raise faults.pop(0)
+        return begin(*arguments)
+
+    server = serve(gauge("g", "G.", 1))
+    monkeypatch.setattr(exposition, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    monkeypatch.setattr(exposition, "on_new_thread", begin_later)
+    assert samples_of(server)["g"] == 1
+    faults.append(RuntimeError("can't start new thread"))
+    with pytest.raises(OSError):
+        get(server.url)
+    assert samples_of(server)["g"] == 1
+    said = [record.getMessage() for record in caplog.records if "was not accepted" in record.getMessage()]
+    assert [text.partition("reason=")[2] for text in said] == [
+        "'[Errno 24] too many open files'",
+        '"can\'t start new thread"',
+    ]
 
 
 def test_its_port_is_free_when_it_has_ended() -> None:
