@@ -124,7 +124,9 @@ class DenialLog:
     def _add(self, denial: Denial) -> None:
         known = self._waiting.get(denial.key)
         if known is not None:
-            denial = replace(known, last_at=denial.last_at, count=known.count + denial.count)
+            # Threads, and a clock that is set back, may bring a later one first.
+            last_at = max(known.last_at, denial.last_at)
+            denial = replace(known, last_at=last_at, count=known.count + denial.count)
         elif len(self._waiting) >= _MOST_WAITING:
             # Nothing can be written. The log has them.
             return

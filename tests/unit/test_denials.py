@@ -29,6 +29,16 @@ def test_the_same_refusal_within_a_minute_is_one_entry() -> None:
     assert log.take() == []
 
 
+def test_an_entry_does_not_end_before_it_begins_if_the_clock_is_set_back() -> None:
+    with freeze_time(START) as time:
+        log = DenialLog()
+        log.note(REFUSED)
+        time.move_to(START - timedelta(seconds=10))
+        log.note(REFUSED)
+        (entry,) = log.take()
+    assert (entry.at, entry.last_at, entry.count) == (START, START, 2)
+
+
 def test_what_is_given_back_is_counted_on() -> None:
     with freeze_time(START):
         log = DenialLog()
