@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -20,6 +21,7 @@ from dspex_persist import Context
 from dspex_persist.infra.access.tokens import SCOPES
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
+from dspex_persist.state.bridge.access.denials import host_of
 from dspex_persist.state.bridge.access.scopes import SCOPE_OF
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
@@ -233,6 +235,20 @@ def test_refused_calls_are_in_the_audit_without_tokens(served: ServedDatabase) -
         ("the-write", "scope read"),
     }
     assert all(token.encode() not in file.read_bytes() for token in TOKENS.values() for file in files_of(served))
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:10.0.0.7:40312", "ipv4:10.0.0.7"),
+        ("ipv6:%5B::1%5D:40312", "ipv6:[::1]"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:40312", "ipv6:[fe80::1%eth0]"),
+        ("unix:", "unix"),
+        ("unix:/run/a.sock", "unix"),
+    ],
+)
+def test_a_host_is_written_as_people_write_it(peer: str, host: str) -> None:
+    assert host_of(Mock(peer=lambda: peer)) == host
 
 
 def files_of(served: ServedDatabase) -> list[Path]:

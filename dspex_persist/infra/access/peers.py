@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote
 
 _TABLES: Final = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _KEPT_S: Final = 1.0
@@ -49,7 +50,7 @@ class PeerUsers:
         """Return the id of the user whose process has a connection, or None if there is none within this machine.
 
         Args:
-            peer: The other end as gRPC names it: `ipv4:127.0.0.1:40312`, `ipv6:[::1]:40312`.
+            peer: The other end as gRPC names it: `ipv4:127.0.0.1:40312`, `ipv6:%5B::1%5D:40312`.
         """
         key = _key_of(peer)
         if key is None:
@@ -77,7 +78,7 @@ class PeerUsers:
 
 def _key_of(peer: str) -> str | None:
     """Return an end of a connection as the tables write it: words of the address in this machine's byte order."""
-    host, _, port = peer.partition(":")[2].replace("%5B", "[").replace("%5D", "]").rpartition(":")
+    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     try:
         packed = ipaddress.ip_address(host.strip("[]")).packed
         number = int(port)

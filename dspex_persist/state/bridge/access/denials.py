@@ -1,6 +1,7 @@
 """Notes the calls that a server refuses because of who made them."""
 
 from typing import Any, Final
+from urllib.parse import unquote
 
 from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state.denials import NoteDenial, Refused
@@ -36,7 +37,11 @@ class Denials:
 
 
 def host_of(context: Any) -> str:
-    """Return where a call comes from, without the port, which identifies nothing; a Unix socket has no host."""
-    peer: str = context.peer()
+    """Return where a call comes from, such as `ipv4:10.0.0.7` or `ipv6:[::1]`; a Unix socket has no host.
+
+    Without the port, which identifies nothing.
+    """
+    # gRPC writes the brackets of an IPv6 address as %5B and %5D.
+    peer = unquote(context.peer())
     kind, _, rest = peer.partition(":")
     return _UNIX if kind.startswith(_UNIX) else f"{kind}:{rest.rpartition(':')[0]}"
