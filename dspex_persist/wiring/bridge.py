@@ -123,11 +123,11 @@ class Bridge:
     def _admission(self) -> tuple[SameUser | None, server.Admit]:
         """Return what has to know the port, and what admits calls."""
         access = access_of(self._security, self._denials)
-        admit = None if access is None else access.admit
+        admit = server.admit_all if access is None else access.admit
         if self._settings.same_user and not self._listen.startswith("unix:"):
             users = SameUser(self._denials, admit)
             return users, users.admit
-        return None, admit or server.admit_all
+        return None, admit
 
     async def run(self, subject: str) -> None:
         """Serve until the server is told to end; returns when no call is left.
@@ -150,7 +150,7 @@ class Bridge:
             calls = await stack.enter_async_context(self._counting_calls())
             self._life.starting_workers(self._plans)
             await stack.enter_async_context(
-                self._pools.running(subject, self._servicer, self._auditor, stop=self._end.stop)
+                self._pools.running(subject, self._servicer, self._auditor, self._denials, stop=self._end.stop)
             )
             if not self._end.stop.is_set():
                 await self._serve(calls)

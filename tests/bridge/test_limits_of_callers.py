@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -21,8 +22,11 @@ from dspex_persist import clock
 from dspex_persist.infra.access import tokens
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
+from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.access.scopes import Access, names_of
+from dspex_persist.state.bridge.workers.callbacks import Callbacks
 from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.denials import Refused
 from dspex_persist.state.errors import (
     PermissionDeniedError,
     QuotaExceededError,
@@ -244,35 +248,67 @@ def test_sessions_and_stored_bytes(served: ServedDatabase, file: Path) -> None:
 # Other users of this machine
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+
+
+def check_another_user_is_refused(target: str, token: str = "") -> None:
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    calling = (
+        "import grpc, sys\n"
+        f"with grpc.insecure_channel({target!r}) as channel:\n"
+        "    try:\n"
+        "        channel.unary_unary('/snakepit.bridge.BridgeService/Ping')(b'', timeout=60,\n"
+        f"            metadata={metadata})\n"
+        "    except grpc.RpcError as error:\n"
+        "        print(error.code().name, error.details())\n"
+    )
+    answer = subprocess.run(
+        (sys.executable, "-c", calling),
+        user=65534,
+        group=65534,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert answer.stdout.startswith(
+        "UNAUTHENTICATED not authenticated: the call comes from a process of another user; run it as the user of"
+    ), answer.stderr
+
+
+@AS_ROOT
 def test_processes_of_other_users_are_refused(file: Path, admin: str, tmp_path: Path) -> None:
     with ServedDatabase(tmp_path / "a.db", {"same_user": True, "token_file": file}) as served:
         with BridgedState(served.target, token=admin, timeout_s=within(20)) as state:
             state.initialize_session("s")
-        calling = (
-            "import grpc, sys\n"
-            f"with grpc.insecure_channel({served.target!r}) as channel:\n"
-            "    try:\n"
-            "        channel.unary_unary('/snakepit.bridge.BridgeService/Ping')(b'', timeout=60,\n"
-            f"            metadata=(('authorization', 'Bearer {admin}'),))\n"
-            "    except grpc.RpcError as error:\n"
-            "        print(error.code().name, error.details())\n"
-        )
-        answer = subprocess.run(
-            (sys.executable, "-c", calling),
-            user=65534,
-            group=65534,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd="/",
-        )
-        assert answer.stdout.startswith(
-            "UNAUTHENTICATED not authenticated: the call comes from a process of another user; run it as the user of"
-        ), answer.stderr
+        check_another_user_is_refused(served.target, admin)
         with BridgedState(served.target, token=admin, timeout_s=within(20)) as state, state.audit() as audit:
             (denied,) = audit.denials()
     assert denied.missing == "a process of the user of the server"
+
+
+@AS_ROOT
+def test_they_are_noted_at_the_port_of_a_worker_too() -> None:
+    class Servicer:
+        def __getattr__(self, name: str) -> Any:
+            async def method(_request: object, _context: object) -> None:
+                raise AssertionError(name)
+
+            return method
+
+    async def test() -> None:
+        servicer: Any = Servicer()
+        callbacks = Callbacks(Mock(), servicer, servicer, Denials(noted.append))
+        port = await callbacks.serve("127.0.0.1:0", 1024 * 1024)
+        try:
+            await asyncio.to_thread(check_another_user_is_refused, f"127.0.0.1:{port}")
+        finally:
+            await callbacks.close()
+
+    noted: list[Refused] = []
+    asyncio.run(test())
+    rpc = "snakepit.bridge.BridgeService.Ping"
+    assert noted == [Refused("", "ipv4:127.0.0.1", rpc, "", "a process of the user of the server")]
 
 
 def test_it_is_for_loopback_only(tmp_path: Path) -> None:

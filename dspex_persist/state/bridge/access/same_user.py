@@ -6,25 +6,23 @@ from typing import Any, Final
 
 from dspex_persist.infra.access.admission import Admission
 from dspex_persist.infra.access.peers import PeerUsers
-from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.server import Admit
+from dspex_persist.infra.server import Admit, admit_all
 from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.errors import Hint, UnauthenticatedError
 
 _ROOT: Final = 0
 _MISSING: Final = "a process of the user of the server"
-_log: Final = get_logger(__name__)
 
 
 class SameUser:
     """Admits the calls that come from processes of the user of this one, or of root.
 
     Args:
-        denials: Notes the calls that are refused; None to log them only.
-        then: Admits them next.
+        denials: Notes the calls that are refused.
+        then: Admits the others next.
     """
 
-    def __init__(self, denials: Denials | None = None, then: Admit | None = None) -> None:
+    def __init__(self, denials: Denials, then: Admit = admit_all) -> None:
         self._denials = denials
         self._then = then
         self._users: PeerUsers | None = None
@@ -37,9 +35,6 @@ class SameUser:
         """Admit a call of an rpc, or raise `UnauthenticatedError`; see `Admit`."""
         user = None if self._users is None else self._users.user_of(context.peer())
         if user in (_ROOT, os.geteuid()):
-            return None if self._then is None else self._then(rpc, context, task)
-        if self._denials is not None:
-            self._denials.note(rpc, context, _MISSING)
-        else:
-            _log.warning("refused", rpc=rpc, peer=context.peer(), missing=_MISSING, user=user)
+            return self._then(rpc, context, task)
+        self._denials.note(rpc, context, _MISSING)
         raise UnauthenticatedError("the call comes from a process of another user").advising(Hint.SAME_USER)

@@ -13,6 +13,7 @@ from dspex_persist import clock
 from dspex_persist.infra import server
 from dspex_persist.infra.access.peers import can_tell_users
 from dspex_persist.infra.listen import TcpAddress, parse_listen
+from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.access.same_user import SameUser
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE, timestamp_of, value_of
@@ -69,12 +70,14 @@ class Callbacks:
         worker: The worker.
         bridge: Answers the calls of the bridge protocol.
         audit: Answers those of the second service.
+        denials: Notes the calls of other users, which are refused.
     """
 
-    def __init__(self, worker: Running, bridge: BridgeServicer, audit: AuditServicer) -> None:
+    def __init__(self, worker: Running, bridge: BridgeServicer, audit: AuditServicer, denials: Denials) -> None:
         self._worker = worker
         self._bridge = bridge
         self._audit = audit
+        self._denials = denials
         self._stop = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
 
@@ -87,7 +90,8 @@ class Callbacks:
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
         # A port has no mode as a socket has, and existing workers send no token.
-        users = SameUser() if isinstance(parse_listen(listen), TcpAddress) and can_tell_users() else None
+        is_port = isinstance(parse_listen(listen), TcpAddress)
+        users = SameUser(self._denials) if is_port and can_tell_users() else None
 
         def on_ready(port: int) -> None:
             if users is not None:
@@ -225,11 +229,14 @@ class ExistingCallbacks(Callbacks):
         worker: The worker.
         bridge: Answers the calls of the bridge protocol.
         audit: Answers those of the second service.
+        denials: Notes the calls of other users, which are refused.
         pool: The name of the pool.
     """
 
-    def __init__(self, worker: Running, bridge: BridgeServicer, audit: AuditServicer, pool: str) -> None:
-        super().__init__(worker, bridge, audit)
+    def __init__(
+        self, worker: Running, bridge: BridgeServicer, audit: AuditServicer, denials: Denials, pool: str
+    ) -> None:
+        super().__init__(worker, bridge, audit, denials)
         self._pool = pool
 
     def _own(self) -> dict[str, Method]:

@@ -11,6 +11,7 @@ from dspex_persist.infra.workers.orphans import Run
 from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.infra.workers.worker import WorkerCommand
+from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.audit_service import AuditServicer
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.bridge.workers.callbacks import Callbacks, ExistingCallbacks, Running
@@ -83,7 +84,7 @@ class Pools:
 
     @asynccontextmanager
     async def running(
-        self, subject: str, bridge: BridgeServicer, audit: AuditServicer, *, stop: asyncio.Event
+        self, subject: str, bridge: BridgeServicer, audit: AuditServicer, denials: Denials, *, stop: asyncio.Event
     ) -> AsyncIterator[None]:
         """Keep all workers running. The block is entered when they have started, or when `stop` is set before that.
 
@@ -91,6 +92,7 @@ class Pools:
             subject: See `Run`.
             bridge: Answers their callbacks.
             audit: Answers those of the second service.
+            denials: Notes what others call at the addresses of the workers.
             stop: Set when the server is to end.
 
         Raises:
@@ -103,7 +105,7 @@ class Pools:
         try:
             # It looks at every process of this machine.
             await asyncio.to_thread(run.sweep)
-            pools = {plan.name: self._pool(plan, run, bridge, audit) for plan in self._plans}
+            pools = {plan.name: self._pool(plan, run, bridge, audit, denials) for plan in self._plans}
             async with AsyncExitStack() as stack:
                 for pool in pools.values():
                     stack.push_async_callback(pool.close)
@@ -120,18 +122,18 @@ class Pools:
         return tuple(pool.statistics() for pool in pools if pool is not None)
 
     def _pool(
-        self, plan: PoolPlan, run: Run, bridge: BridgeServicer, audit: AuditServicer
+        self, plan: PoolPlan, run: Run, bridge: BridgeServicer, audit: AuditServicer, denials: Denials
     ) -> WorkerPool[WorkerContact]:
         def contact(worker: str) -> WorkerContact:
             if plan.name == OWN:
                 return WorkerContact(
                     f"unix:{run.directory / worker}.back",
-                    lambda running: Callbacks(running, bridge, audit),
+                    lambda running: Callbacks(running, bridge, audit, denials),
                     self._max_message_bytes,
                 )
 
             def callbacks(running: Running) -> Callbacks:
-                return ExistingCallbacks(running, bridge, audit, plan.name)
+                return ExistingCallbacks(running, bridge, audit, denials, plan.name)
 
             # They know only hosts and ports.
             return WorkerContact("127.0.0.1:0", callbacks, self._max_message_bytes)
