@@ -37,8 +37,9 @@ from tests.faults.by_hand import run_by_hand
 from tests.faults.checker import copy_files
 from tests.faults.crash_test import CrashTest, Report
 from tests.faults.ledger import Ledger, Write
-from tests.faults.monkey import Monkey, is_alive, mark_of, processes
+from tests.faults.monkey import Monkey, mark_of, processes
 from tests.faults.workload import Client, Names, Watcher
+from tests.infra.test_helpers import is_gone
 
 _LIFE_S = 20.0
 _HEAR_S = within(10)
@@ -324,7 +325,7 @@ class Chaos(CrashTest):
             self.report.problems.append(f"orphan: {left} still run, and the next server is ready")
 
     def _left(self) -> list[int]:
-        return [pid for pid in processes() if mark_of(pid) in self._runs and is_alive(pid)] if self._runs else []
+        return [pid for pid in processes() if mark_of(pid) in self._runs and not is_gone(pid)] if self._runs else []
 
     def _check_reasons(self) -> None:
         """The journal says of each execution that failed why it did."""

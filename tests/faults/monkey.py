@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 
+from dspex_persist.infra.holder import fields_of
+
 RUN, WORKER = b"DSPEX_RUN=", b"DSPEX_WORKER="
 _LONGEST_S = 1.0
 _STARTING_S = 1.0
@@ -37,19 +39,6 @@ def mark_of(pid: int, name: bytes = RUN) -> bytes:
     return next((each for each in environment.split(b"\0") if each.startswith(name)), b"")
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not reaped does not."""
-    return _fields(pid)[:1] not in ([], ["Z"], ["X"])
-
-
-def _fields(pid: int) -> list[str]:
-    """What the system says of a process, from its state on."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
 def address_space_of(pid: int) -> int:
     """The size of what a process has mapped, in bytes."""
     try:
@@ -60,13 +49,13 @@ def address_space_of(pid: int) -> int:
 
 def age_s_of(pid: int) -> float:
     """How long a process has been there, in seconds."""
-    fields = _fields(pid)
+    fields = fields_of(pid)
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def workers_of(server: int) -> list[int]:
     """The workers of a server, those that are starting included."""
-    return [pid for pid in processes() if _fields(pid)[1:2] == [str(server)] and mark_of(pid, WORKER)]
+    return [pid for pid in processes() if fields_of(pid)[1:2] == [str(server)] and mark_of(pid, WORKER)]
 
 
 class Monkey:
