@@ -142,8 +142,8 @@ class WorkerContact(Contact, Running):
         try:
             # The worker answers when the code has ended.
             await self.stub.Ping(pb.PingRequest(), metadata=((EXECUTION_ID, execution_id),))
-        except grpc.RpcError:
-            # It is gone, and the pool knows.
+        except (grpc.RpcError, grpc.aio.UsageError):
+            # It is gone, or its channel is closed already, and the pool knows.
             pass
         finally:
             self.ended(execution_id)
