@@ -26,7 +26,8 @@ def _write(ctx: ToolContext, targets: list[str], value: str, token: str) -> dict
     return {target: ctx.set(target, value, metadata={"token": token}) for target in targets}
 
 
-@tool(timeout_s=20)
+# Without a limit of its own, which would hide that somebody waits for the dead.
+@tool
 def die(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float) -> None:
     """Write, and end the process in one of several ways."""
     _write(ctx, targets, value, token)

@@ -416,13 +416,13 @@ def wait_for_the_dead() -> None:
     """Go on waiting for the answer of a worker that has ended."""
 
     _patch(Loan, "_interrupt", lambda *_: None)
-    _patch(Loan, "_execute", _hanging(Lending._execute))
+    _patch(Lending, "_execute", _hanging(Lending._execute))
 
 
 def _hanging(execute: Any) -> Any:
-    async def execute_or_hang(self: Lending, contact: Any, spec: Any, session: Any) -> Any:
+    async def execute_or_hang(*arguments: Any) -> Any:
         try:
-            return await execute(self, contact, spec, session)
+            return await execute(*arguments)
         except grpc.aio.AioRpcError:
             return await asyncio.get_running_loop().create_future()
 
