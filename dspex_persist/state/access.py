@@ -248,7 +248,7 @@ class Access:
 
     def owns(self, identity: Identity) -> bool:
         """Whether it may do everything, and change the rules."""
-        return identity.may(ADMIN) or bool(self.owner and identity.name == self.owner)
+        return _owns(self.owner, identity)
 
     def about(self, variable: str, grants: Grants) -> str:
         """Return the rules about a variable as JSON, as far as one with these grants may know them."""
@@ -290,7 +290,14 @@ def without_owner(metadata: Mapping[str, str]) -> Mapping[str, str]:
     return {key: text for key, text in metadata.items() if key != OWNER} if OWNER in metadata else metadata
 
 
-def may_change_rules(metadata: Mapping[str, str], identity: Identity) -> bool:
-    """Whether an identity may give a session, which has this metadata, other rules: its owner, or an administrator."""
-    owner = metadata.get(OWNER, "")
-    return identity.may(ADMIN) or bool(owner and owner == identity.name)
+def may_merge(metadata: Mapping[str, str], kept: Mapping[str, str], identity: Identity) -> bool:
+    """Whether an identity may merge `metadata` into those that a session has, `kept`, as far as rules are concerned.
+
+    Only the owner and administrators may change them, also in a session without rules.
+    """
+    changes = ACCESS in metadata and metadata[ACCESS] != kept.get(ACCESS)
+    return not changes or _owns(kept.get(OWNER, ""), identity)
+
+
+def _owns(owner: str, identity: Identity) -> bool:
+    return identity.may(ADMIN) or bool(owner and identity.name == owner)

@@ -12,7 +12,7 @@ from dspex_persist.state.access import (
     OWNER,
     check_keys,
     check_names,
-    may_change_rules,
+    may_merge,
     parse_rules,
     without_owner,
 )
@@ -64,16 +64,13 @@ class InitializeSession(Command[SessionView]):
         self._merge(uow, state)
         return _resumed(uow, state)
 
-    def _check_may_change(self, kept: Mapping[str, str], identity: Identity | None) -> None:
-        changes = ACCESS in self.metadata and self.metadata[ACCESS] != kept.get(ACCESS)
-        if changes and identity is not None and not may_change_rules(kept, identity):
-            raise AccessDeniedError(identity.name, self.cause, self.session_id, "other rules")
-
     def _merge(self, uow: UnitOfWork, state: SessionState) -> None:
         merged = {**state.session.metadata, **self.metadata}
         ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
-            self._check_may_change(state.session.metadata, uow.origin.identity)
+            identity = uow.origin.identity
+            if identity is not None and not may_merge(self.metadata, state.session.metadata, identity):
+                raise AccessDeniedError(identity.name, self.cause, self.session_id, "other rules")
             check_merged_metadata(without_owner(merged), self.metadata, uow.limits, _KNOWN)
             uow.record(self.session_id, SessionUpdated(self.session_id, merged, ttl_s))
 

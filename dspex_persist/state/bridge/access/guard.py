@@ -19,7 +19,7 @@ from dspex_persist.infra.server import Service
 from dspex_persist.infra.workers.errors import without_output
 from dspex_persist.state import commands
 from dspex_persist.state.abilities import Auditable
-from dspex_persist.state.access import ACCESS, EVERYTHING, Access, Grants, May, grants_of, may_change_rules
+from dspex_persist.state.access import ACCESS, EVERYTHING, Access, Grants, May, grants_of, may_merge
 from dspex_persist.state.audit import HistoryQuery
 from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.access.lives import Lives
@@ -295,7 +295,7 @@ def _begin(ask: Ask) -> None:
         # Its id is taken, which nobody who wants to begin a session can overlook.
         raise ask.denied("any use of it")
     kept = state.session.metadata
-    if ACCESS in metadata and metadata[ACCESS] != kept.get(ACCESS) and not may_change_rules(kept, ask.identity):
+    if not may_merge(metadata, kept, ask.identity):
         raise ask.denied("other rules")
     if not metadata.items() <= kept.items():
         ask.need_all(May.WRITE)
