@@ -90,7 +90,7 @@ class AccessRule:
 
     def is_about(self, variable: str) -> bool:
         """Whether it is about the variable of this name."""
-        return self.is_about_all or self._names(variable)
+        return self._names(variable)
 
     def is_about_tool(self, tool: str) -> bool:
         """Whether it is about the tool of this name."""

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from dspex_persist.infra.access.tokens import Identity
-from dspex_persist.state.access import Access, Grants, grants_of
+from dspex_persist.state.access import Access
 from dspex_persist.state.audit import AuditSource, SessionQuery
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.session_state import SessionState
@@ -53,10 +52,6 @@ class Lives:
         if state is not None and state.session.sequence <= sequence:
             return Access.of(state.session.metadata)
         return life_at(self.all_of(session_id), sequence)
-
-    def grants(self, session_id: str, sequence: int, identity: Identity) -> Grants:
-        """Return what an identity may do in the session that had this id at a commit. It may read the history."""
-        return grants_of(self.at(session_id, sequence), identity)
 
 
 def life_at(lives: list[Life], sequence: int) -> Access | None:
