@@ -28,7 +28,7 @@ from dspex_persist.state.around import (
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import ReadState
 from dspex_persist.state.denials import DenialLog
-from dspex_persist.state.errors import StorageError
+from dspex_persist.state.errors import FileChangedError, OutcomeUnknownError, StorageError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.meter import FileFigures, Meter
@@ -188,8 +188,13 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
 
     def _on_close(self) -> None:
         self._retention.close()
-        if self._failed is None:
+        if self._failed is not None:
+            return
+        try:
             self._keep_denials()
+        except (FileChangedError, OutcomeUnknownError) as error:
+            # All that callers wait for is written: no reason to leave the file, and its lock, open.
+            _log.warning("the last refused calls are not in the file", reason=str(error))
 
     # Refused calls
 

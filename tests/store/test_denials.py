@@ -58,6 +58,18 @@ def test_an_audit_of_the_open_state_has_them_at_once_and_the_file_when_it_is_clo
     assert maintenance.check(tmp_path / "a.db").problems == ()
 
 
+def test_a_file_that_has_moved_is_closed_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    state = SqliteState(path)
+    state.denials.note(REFUSED)
+    moved = path.rename(tmp_path / "b.db")
+    state.close()
+    moved.rename(path)
+    assert denials_in(path) == ()
+    with SqliteState(path) as state:
+        assert state.head_sequence == 0
+
+
 def test_queries(tmp_path: Path) -> None:
     path = filled(tmp_path / "a.db")
     assert [denial.count for denial in denials_in(path)] == [3, 2, 1]
