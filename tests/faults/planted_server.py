@@ -55,9 +55,9 @@ class _LateCommits:
         self._count = 0
 
     @contextlib.contextmanager
-    def transaction(self, connection: Any, *, wait: bool = True) -> Iterator[None]:
+    def transaction(self, connection: Any, **options: Any) -> Iterator[None]:
         if not self.late:
-            with _transaction(connection, wait=wait):
+            with _transaction(connection, **options):
                 yield
             return
         if self._count == 0:
@@ -453,6 +453,7 @@ def file_not_looked_at() -> None:
 
 
 def _patch(owner: object, name: str, planted: object) -> None:
+    assert hasattr(owner, name), f"{owner} has no {name} any more: nothing would be planted"
     setattr(owner, name, planted)
 
 

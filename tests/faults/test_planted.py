@@ -1,6 +1,7 @@
 """Each checker has to find the bugs that it is made for, in servers with planted ones."""
 
 import asyncio
+import gc
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.store import engine
 from tests.concurrency.clients import INITIAL, BridgeRegister, record
 from tests.concurrency.linearizability import Operation, check
 from tests.concurrency.observations import check as check_observations
@@ -16,7 +18,7 @@ from tests.concurrency.serializability import check as check_executions
 from tests.concurrency.test_observations import SESSION, observations
 from tests.concurrency.test_serializable import histories
 from tests.deadline import within
-from tests.faults import shim
+from tests.faults import planted_server, shim
 from tests.faults.bridge import Bridge
 from tests.faults.chaos_test import Chaos
 from tests.faults.crash_test import CrashTest, server_argv
@@ -100,6 +102,16 @@ def test_every_bug_has_its_proof() -> None:
         FOUND_BY_EXECUTIONS,
     )
     assert {bug for bugs in proofs for bug in bugs} == set(BUGS)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_every_bug_is_planted_in_what_is_there(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = list[str]()
+    monkeypatch.setattr(planted_server, "_patch", lambda owner, name, _: planted.append(getattr(owner, name)))
+    monkeypatch.setattr(engine, "_SYNCHRONOUS", engine._SYNCHRONOUS.copy())
+    monkeypatch.setattr(gc, "disable", lambda: None)
+    BUGS[bug]()
+    assert planted or bug == "no-sync"
 
 
 @pytest.mark.slow
