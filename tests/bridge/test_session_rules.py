@@ -464,6 +464,9 @@ def test_long_names_and_batches_do_not_keep_the_server(served: ServedDatabase, s
         ):
             code, details, _ = call(served, f"{service}.{rpc}", "bob", {"session_id": session, **fields})
             assert (code, "batch_entries" in details) == ("RESOURCE_EXHAUSTED", True)
+    with states["root"].audit() as audit:
+        denied = {each.rpc.rpartition(".")[2] for each in audit.denials() if each.session_id == session}
+    assert denied == {"GetVariable", "DeleteVariable", "ExecuteTool"}, "a batch that is too large is no denial"
 
 
 def test_only_administrators_see_what_a_failed_worker_wrote() -> None:

@@ -734,7 +734,7 @@ class Guard:
                 kind.check(ask)
             if ask.rpc == "GetVariableHistory" and not ask.grants.everything:
                 await self._check_gone(ask)
-        except StateError as error:
+        except (AccessDeniedError, VariableNotFoundError) as error:
             missing = error.missing.partition(" of ")[0] if isinstance(error, AccessDeniedError) else May.READ.value
             self._denials.note(rpc, call, f"rule for {missing}", ask.session_id)
             raise
