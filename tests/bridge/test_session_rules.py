@@ -522,6 +522,13 @@ def test_only_the_owner_and_administrators_change_the_rules(states: dict[str, Br
         lambda: states["ann"].register_variables(
             session, [RegisterVariable(session, "x", "integer", Value("1"), metadata=rules)]
         ),
+        lambda: states["ann"].register_variables(
+            session,
+            [
+                *(RegisterVariable(session, f"x{number}", "integer", Value("1")) for number in range(2_500)),
+                RegisterVariable(session, "x", "integer", Value("1"), metadata=rules),
+            ],
+        ),
     ):
         with pytest.raises(InvalidArgumentError, match="an entry of a session's metadata"):
             misplaced()

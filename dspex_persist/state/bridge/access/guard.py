@@ -666,7 +666,7 @@ class Guard:
             identity = CALLER.get()
             if identity is None:
                 return await run(request, context)
-            _check_place_of_rules(request)
+            _check_place_of_rules(request, self._limits.batch_entries)
             call = self._read(rpc, context, identity)
             ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._limits)
             ask.look(self._peek(ask.session_id) or await self._load(ask.session_id))
@@ -820,11 +820,14 @@ class Guard:
             raise
 
 
-def _check_place_of_rules(request: Any) -> None:
-    """Refuse rules in the metadata of a variable, where they would protect nothing."""
+def _check_place_of_rules(request: Any, most: int) -> None:
+    """Refuse rules in the metadata of a variable, where they would protect nothing.
+
+    Of more than `most` variables, others refuse all.
+    """
     if isinstance(request, pb.InitializeSessionRequest):
         return
-    for each in (request, *getattr(request, "definitions", ())[:_MUCH_WORK]):
+    for each in (request, *getattr(request, "definitions", ())[:most]):
         if ACCESS in getattr(each, "metadata", ()):
             reason = f"{ACCESS} is an entry of a session's metadata, for its variables, too: InitializeSession sets it"
             raise InvalidArgumentError("metadata", reason)
