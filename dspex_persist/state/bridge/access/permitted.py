@@ -153,7 +153,7 @@ class PermittedSource(AuditSource):
         is_careful = any(getattr(query, name, None) for name in _CONDITIONS)
         patience_until = time.monotonic() + _PATIENCE_S
         kept: list[T] = []
-        full: tuple[Cursor | None, int] | None = None
+        find_end: Callable[[], Cursor | None] | None = None
         while True:
             page = self._inner.page(query, after, most)
             hides = False
@@ -161,18 +161,24 @@ class PermittedSource(AuditSource):
                 shown = self._shown(row)
                 if shown is None or not _fits(query, shown):
                     hides = True
-                elif full is not None:
-                    return Page(kept, self._inner.page(query, *full).after)
+                elif find_end is not None:
+                    return Page(kept, find_end())
                 else:
                     kept.append(shown)
                     if len(kept) == most:
-                        full = (after, place)
+                        find_end = self._end(query, after, page, place)
             if page.after is None:
                 return Page(kept)
             if not (is_careful or hides) or time.monotonic() > patience_until:
                 # A page without rows is one of a long search.
-                return Page(kept, page.after if full is None else self._inner.page(query, *full).after)
+                return Page(kept, page.after if find_end is None else find_end())
             after = page.after
+
+    def _end(self, query: Query[T], after: Cursor | None, page: Page[T], place: int) -> Callable[[], Cursor | None]:
+        """Return what finds the cursor after a row of a page: only that after the last one is known."""
+        if place == len(page.rows):
+            return lambda: page.after
+        return lambda: self._inner.page(query, after, place).after
 
     def _shown(self, row: Any) -> Any:
         """Return a row as far as it may be seen; None if it may not."""
