@@ -28,7 +28,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # The tests by what they are about (CONTRIBUTING.md says which lane a change concerns). A file may be in several lanes;
 # the last one has those that need all of the product, and those that take long.
-LANES := fast store bridge replay cli long
+LANES := fast store bridge shared replay cli long
 TESTS_fast := tests/unit tests/architecture
 TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_local.py tests/contract/test_documented.py \
 	tests/contract/test_audit.py tests/contract/test_value_types.py tests/property/test_audit_model.py \
@@ -37,6 +37,7 @@ TESTS_bridge := tests/bridge tests/infra tests/workers tests/contract/test_bridg
 	tests/contract/test_binding.py tests/contract/test_watching.py tests/property/test_watching.py \
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_metrics.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
+TESTS_shared := tests/contract/test_shared.py
 TESTS_replay := tests/contract/test_programs.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \
 	tests/unit/test_binding.py tests/unit/test_program_options.py tests/unit/test_lm_accounts.py tests/unit/test_lm_budgets.py \
 	tests/unit/test_lm_calls.py tests/unit/test_lm_recorded.py tests/unit/test_lm_recordings.py tests/unit/test_recordings.py \
@@ -99,6 +100,7 @@ test: .venv/.installed-dev  ## run the tests (ARGS="-k name", WORKERS=0 for one 
 test-fast:  ## ... only units and architecture: less than half a minute
 test-store:  ## ... only the store, and what backends in this process promise
 test-bridge:  ## ... only the bridge, its servers and clients
+test-shared:  ## ... only several servers on one log
 test-replay:  ## ... only recordings and replays
 test-cli:  ## ... only the command line
 test-long:  ## ... only those that need all of the product, or take long

@@ -51,6 +51,11 @@ class SessionCache:
         if entry is not None:
             self.size_bytes -= entry.state.weight_bytes
 
+    def clear(self) -> None:
+        """Remove all sessions."""
+        self._entries.clear()
+        self.size_bytes = 0
+
     def evict(self) -> None:
         """Remove sessions that were not used since the last round, until the cache is within its limit."""
         while self.size_bytes > self._limit_bytes and len(self._entries) > 1:

@@ -36,16 +36,26 @@ from dspex_persist.state.errors import (
     FileChangedError,
     IdempotencyConflictError,
     InternalError,
+    LostCommitsError,
     NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
     SessionHeldError,
     StateError,
     StorageError,
+    UnavailableError,
 )
 from dspex_persist.state.holds import Held
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError, affected
+from dspex_persist.state.log_store import (
+    FencedError,
+    LogStore,
+    MovedError,
+    News,
+    UnwritableError,
+    WouldWaitError,
+    affected,
+)
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
     CommitChanges,
@@ -78,6 +88,8 @@ _ACTOR_LENGTH: Final = Limits().name_length
 _EXPIRY: Final = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
 _IMPORT: Final = Origin(actor="dspex-persist", cause="import")
+OF_THE_STORE: Final = (OutcomeUnknownError, FileChangedError, LostCommitsError, MovedError, FencedError, WouldWaitError)
+"""Errors of a store that concern the whole group, and that its caller has to deal with."""
 
 
 class Job(NamedTuple):
@@ -193,18 +205,17 @@ class Groups(Generic[S_co]):
         """
         before = self.log.sequence
         try:
-            with self.log.group(wait=wait):
+            with self.log.group(wait=wait) as news:
+                before = self._begin(news)
                 drafts, at = Drafts(self), self.moment()
-                if self.quotas is not None:
-                    self.quotas.begin()
                 results, units = self._apply(jobs, drafts, at)
                 states = drafts.states.values()
                 touched = [state for state in states if state and state.lease and state.lease.is_unsaved()]
                 if units or touched:
                     self.log.append(units, touched)
-        except StorageError as error:
+        except (StorageError, UnavailableError) as error:
             return [Outcome(error=error) for _ in jobs]
-        except (OutcomeUnknownError, FileChangedError, WouldWaitError):
+        except OF_THE_STORE:
             raise
         except NeedsOwnGroupError:
             return self._write_apart(jobs, wait)
@@ -237,6 +248,14 @@ class Groups(Generic[S_co]):
             if job.place is not None and job.command.writes:
                 tracer.past("commit", facts, job.place, began, ended)
 
+    def _begin(self, news: News | None) -> int:
+        """Prepare for the jobs of a group; return the number of the last commit before it."""
+        if news is not None:
+            self.learn(news)
+        if self.quotas is not None:
+            self.quotas.begin()
+        return self.log.sequence
+
     def _write_halves(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Write the others if one job cannot be written: halving the group isolates that job with its error.
 
@@ -259,10 +278,11 @@ class Groups(Generic[S_co]):
     def _write_import(self, command: ImportSession, wait: bool) -> Outcome:
         before = self.log.sequence
         try:
-            with self.log.group(wait=wait):
+            with self.log.group(wait=wait) as news:
+                before = self._begin(news)
                 importing = _Importing(self, command, self.moment())
                 result = importing.write()
-        except (OutcomeUnknownError, FileChangedError, WouldWaitError):
+        except OF_THE_STORE:
             raise
         except self.log.driver_errors:
             raise
@@ -361,6 +381,19 @@ class Groups(Generic[S_co]):
         # A watch that joins from now on finds them in the log.
         if commits or ended:
             self.hub.publish(commits, ended, self.log.sequence)
+
+    def learn(self, news: News) -> None:
+        """Forget what memory knows of sessions that other owners of the log have changed, and wake their watches."""
+        self._last_at = max(self._last_at, news.last_at)
+        if news.changed is None:
+            self._cache.clear()
+        else:
+            for first, session_id in news.changed.items():
+                self._catch_up(first, session_id, news)
+        self.hub.skip(news.changed, news.ended, news.sequence)
+
+    def _catch_up(self, first: int, session_id: str, news: News) -> None:
+        self._cache.drop(session_id)
 
     # The `Backing` of units of work, inside a group
 

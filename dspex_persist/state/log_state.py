@@ -91,6 +91,9 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         InvalidArgumentError: `sweep_interval_s` is not a positive number of seconds, or `actor` not a text.
     """
 
+    loops_lead = True
+    """Whether an event loop may write a small group itself, because that takes no longer than other calls do."""
+
     def __init__(
         self,
         groups: Groups[LogStore],
@@ -108,8 +111,7 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         self._name = name
         self._failed: StateError | None = None
         self._fatal_callback = on_fatal
-        self._closing = threading.Lock()
-        self._deriving = threading.Lock()
+        self._closing, self._deriving = threading.Lock(), threading.Lock()
         self._closed = False
         self._origins: dict[str, Origin] = {}
         # Imports for which the writer waits.
@@ -473,7 +475,8 @@ class OnLoop:
         if command.writes:
             if state._groups.held and (held := state._held_for(command)) is not None:
                 return self._mailbox.reply(held.park(partial(state._submit_write, command, origin)))
-            is_small = command.is_small and state._groups.find_loaded(command.session_id) is not None
+            is_small = state.loops_lead and command.is_small
+            is_small = is_small and state._groups.find_loaded(command.session_id) is not None
             self._writes.add(state._write_job(command, origin), reply, is_small=is_small)
             return reply
         try:

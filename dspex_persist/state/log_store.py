@@ -33,10 +33,10 @@ A store does not notify watchers: its caller does so after `group` has ended.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.denials import Denial
@@ -57,6 +57,33 @@ class UnwritableError(Exception):
 
 class WouldWaitError(Exception):
     """A group that must not wait could not begin at once."""
+
+
+class News(NamedTuple):
+    """What other owners of a shared log have committed after commit `after`, up to and including `sequence`.
+
+    Attributes:
+        after: The last commit that this owner knew.
+        sequence: The last commit of the log.
+        last_at: The time of that commit. No later commit gets an earlier time.
+        changed: The ids of the sessions that have commits in this range, by the numbers of their first commits; None if
+            it may be any session.
+        ended: The numbers of the first commits of those that have ended.
+    """
+
+    after: int
+    sequence: int
+    last_at: datetime
+    changed: Mapping[int, str] | None
+    ended: frozenset[int] = frozenset()
+
+
+class MovedError(Exception):
+    """Others have appended to a shared log since the group began. Nothing of it was stored: run it again."""
+
+
+class FencedError(Exception):
+    """Another server has taken this one for dead. Nothing was stored; the store has begun another lease."""
 
 
 class LogStore(ABC):
@@ -80,8 +107,8 @@ class LogStore(ABC):
 
     # Writing, on one thread at a time
 
-    def group(self, *, wait: bool = True) -> AbstractContextManager[object]:
-        """Return a context manager around all reads and the `append` of one group.
+    def group(self, *, wait: bool = True) -> AbstractContextManager[News | None]:
+        """Return a context manager around all reads and the `append` of one group. It yields the news of a shared log.
 
         Without an `append`, it has no effect.
 
@@ -90,6 +117,14 @@ class LogStore(ABC):
                 `WouldWaitError` instead.
         """
         return nullcontext()
+
+    def foresee(self, sessions: Collection[str], keys: Collection[tuple[str, str]]) -> None:  # noqa: B027 - optional
+        """Fetch at once what the group will ask for, if each question takes a round trip. Called inside a group.
+
+        Args:
+            sessions: Ids of sessions that are not in memory.
+            keys: Sessions and idempotency keys whose outcomes will be looked up.
+        """
 
     @abstractmethod
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:

@@ -139,6 +139,12 @@ class Feed:
             dropped += 1
         self.commits = kept[dropped:]
 
+    def skip(self, sequence: int) -> None:
+        """Forget the commits up to `sequence`, some of which are only in the log."""
+        # In this order: a reader takes the commits before it compares the floor.
+        self.floor = sequence
+        self.commits, self.size_bytes = [], 0
+
 
 class Hub:
     """The feeds of all watched sessions, by the number of each session's first commit. `count`: the open watches."""
@@ -213,6 +219,22 @@ class Hub:
             return 0, None
         missing = [commit for commit in commits if commit.sequence > position and commit.changes]
         return len(missing), missing[0].changes[0].version.created_at if missing else None
+
+    def skip(self, changed: Collection[int] | None, ended: Collection[int], sequence: int) -> None:
+        """Have the watches of these sessions read their commits up to `sequence` from the log, and wake them.
+
+        Args:
+            changed: The sessions, by the numbers of their first commits; None for all.
+            ended: Those that have ended.
+            sequence: The number of the log's last commit.
+        """
+        with self._lock:
+            self._sequence = max(self._sequence, sequence)
+            for first_sequence in tuple(self._feeds) if changed is None else changed:
+                if (feed := self._feeds.get(first_sequence)) is not None:
+                    feed.skip(sequence)
+                    feed.ended = feed.ended or first_sequence in ended
+                    self._due.append(feed)
 
     @property
     def has_news(self) -> bool:

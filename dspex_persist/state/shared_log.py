@@ -1,0 +1,80 @@
+"""SharedLog: the port to a log to which several servers append at the same time.
+
+A server is a process with one `SharedLog`, or one of several in a test. What `LogStore` requires holds for each server,
+with these differences:
+
+- `sequence` is the last commit that this server knows. Others may have committed since.
+- `group` and `news` bring it up to date. What they yield or return names the sessions that memory has to forget, before
+  anything of them is read again.
+- A store that locks the log for a group never has to refuse it. Another one raises `MovedError` from `append`, or when
+  the group ends, if the log has moved since the group began. Neither appends to a log that the group has not seen.
+- `unfinished` returns the executions of servers that no longer live.
+- After `OutcomeUnknownError` and `UnavailableError` the store is still usable: its next call connects again. By then,
+  what memory holds is worth nothing.
+- `LostCommitsError` means that commits which this server has seen are gone. The store is then unusable.
+
+Each server has a lease, which it renews while it lives. A server whose lease has run out is fenced by another one:
+nothing that it appends under the old lease is accepted, and its executions are interrupted.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from datetime import datetime
+
+from dspex_persist.state.log_store import LogStore, News
+from dspex_persist.state.session_state import SessionState
+
+
+class SharedLog(LogStore):
+    """The storage of a log with several owners. The module's docstring lists the requirements."""
+
+    @abstractmethod
+    def head(self) -> int:
+        """Return the number of the last commit, whoever made it, as of some moment during the call.
+
+        Any thread may call it. It takes one round trip.
+        """
+
+    @abstractmethod
+    def news(self) -> News | None:
+        """Bring `sequence` up to date; return what others have committed, or None if nothing. Not inside a group."""
+
+    def advance(self, state: SessionState, until: int) -> SessionState | None:
+        """Return a session in memory as of a later commit. None: forget it, and load it when it is needed.
+
+        Args:
+            state: The session, which does not change.
+            until: A commit that is not later than the head.
+        """
+        return None
+
+    @abstractmethod
+    def expiry_of(self, state: SessionState) -> datetime | None:
+        """Return the saved expiry of a session with a TTL, which others may have renewed; None if it has ended."""
+
+    @abstractmethod
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Call `on_news`, on any thread, when others may have committed. It is a hint: some may not be told."""
+
+    @abstractmethod
+    def tell(self) -> None:
+        """Tell the other servers that there may be news. It does not block."""
+
+    @property
+    @abstractmethod
+    def lease_s(self) -> float:
+        """How long a server is taken for alive after it has renewed its lease, in seconds."""
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Renew the lease of this server.
+
+        Any one thread may call it, also during a group.
+
+        Raises:
+            FencedError: It was too late.
+        """
+
+    @abstractmethod
+    def fence(self) -> None:
+        """Fence the servers whose lease has run out. `unfinished` returns their executions from now on."""
