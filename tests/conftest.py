@@ -12,6 +12,15 @@ from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
 from dspex_persist.infra import process
+from tests import engines
+from tests.engines import (  # noqa: F401 - fixtures of all tests
+    own_postgres,
+    own_valkey,
+    postgres,
+    postgresql_url,
+    valkey,
+    valkey_prefix,
+)
 from tests.prepared import Started
 
 # Containers often forbid bytecode next to the sources. Without it, every run would rewrite the assertions of all tests
@@ -42,10 +51,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
-    """End the process that prepares commands, if tests have used it."""
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        engines.begin_run()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the process that prepares commands, if tests have used it, and the engines, once no worker runs any more."""
     if "tests.prepared" in sys.modules:
         sys.modules["tests.prepared"].close()
+    if not hasattr(session.config, "workerinput"):
+        engines.end_run()
 
 
 @pytest.fixture(scope="module")
