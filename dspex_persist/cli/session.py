@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, TypeVar, cast
 
 import typer
 
 from dspex_persist.cli import completing
+from dspex_persist.cli.audit import options
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
 from dspex_persist.cli.places import Db, Server, database_of, expanded, server_of
@@ -363,7 +365,9 @@ def fork(
         "dspex-persist session show checkout-42 --target 127.0.0.1:50051 --json\n\n"
     ),
 )
-def show_(session: Session, db: Db = None, server: Server = None, as_json: Json = False) -> None:
+def show_(
+    session: Session, db: Db = None, server: Server = None, as_json: Json = False, utc: options.Utc = False
+) -> None:
     """Show a session."""
     from dspex_persist.cli.shown import document_of, show_session
     from dspex_persist.state.audit import SessionQuery
@@ -381,7 +385,7 @@ def show_(session: Session, db: Db = None, server: Server = None, as_json: Json 
             raise NotInHistoryError("session", session, "")
         return document_of(entry)
 
-    carry_out(as_json, work, show_session)
+    carry_out(as_json, work, partial(show_session, is_utc=utc))
 
 
 @app.command(

@@ -1,5 +1,6 @@
 """A session as `dspex-persist session show` shows it."""
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from dspex_persist.cli.output import plain, say
@@ -27,15 +28,19 @@ def document_of(entry: "SessionEntry") -> dict[str, Any]:
     }
 
 
-def show_session(report: dict[str, Any]) -> None:
-    """Print a session."""
+def show_session(report: dict[str, Any], *, is_utc: bool) -> None:
+    """Print a session, with times in UTC or in the local zone."""
     from dspex_persist.cli.audit.rendering import Column, Renderer, Table
     from dspex_persist.cli.audit.tables import entries_text
 
+    look = Renderer(is_utc)
+    began, ended = (
+        text and look.full_time(datetime.fromisoformat(text)) for text in (report["created_at"], report["ended_at"])
+    )
     facts = {
         "session": report["session_id"],
-        "began": report["created_at"],
-        "ended": report["ended_at"],
+        "began": began,
+        "ended": ended,
         "owner": report["owner"],
         "variables": f"{report['variables']:,}",
         "commits": f"{report['commits']:,}",
@@ -59,4 +64,4 @@ def show_session(report: dict[str, Any]) -> None:
         Column("variables", lambda row: plain(row["variables"]), is_id=True),
         Column("tools", lambda row: plain(row["tools"]), is_id=True),
     ]
-    Table(Renderer(is_utc=False), columns).print(rules)
+    Table(look, columns).print(rules)

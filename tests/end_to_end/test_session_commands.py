@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -220,6 +222,22 @@ def test_a_fork_begins_with_the_variables_of_that_commit(filled: Path, tmp_path:
     with connect(filled) as state:
         assert [(each.name, each.value.json) for each in state.list_variables("new")] == [("a", "0")]
         assert state.get_session("new").metadata == {"forked_from": "s", "forked_at": "2"}
+
+
+def test_a_session_is_shown_with_times_as_audits_show_them(
+    filled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "HERE+3")
+    time.tzset()
+    try:
+        began = datetime.fromisoformat(json.loads(run("show", "s", "--json").stdout)["created_at"])
+        for options, offset, name in (((), -3, "HERE"), (("--utc",), 0, "UTC")):
+            shown = began + timedelta(hours=offset)
+            line = f"began       {shown:%Y-%m-%d %H:%M:%S}.{shown.microsecond // 1000:03d} {name}"
+            assert line in run("show", "s", *options).stdout.splitlines()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
