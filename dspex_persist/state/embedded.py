@@ -108,6 +108,10 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         return self._store.figures()
 
     def limit_storage(self, allowance_of: Callable[[str], Allowance]) -> None:
+    def count_with_access(self) -> int:
+        """Return how many live sessions have rules of access; from any thread. It looks at each live session."""
+        return self._store.count_with_access()
+
         """Limit how many live sessions, and stored bytes in them, identities may have; see `quotas`.
 
         Args:

@@ -13,6 +13,7 @@ from dspex_persist.infra.listen import TLS_SCHEME, is_loopback
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import CallMeter
 from dspex_persist.infra.stopping import spare_the_collector
+from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.settings import Settings
 from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.access.guard import guarded
@@ -153,7 +154,22 @@ class Bridge:
                 self._pools.running(subject, self._servicer, self._auditor, self._denials, stop=self._end.stop)
             )
             if not self._end.stop.is_set():
+                await stack.enter_async_context(self._looking_for_rules())
                 await self._serve(calls)
+
+    @contextlib.asynccontextmanager
+    async def _looking_for_rules(self) -> AsyncIterator[None]:
+        """Warn if sessions have rules that nobody is asked to keep, as without tokens."""
+        if self._security.tokens is not None:
+            yield
+            return
+        # It takes longer the more sessions there are, and a start does not.
+        looked = asyncio.wrap_future(on_new_thread(partial(_warn_of_rules, self._engine), "dspex-persist-rules"))
+        try:
+            yield
+        finally:
+            # Whoever closes the file does not expect that it is being read.
+            await looked
 
     @contextlib.asynccontextmanager
     async def _counting_calls(self) -> AsyncIterator[CallMeter | None]:
@@ -252,6 +268,18 @@ def _counting(note: NoteDenial, meter: Meter | None) -> NoteDenial:
         meter.denied(refused.missing)
 
     return counting
+
+
+def _warn_of_rules(engine: SqliteState) -> None:
+    """Log how many sessions have rules, if any."""
+    try:
+        count = engine.count_with_access()
+    except StateError as error:
+        _log.warning("could not look for sessions with rules", reason=str(error))
+        return
+    if count:
+        what = "sessions have rules that do not hold here: anyone who can connect may do everything in them"
+        _log.warning(what, sessions=count, hint="rules hold on a server that demands tokens: see token_file")
 
 
 def _unfit(end: ServerEnd, engine: SqliteState, ready: threading.Event) -> str:

@@ -341,6 +341,11 @@ class SessionStore(StoredSessions, LogStore):
 
     # Housekeeping
 
+    def count_with_access(self) -> int:
+        """Return how many live sessions have rules of access."""
+        with snapshot(self.readers) as connection:
+            return stored_sessions.count_with_access(connection)
+
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """Return the executions of live sessions that have not ended."""
         with snapshot(self.readers) as connection:

@@ -6,6 +6,7 @@ from typing import Final
 from sqlalchemy import Connection, exists, select
 
 from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.access import ACCESS
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import Dependency, Rule, Session
 from dspex_persist.state.rules import Rules
@@ -91,6 +92,19 @@ def last_sequence(connection: Connection, session_key: int) -> int:
 def count_live(connection: Connection) -> int:
     """Return how many sessions have not ended."""
     ((count,),) = raw_rows(connection, "SELECT count(*) FROM sessions WHERE ended_sequence IS NULL")
+    return int(count)
+
+
+# The text is looked for first: to parse the metadata takes ten times as long.
+_WITH_ACCESS: Final = f"""
+    SELECT count(*) FROM sessions INDEXED BY sessions_live
+    WHERE ended_sequence IS NULL AND instr(metadata, '"{ACCESS}"') AND json_extract(metadata, '$.{ACCESS}') <> ''
+"""
+
+
+def count_with_access(connection: Connection) -> int:
+    """Return how many live sessions have rules of access."""
+    ((count,),) = raw_rows(connection, _WITH_ACCESS)
     return int(count)
 
 
