@@ -214,6 +214,7 @@ class ServerPrunedReport:
     versions: int
     events: int
     markers: int
+    denials: int
     duration_s: float
 
 
@@ -357,7 +358,11 @@ def _show_prune_of_server(report: ServerPrunedReport) -> None:
 
 
 def _gone(report: "ServerPrunedReport | maintenance.PrunedReport") -> str:
-    return f"{_versions_and_events(report.versions, report.events)} of {counted(report.sessions, 'session')}"
+    gone = f"{_versions_and_events(report.versions, report.events)} of {counted(report.sessions, 'session')}"
+    if not report.denials:
+        return gone
+    entries = "1 entry" if report.denials == 1 else f"{report.denials:,} entries"
+    return f"{gone}, and {entries} about refused calls,"
 
 
 def _show_prune(report: "maintenance.PrunedReport") -> None:

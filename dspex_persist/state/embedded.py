@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -107,11 +108,11 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         """Return the sizes of the file, and how many live sessions it has; from any thread."""
         return self._store.figures()
 
-    def limit_storage(self, allowance_of: Callable[[str], Allowance]) -> None:
     def count_with_access(self) -> int:
         """Return how many live sessions have rules of access; from any thread. It looks at each live session."""
         return self._store.count_with_access()
 
+    def limit_storage(self, allowance_of: Callable[[str], Allowance]) -> None:
         """Limit how many live sessions, and stored bytes in them, identities may have; see `quotas`.
 
         Args:
@@ -172,9 +173,11 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
             return prune_plan.run(self._store.readers, policy, None, progress)
         with self._pruning:
             report = prune_plan.run(self._store.readers, policy, self._write_all, progress)
-        if policy.before is not None and policy.session_id is None:
-            self._on_writer(partial(self._forget_denials, policy.before))
-        return report
+        if policy.denials_before is None:
+            return report
+        forgotten: list[int] = []
+        self._on_writer(partial(self._forget_denials, policy.denials_before, forgotten))
+        return replace(report, denials=sum(forgotten))
 
     def discard(self) -> None:
         """See `StateProvider.discard`."""
@@ -238,9 +241,9 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
                 _log.warning("refused calls are not in the file yet", reason=error.reason)
             self._denials_fail = True
 
-    def _forget_denials(self, before: datetime) -> None:
+    def _forget_denials(self, before: datetime, forgotten: list[int]) -> None:
         try:
-            self._store.forget_denials(before)
+            forgotten.append(self._store.forget_denials(before))
         except StorageError as error:
             _log.warning("old refused calls were not deleted", reason=error.reason)
 

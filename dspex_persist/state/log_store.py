@@ -237,8 +237,9 @@ class LogStore(ABC):
         It may raise `StorageError`, and then has kept none of them. A store that does not override this keeps none.
         """
 
-    def forget_denials(self, before: datetime) -> None:  # noqa: B027 - optional
-        """Delete the refused calls before a time (aware)."""
+    def forget_denials(self, before: datetime) -> int:
+        """Delete the entries about refused calls before a time (aware), and return how many those were."""
+        return 0
 
     def check(self) -> None:  # noqa: B027 - optional
         """Raise `FileChangedError` if something else changed the log. Called about every second while idle."""

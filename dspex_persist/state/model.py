@@ -628,13 +628,28 @@ class PrunePolicy:
     ended_before: datetime | None = None
     session_id: str | None = None
 
+    @property
+    def denials_before(self) -> datetime | None:
+        """Before when to delete the entries about refused calls; None to keep them: they are of no session."""
+        return self.before if self.session_id is None else None
+
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """How much was deleted, or would be if `confirmed`. `markers`: the number of commits that record it."""
+    """How much was deleted, or would be unless it is `confirmed`.
+
+    Attributes:
+        confirmed: Whether it was deleted.
+        sessions: Sessions that lost history.
+        versions: Versions of variables.
+        events: Other events.
+        markers: The commits that record the pruning.
+        denials: Entries about refused calls.
+    """
 
     confirmed: bool
     sessions: int
     versions: int
     events: int
     markers: int
+    denials: int = 0

@@ -1,7 +1,7 @@
 """dspex-persist audit: query the history."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -324,11 +324,16 @@ def denials(
             since=since,
             until=until,
             newest_first=not oldest_first,
-            limit=(TABLE_ROWS if request.form is Form.TABLE else 0) if limit is None else limit,
         )
-        found = audit.denials(query)
-        request.printer(Denial, denial_columns).print(found)
-        if request.form is Form.TABLE and not found:
+        is_table = request.form is Form.TABLE
+        most = TABLE_ROWS if is_table and limit is None else limit or 0
+        # One more, to know whether there are more.
+        found = audit.denials(replace(query, limit=most + 1 if is_table and most else most))
+        shown = found[:most] if most else found
+        request.printer(Denial, denial_columns).print(shown)
+        if len(shown) < len(found):
+            say(f"more than these {counted(most, 'row')}: --limit 0 shows all")
+        if is_table and not found:
             say("no calls were refused")
 
 

@@ -10,9 +10,9 @@ def denial_columns(look: Renderer) -> list[Column[Denial]]:
     return [
         Column("last at", lambda row: look.time(row.last_at), least=look.time_width),
         Column("identity", lambda row: plain(row.identity or "-"), least=8, is_id=True),
-        Column("from", lambda row: plain(row.peer), least=8),
-        Column("rpc", lambda row: plain(row.rpc.rpartition(".")[2]), least=8),
+        Column("from", lambda row: plain(row.peer), least=8, is_id=True),
+        Column("rpc", lambda row: plain(row.rpc.rpartition(".")[2]), least=8, is_id=True),
         Column("session", lambda row: plain(row.session_id), least=8, is_id=True, is_rare=True),
-        Column("missing", lambda row: plain(row.missing), least=12, most=80),
+        Column("missing", lambda row: plain(row.missing), least=12, most=80, is_id=True),
         Column("times", lambda row: f"{row.count:,}", least=WHOLE, right=True),
     ]

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.clock import to_micros
 from dspex_persist.state.denials import Denial
-from dspex_persist.state.store.engine import driver_of
+from dspex_persist.state.store.engine import driver_of, raw_rows
 
 _COUNT: Final = """
     INSERT INTO denials (at, last_at, identity, peer, rpc, session_id, missing, count) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -17,8 +17,8 @@ _COUNT: Final = """
 """
 _DROP_OLDEST: Final = "DELETE FROM denials WHERE denial_key <= (SELECT max(denial_key) FROM denials) - ?"
 # The oldest first, and never the newest: a row may be older than those before it if the clock was set back.
-_FORGET: Final = """
-    DELETE FROM denials WHERE denial_key < (
+_OLD: Final = """
+    FROM denials WHERE denial_key < (
         SELECT min(denial_key) FROM denials
         WHERE last_at >= ? OR denial_key = (SELECT max(denial_key) FROM denials)
     )
@@ -37,6 +37,12 @@ def _row_of(denial: Denial) -> tuple[object, ...]:
     return (to_micros(denial.at), to_micros(denial.last_at), *texts, denial.count)
 
 
-def forget(connection: Connection, before: datetime) -> None:
-    """Delete the rows whose refusals were all before a time, except for the newest row."""
-    driver_of(connection).execute(_FORGET, (to_micros(before),))
+def count_old(connection: Connection, before: datetime) -> int:
+    """Return how many rows `forget` would delete."""
+    ((count,),) = raw_rows(connection, f"SELECT count(*) {_OLD}", to_micros(before))
+    return int(count)
+
+
+def forget(connection: Connection, before: datetime) -> int:
+    """Delete the rows whose refusals were all before a time, except for the newest row; returns how many."""
+    return driver_of(connection).execute(f"DELETE {_OLD}", (to_micros(before),)).rowcount

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final, NoReturn, TypeAlias, get_args
+from typing import Final, NoReturn, TypeAlias, TypeVar, get_args
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -59,6 +59,8 @@ from dspex_persist.state.store.engine import (
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.stored import StoredSessions
 from dspex_persist.state.unit_of_work import UnitOfWork
+
+R = TypeVar("R")
 
 _logger: Final = get_logger(__name__)
 
@@ -339,12 +341,12 @@ class SessionStore(StoredSessions, LogStore):
             live = stored_sessions.count_live(connection)
         return FileFigures(self._size(""), self._size("-wal"), disk.f_bavail * disk.f_frsize, live)
 
-    # Housekeeping
-
     def count_with_access(self) -> int:
         """Return how many live sessions have rules of access."""
         with snapshot(self.readers) as connection:
             return stored_sessions.count_with_access(connection)
+
+    # Housekeeping
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """Return the executions of live sessions that have not ended."""
@@ -370,20 +372,21 @@ class SessionStore(StoredSessions, LogStore):
                 raise
             raise StorageError(error.reason) from error
 
-    def forget_denials(self, before: datetime) -> None:
+    def forget_denials(self, before: datetime) -> int:
         """See `LogStore.forget_denials`."""
-        self._write_beside(lambda connection: stored_denials.forget(connection, before))
+        return self._write_beside(lambda connection: stored_denials.forget(connection, before))
 
-    def _write_beside(self, write: Callable[[Connection], object]) -> None:
+    def _write_beside(self, write: Callable[[Connection], R]) -> R:
         """Write something that is not a part of the log, in a transaction of its own."""
         self._look()
         try:
             with transaction(self._connection):
                 self._guard.look_inside(self._connection, self.head)
-                write(self._connection)
+                result = write(self._connection)
         except (DBAPIError, sqlite3.Error) as error:
             raise self._settle(error) from error
         self._note_written()
+        return result
 
     def close(self) -> None:
         """Copy the WAL into the database, write the anchor, and close the file.

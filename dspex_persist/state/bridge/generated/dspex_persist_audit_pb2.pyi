@@ -1844,12 +1844,15 @@ class PruneReport(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     MARKERS_FIELD_NUMBER: _builtins.int
+    DENIALS_FIELD_NUMBER: _builtins.int
     confirmed: _builtins.bool
     sessions: _builtins.int
     versions: _builtins.int
     events: _builtins.int
     markers: _builtins.int
     """commits that record the pruning"""
+    denials: _builtins.int
+    """entries about refused calls"""
     def __init__(
         self,
         *,
@@ -1858,10 +1861,11 @@ class PruneReport(_message.Message):
         versions: _builtins.int = ...,
         events: _builtins.int = ...,
         markers: _builtins.int = ...,
+        denials: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "events", b"events", "markers", b"markers", "sessions", b"sessions", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "denials", b"denials", "events", b"events", "markers", b"markers", "sessions", b"sessions", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

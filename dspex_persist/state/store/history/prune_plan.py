@@ -34,6 +34,7 @@ from dspex_persist.state.model import (
     Session,
 )
 from dspex_persist.state.provider import Progress
+from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store.engine import driver_of, snapshot
 from dspex_persist.state.store.history import times
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -79,7 +80,8 @@ def run(
     Args:
         readers: Read-only connections to the file.
         policy: What to delete.
-        write: Carries out jobs, and returns once they are durable; None to only count what would be deleted.
+        write: Carries out jobs, and returns once they are durable; None to only count what would be deleted. Entries
+            about refused calls are only counted: their deletion is no job, but for whoever writes.
         progress: Called with what was done so far, after each batch.
 
     Raises:
@@ -102,7 +104,11 @@ def run(
             events += len(command.events)
             markers += write is not None
         progress(f"{versions:,} versions, {events:,} events", planner.done, planner.in_all)
-    return PruneReport(write is not None, len(sessions), versions, events, markers)
+    denials = 0
+    if write is None and policy.denials_before is not None:
+        with snapshot(readers) as connection:
+            denials = stored_denials.count_old(connection, policy.denials_before)
+    return PruneReport(write is not None, len(sessions), versions, events, markers, denials)
 
 
 def _check(policy: PrunePolicy) -> None:

@@ -59,8 +59,8 @@ class Retention:
         begun = time.monotonic()
         try:
             report = self._prune(policy, self._go_on)
-            if report.markers:
-                counts = {"versions": report.versions, "events": report.events, "sessions": report.sessions}
+            if report.markers or report.denials:
+                counts = {name: getattr(report, name) for name in ("versions", "events", "sessions", "denials")}
                 _logger.info("history pruned", **counts)
         except StateError as error:
             if not self._closed:

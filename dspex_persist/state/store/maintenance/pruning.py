@@ -1,7 +1,7 @@
 """Delete old history from a file that no server has open."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspex_persist.state.errors import DatabaseInUseError, Hint, OutcomeUnknownError
@@ -25,6 +25,7 @@ class PrunedReport:
     versions: int
     events: int
     markers: int
+    denials: int
     free_bytes: int
     duration_s: float
 
@@ -62,7 +63,7 @@ def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress 
         report = _prune(path, policy, progress)
     with reading(path) as readers, snapshot(readers) as connection:
         free = find_scalar(connection, "PRAGMA freelist_count") * find_scalar(connection, "PRAGMA page_size")
-    counts = (report.sessions, report.versions, report.events, report.markers)
+    counts = (report.sessions, report.versions, report.events, report.markers, report.denials)
     return PrunedReport(path, confirm, *counts, free, time.monotonic() - started)
 
 
@@ -79,8 +80,8 @@ def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
                     raise outcome.error
 
         report = prune_plan.run(groups.log.readers, policy, write, progress)
-        if policy.before is not None and policy.session_id is None:
-            groups.log.forget_denials(policy.before)
+        if policy.denials_before is not None:
+            report = replace(report, denials=groups.log.forget_denials(policy.denials_before))
     except OutcomeUnknownError:
         groups.abandon()
         raise
