@@ -89,7 +89,7 @@ def new(
         from dspex_persist.infra.access import tokens
 
         allowance = {key: text for key, text in given.items() if text is not None}
-        token = tokens.add(_file(token_file), name, scopes.replace(" ", "").split(","), allowance)
+        token = tokens.add(_file(token_file), name, map(str.strip, scopes.split(",")), allowance)
         return {"name": name, "token": token}
 
     carry_out(as_json, work, lambda report: say(report["token"]))
@@ -119,9 +119,9 @@ def list_(token_file: File = None, as_json: Json = False) -> None:
 _FACTS: Final = ("certificate", "rate", "inflight", "sessions", "bytes", "expires")
 
 
-def _text(key: str, fact: object) -> str:
+def _text(key: str, fact: Any) -> str:
     if key == "rate":
-        return f"{fact:.6g}/s"
+        return f"{fact:.9f}".rstrip("0").rstrip(".") + "/s"
     return f"{fact:,}" if key == "bytes" else plain(str(fact))
 
 

@@ -123,7 +123,8 @@ def test_calls_in_progress_are_counted_until_they_end(served: ServedDatabase, fi
 
 
 def test_an_expired_token_says_when(served: ServedDatabase, file: Path) -> None:
-    token = tokens.add(file, "past", ["read"], {"expires": "2026-01-02T03:04"})
+    token = tokens.add(file, "past", ["read"], {"expires": "2090-01-01"})
+    file.write_text(file.read_text().replace("2090-01-01T00:00:00Z", "2026-01-02T03:04"))
     expired = pytest.raises(UnauthenticatedError, match="the token expired on 2026-01-02 at 03:04 UTC")
     with BridgedState(served.target, token=token) as state, expired:
         state.get_value("s", "x")
@@ -160,7 +161,7 @@ def test_open_streams_end_when_the_token_is_revoked_expires_or_loses_the_scope(
         tokens.revoke(file, "revoked")
         assert "was revoked" in str(revoked.error())
         soon = (clock.now() + timedelta(seconds=0.2)).isoformat()
-        text = file.read_text().replace("reduced read", "reduced write").replace("2100-01-01", soon)
+        text = file.read_text().replace("reduced read", "reduced write").replace("2100-01-01T00:00:00Z", soon)
         file.write_text(text)
         assert "reduced may not call WatchVariables: its token lacks the scope read" in str(reduced.error())
         assert "the token expired on" in str(expiring.error())

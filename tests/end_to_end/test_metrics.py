@@ -364,7 +364,8 @@ def test_a_signal_ends_it_with_the_server(tmp_path: Path) -> None:
 
 def test_a_server_with_tokens_shows_them_to_who_may_read(served: Served, tmp_path: Path) -> None:
     url, file = url_of(served), served.path.parent / "tokens"
-    writer, late = add(file, "write", ["write"]), add(file, "late", ["read"], {"expires": "2026-01-01"})
+    writer, late = add(file, "write", ["write"]), add(file, "late", ["read"], {"expires": "2100-01-01"})
+    file.write_text(file.read_text().replace("=2100-01-01T00:00:00Z", "=2026-01-01"))
     for token, status in ((served.tokens["read"], 200), (served.tokens["admin"], 200), (writer, 401), (late, 401)):
         assert get(url, Authorization=f"Bearer {token}").status == status
     before = served.value("dspex_persist_denials_total", reason="credentials")

@@ -185,8 +185,41 @@ def test_a_token_is_valid_until_it_expires(tmp_path: Path) -> None:
         time.move_to(datetime(2026, 5, 30, tzinfo=UTC))
         assert tokens.find(token) is None
         assert [each.has_expired for each in listed(file)] == [True, True]
-    with pytest.raises(TokenFileError, match="too long"):
-        add(file, "a", ["read"], {"expires": "99999999w"})
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("expires=99999999w", "too long"),
+        ("expires=2020-01-01", "it is over already"),
+        ("expires=0d", "it is over already"),
+        ("expires=soon", "a day or a time"),
+        ("rate=0.000001/h", "at least a call in 24 hours"),
+        ("rate=1000001/s", "at most 1000000/s"),
+        ("rate=5/s\n", "calls in a time"),
+        ("rate=5/s inflight=1", "calls in a time"),
+        ("inflight=1000001", "at most 1000000 calls"),
+        ("sessions=999999999999", "at most"),
+        ("bytes=1025TiB", "at most 1024TiB"),
+        ("burst=1", "means nothing"),
+    ],
+)
+def test_no_new_token_has_what_makes_no_sense(tmp_path: Path, word: str, reason: str) -> None:
+    key, _, text = word.partition("=")
+    with pytest.raises(TokenFileError, match=reason):
+        add(tmp_path / "tokens", "a", ["read"], {key: text})
+    with pytest.raises(TokenFileError, match="no scope 'read write'"):
+        add(tmp_path / "tokens", "a", ["read write"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_word_of_a_new_token_is_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    token = add(file, "a", ["read", "write", "read"], {"expires": "2100-01-01 12:00", "rate": "0.042/h"})
+    identity = Tokens(file).find(token)
+    assert identity is not None
+    assert identity.expires_at == datetime(2100, 1, 1, 12, tzinfo=UTC)
+    assert file.read_text().split()[:2] == ["a", "read,write"]
 
 
 def test_several_lines_of_a_name_allow_the_most_of_each(path: Path) -> None:

@@ -206,18 +206,21 @@ def add(path: Path, name: str, scopes: Iterable[str], allowance: Mapping[str, st
             such as 90d expires that long from now.
 
     Raises:
-        TokenFileError: The file cannot be used or written, or the name or a scope is wrong.
+        TokenFileError: The file cannot be used or written, or the name, a scope or a word is wrong, or makes no sense
+            for a new token, such as an end in the past.
     """
     # With a letter first, so that no command takes it for an option.
     token = f"dspex_{secrets.token_urlsafe(32)}"
     digest = f"{_TOKEN}{hashlib.sha256(token.encode()).hexdigest()}"
+    given = tuple(dict.fromkeys(scopes))
     try:
-        words = [f"{key}={_settled(key, text)}" for key, text in (allowance or {}).items()]
-        line = " ".join((name, ",".join(scopes), digest, *words))
+        # Each by itself: in the line, a space or a line break would begin another word or line.
         _check_name(name)
-        _parsed(line.split())
+        _check_scopes(given)
+        words = [_new_word(key, text) for key, text in (allowance or {}).items()]
     except ValueError as error:
         raise TokenFileError(str(path), str(error)) from error
+    line = " ".join((name, ",".join(given), digest, *words))
     text = _text(path) if path.exists() else ""
     _replace(path, f"{text}{line}\n" if not text or text.endswith("\n") else f"{text}\n{line}\n")
     return token
@@ -304,9 +307,7 @@ def _parsed(text: list[str]) -> tuple[bytes | str, Identity]:
     name, scopes, credential, *words = text
     _check_name(name)
     given = scopes.split(",")
-    unknown = [scope for scope in given if scope not in SCOPES]
-    if unknown:
-        raise ValueError(f"there is no scope {unknown[0]!r}: the scopes are {', '.join(SCOPES)}")
+    _check_scopes(given)
     identity = replace(_allowed(words), name=name, scopes=frozenset(given))
     certificate = credential.removeprefix(_CERTIFICATE)
     if certificate and certificate != credential:
@@ -374,15 +375,44 @@ _WORDS: Final[Mapping[str, Callable[[str], object]]] = {
 """What may follow the credential of a line."""
 
 
-def _settled(key: str, text: str) -> str:
-    """Return the text of a word, with a time instead of an age, which would begin anew whenever the file is read."""
-    match = _AGE.fullmatch(text) if key == _EXPIRES else None
-    if match is None:
-        return text
+def _new_word(key: str, text: str) -> str:
+    """Return a word for a new line. Raises `ValueError` for one that makes no sense there."""
+    if key == _EXPIRES:
+        return f"{key}={_new_end(text):%Y-%m-%dT%H:%M:%SZ}"
+    given = getattr(_allowed([f"{key}={text}"]).allowance, key)
+    least, most, what = _SENSIBLE[key]
+    if not least <= given <= most:
+        raise ValueError(f"{key}={text}: it must be {what}")
+    return f"{key}={text}"
+
+
+def _new_end(text: str) -> datetime:
+    """Return when a new token ends. An age is from now: in the file it would begin anew whenever that is read."""
+    match = _AGE.fullmatch(text)
     try:
-        return (clock.now() + int(match[1]) * _AGES[match[2]]).strftime("%Y-%m-%dT%H:%M:%SZ")
+        expires_at = clock.now() + int(match[1]) * _AGES[match[2]] if match else _time(text)
     except OverflowError:
-        raise ValueError(f"{key}={text}: that is too long") from None
+        raise ValueError(f"{_EXPIRES}={text}: that is too long") from None
+    except ValueError as error:
+        raise ValueError(f"{_EXPIRES}={text}: {error}") from None
+    if expires_at <= clock.now():
+        raise ValueError(f"{_EXPIRES}={text}: it is over already, and nobody could use the token")
+    return expires_at
+
+
+_SENSIBLE: Final[Mapping[str, tuple[float, float, str]]] = {
+    "rate": (1 / 86_400, 1e6, "at least a call in 24 hours (0.042/h), and at most 1000000/s"),
+    "inflight": (1, 1e6, "at most 1000000 calls"),
+    "sessions": (1, 1e9, "at most 1000000000 sessions"),
+    "bytes": (1, 1024**5, "at most 1024TiB"),
+}
+"""The least and the most of a new line, beyond which a number is a slip. A line that is there means what it says."""
+
+
+def _check_scopes(given: Iterable[str]) -> None:
+    unknown = next((scope for scope in given if scope not in SCOPES), None)
+    if unknown is not None:
+        raise ValueError(f"there is no scope {unknown!r}: the scopes are {', '.join(SCOPES)}")
 
 
 def _check_name(name: str) -> None:
