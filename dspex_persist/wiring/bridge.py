@@ -9,7 +9,7 @@ from typing import Final
 
 from dspex_persist.infra import server, streams
 from dspex_persist.infra.interrupts import interrupts
-from dspex_persist.infra.listen import TLS_SCHEME, is_loopback
+from dspex_persist.infra.listen import TLS_SCHEME, TcpAddress, is_loopback, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import CallMeter
 from dspex_persist.infra.stopping import spare_the_collector
@@ -125,8 +125,9 @@ class Bridge:
         """Return what has to know the port, and what admits calls."""
         access = access_of(self._security, self._denials)
         admit = server.admit_all if access is None else access.admit
-        if self._settings.same_user and not self._listen.startswith("unix:"):
-            users = SameUser(self._denials, admit)
+        address = parse_listen(self._listen)
+        if self._settings.same_user and isinstance(address, TcpAddress):
+            users = SameUser(address.host, self._denials, admit)
             return users, users.admit
         return None, admit
 

@@ -1,14 +1,17 @@
 """Which user's process is at the other end of a connection within this machine. Linux only; knows no gRPC.
 
-The kernel lists the connections with the user of each socket. The list is read again after a second, or if a connection
+The kernel is asked about each connection by its two ends. Where this process may not ask (a service of systemd without
+`AF_NETLINK`), the kernel's list of all connections says the same; it is read again after a second, or if a connection
 is not in it.
 """
 
 import ipaddress
 import os
+import socket
+import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -18,9 +21,12 @@ _KEPT_S: Final = 1.0
 _LOCAL, _REMOTE, _STATE, _UID = 1, 2, 3, 7
 """Columns of the tables."""
 _WORD: Final = 4
-_ESTABLISHED: Final = "01"
-_MAPPED: Final = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in (bytes(4), bytes(4), b"\0\0\xff\xff"))
-"""What comes before the IPv4 address of a connection that a process has as one of IPv6."""
+_ESTABLISHED: Final = 1
+_IPV4: Final = 4
+
+Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+Ends = tuple[Ip, int, Ip, int]
+"""The address and the port of the socket of which the user is asked, and those of the other one."""
 
 
 def can_tell_users() -> bool:
@@ -29,22 +35,19 @@ def can_tell_users() -> bool:
 
 
 class PeerUsers:
-    """The users at the other ends of the connections to a port of this machine. Used on one thread.
+    """The users at the other ends of the connections to an address of this machine. Used on one thread.
 
     Args:
+        host: The address, or a name for it.
         port: The port.
-        now: Returns a time in seconds that never goes back.
-        tables: The kernel's lists.
+        ask: Returns the user whose socket has both ends, or None; by default, it asks the system.
     """
 
-    def __init__(
-        self, port: int, *, now: Callable[[], float] = time.monotonic, tables: Iterable[Path] = _TABLES
-    ) -> None:
-        self._suffix = f":{port:04X}"
-        self._now = now
-        self._tables = tuple(tables)
-        self._users: dict[str, int] = {}
-        self._read_at = float("-inf")
+    def __init__(self, host: str, port: int, *, ask: Callable[[Ends], int | None] | None = None) -> None:
+        self._port = port
+        # A name may be one of several addresses, such as 127.0.0.1 and ::1.
+        self._hosts = tuple(_resolved(host, port))
+        self._ask = _asker() if ask is None else ask
 
     def user_of(self, peer: str) -> int | None:
         """Return the id of the user whose process has a connection, or None if there is none within this machine.
@@ -52,16 +55,107 @@ class PeerUsers:
         Args:
             peer: The other end as gRPC names it: `ipv4:127.0.0.1:40312`, `ipv6:%5B::1%5D:40312`.
         """
-        key = _key_of(peer)
-        if key is None:
+        end = _end_of(peer)
+        if end is None:
             return None
+        found = (self._ask((*end, host, self._port)) for host in self._hosts if host.version == end[0].version)
+        return next((user for user in found if user is not None), None)
+
+
+def _resolved(host: str, port: int) -> Iterator[Ip]:
+    for _, _, _, _, name in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        yield _unmapped(ipaddress.ip_address(name[0]))
+
+
+def _unmapped(address: Ip) -> Ip:
+    """Return the IPv4 address of a connection that a process has as one of IPv6."""
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _end_of(peer: str) -> tuple[Ip, int] | None:
+    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
+    try:
+        return _unmapped(ipaddress.ip_address(host.strip("[]"))), int(port)
+    except ValueError:
+        return None
+
+
+def _asker() -> Callable[[Ends], int | None]:
+    try:
+        ask_kernel((_ANYONE, 0, _ANYONE, 0))
+    except OSError:
+        return ConnectionTables().user_of
+    return ask_kernel
+
+
+_ANYONE: Final = ipaddress.IPv4Address(0)
+_BY_FAMILY: Final = 20
+_REQUEST: Final = 1
+_HEADER: Final = struct.Struct("=IHHII")
+_QUESTION: Final = struct.Struct("=BBBBI")
+_PORTS: Final = struct.Struct("!HH")
+_WHICHEVER: Final = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+"""No interface, and no cookie: the socket with these ends."""
+_STATE_AT: Final = _HEADER.size + 1
+_UID_AT: Final = _HEADER.size + 64
+_SOCK_DIAG: Final = 4
+_ANSWER_BYTES: Final = 4096
+_PATIENCE_S: Final = 1.0
+
+
+def ask_kernel(ends: Ends) -> int | None:
+    """Return the user whose socket has these ends, or None if there is none (sock_diag of Linux).
+
+    Raises:
+        OSError: This process may not ask, or got no answer.
+    """
+    address, port, other, other_port = ends
+    family = socket.AF_INET if address.version == _IPV4 else socket.AF_INET6
+    question = b"".join(
+        (
+            _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _ESTABLISHED),
+            _PORTS.pack(port, other_port),
+            address.packed.ljust(16, b"\0"),
+            other.packed.ljust(16, b"\0"),
+            _WHICHEVER,
+        )
+    )
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
+        kernel.settimeout(_PATIENCE_S)
+        kernel.send(_HEADER.pack(_HEADER.size + len(question), _BY_FAMILY, _REQUEST, 1, 0) + question)
+        answer = kernel.recv(_ANSWER_BYTES)
+    # Without a connection, it finds a socket that listens, or one that is over and names no user.
+    if _HEADER.unpack_from(answer)[1] != _BY_FAMILY or answer[_STATE_AT] != _ESTABLISHED:
+        return None
+    user: int = struct.unpack_from("=I", answer, _UID_AT)[0]
+    return user
+
+
+class ConnectionTables:
+    """The kernel's lists of connections. Used on one thread.
+
+    Args:
+        now: Returns a time in seconds that never goes back.
+        tables: The lists.
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.monotonic, tables: Iterable[Path] = _TABLES) -> None:
+        self._now = now
+        self._tables = tuple(tables)
+        self._users: dict[tuple[str, str], int] = {}
+        self._read_at = float("-inf")
+
+    def user_of(self, ends: Ends) -> int | None:
+        """Return the user whose socket has these ends, or None if there is none."""
+        address, port, other, other_port = ends
+        key = (_written(address, port), _written(other, other_port))
         now = self._now()
         if now - self._read_at > _KEPT_S or key not in self._users:
             self._users, self._read_at = self._read(), now
         return self._users.get(key)
 
-    def _read(self) -> dict[str, int]:
-        users: dict[str, int] = {}
+    def _read(self) -> dict[tuple[str, str], int]:
+        users: dict[tuple[str, str], int] = {}
         for table in self._tables:
             try:
                 lines = table.read_text().splitlines()[1:]
@@ -71,19 +165,21 @@ class PeerUsers:
             for line in lines:
                 columns = line.split(maxsplit=_UID + 1)
                 # Others, such as those that are over, name no user.
-                if columns[_REMOTE].endswith(self._suffix) and columns[_STATE] == _ESTABLISHED:
-                    users[columns[_LOCAL].removeprefix(_MAPPED)] = int(columns[_UID])
+                if int(columns[_STATE], 16) == _ESTABLISHED:
+                    ends = (columns[each].removeprefix(_MAPPED) for each in (_LOCAL, _REMOTE))
+                    users[next(ends), next(ends)] = int(columns[_UID])
         return users
 
 
-def _key_of(peer: str) -> str | None:
+def _written(address: Ip, port: int) -> str:
     """Return an end of a connection as the tables write it: words of the address in this machine's byte order."""
-    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
-    try:
-        packed = ipaddress.ip_address(host.strip("[]")).packed
-        number = int(port)
-    except ValueError:
-        return None
+    return f"{_words(address.packed)}:{port:04X}"
+
+
+def _words(packed: bytes) -> str:
     words = (packed[place : place + _WORD] for place in range(0, len(packed), _WORD))
-    address = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-    return f"{address}:{number:04X}"
+    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+
+
+_MAPPED: Final = _words(bytes(10) + b"\xff\xff")
+"""What comes before the IPv4 address of a connection that a process has as one of IPv6."""

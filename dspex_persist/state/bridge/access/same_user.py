@@ -18,18 +18,20 @@ class SameUser:
     """Admits the calls that come from processes of the user of this one, or of root.
 
     Args:
+        host: Where the server listens, on this machine.
         denials: Notes the calls that are refused.
         then: Admits the others next.
     """
 
-    def __init__(self, denials: Denials, then: Admit = admit_all) -> None:
+    def __init__(self, host: str, denials: Denials, then: Admit = admit_all) -> None:
+        self._host = host
         self._denials = denials
         self._then = then
         self._users: PeerUsers | None = None
 
     def serves(self, port: int) -> None:
         """Take note of the port to which the calls come. Until then, all are refused."""
-        self._users = PeerUsers(port)
+        self._users = PeerUsers(self._host, port)
 
     def admit(self, rpc: str, context: Any, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
         """Admit a call of an rpc, or raise `UnauthenticatedError`; see `Admit`."""

@@ -90,8 +90,10 @@ class Callbacks:
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         options = server.ServerOptions(listen, max_message_bytes=max_message_bytes, grace_s=1.0, reflection=False)
         # A port has no mode as a socket has, and existing workers send no token.
-        is_port = isinstance(parse_listen(listen), TcpAddress)
-        users = SameUser(self._denials) if is_port and can_tell_users() else None
+        address = parse_listen(listen)
+        users = None
+        if isinstance(address, TcpAddress) and can_tell_users():
+            users = SameUser(address.host, self._denials)
 
         def on_ready(port: int) -> None:
             if users is not None:
