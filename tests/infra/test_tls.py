@@ -1,5 +1,6 @@
 """Certificates: what is wrong with a file, and how new files are noticed."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from dspex_persist.infra.access.tls import Certificates, TlsError, TlsFiles, read_authorities, read_material
 from tests.certificates import Authority, Pair
+from tests.logs import capture_logs
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,21 @@ def test_new_files_are_noticed_and_bad_ones_leave_the_old_ones(good: Pair, other
     pair.replace(good)
     assert certificates.changed() == read_material(files_of(good))
     assert certificates.changed() is None
+
+
+def test_files_that_the_system_did_not_open_are_read_for_the_next_connection(
+    good: Pair, other: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(tmp_path / "cert.pem", tmp_path / "key.pem")
+    pair.replace(good)
+    certificates = Certificates(files_of(pair))
+    pair.replace(other)
+
+    def refused(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as full, capture_logs() as logs:
+        full.setattr(Path, "read_bytes", refused)
+        assert [certificates.changed() for _ in range(3)] == [None] * 3
+    assert [each["reason"] for each in logs] == ["cannot read it: Too many open files"], "once"
+    assert certificates.changed() == read_material(files_of(other))

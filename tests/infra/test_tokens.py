@@ -1,7 +1,9 @@
 """The file of tokens: what is in it, what is wrong with it, and what a change does."""
 
+import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from dspex_persist.infra.access.tokens import (
     listed,
     revoke,
 )
+from tests.logs import capture_logs
 
 
 def line(name: str, scopes: str, token: str) -> str:
@@ -107,6 +110,23 @@ def test_a_token_is_revoked_by_editing_the_file(path: Path) -> None:
     assert tokens.find("one") is None
 
 
+def test_a_file_that_the_system_did_not_open_is_read_by_the_next_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokens(path)
+    path.write_text(line("a", "read", "one") + line("b", "admin", "two"))
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as full, capture_logs() as logs:
+        full.setattr(os, "open", refused)
+        assert [tokens.find("one") for _ in range(3)] == [None] * 3
+    assert [each["reason"] for each in logs] == ["cannot read it: Too many open files"], "once, not for each call"
+    assert tokens.find("one")
+    assert tokens.find("two")
+
+
 def test_tokens_are_added_and_revoked(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     first = add(file, "a", ["read", "write"])
@@ -127,6 +147,33 @@ def test_tokens_are_added_and_revoked(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["tokens"]
     with pytest.raises(TokenFileError, match="cannot write it: No such file"):
         add(tmp_path / "missing" / "tokens", "a", ["read"])
+
+
+def test_no_change_undoes_another_at_the_same_time(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    add(file, "gone", ["read"])
+    with ThreadPoolExecutor(9) as threads:
+        added = [threads.submit(add, file, f"n{number}", ["read"]) for number in range(8)]
+        revoked = threads.submit(revoke, file, "gone")
+    assert revoked.result() == 1
+    assert {each.name for each in listed(file)} == {f"n{number}" for number in range(8)}
+    tokens = Tokens(file)
+    assert all(tokens.find(each.result()) for each in added)
+
+
+def test_the_file_behind_a_link_is_changed(tmp_path: Path) -> None:
+    file, link = tmp_path / "real" / "tokens", tmp_path / "link"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    token = add(link, "a", ["read"])
+    tokens = Tokens(link)
+    assert tokens.find(token)
+    assert revoke(link, "a") == 1
+    assert (tokens.find(token), link.is_symlink(), listed(file)) == (None, True, [])
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(TokenFileError, match="link to itself"):
+        revoke(loop, "a")
 
 
 # How much, until when, and certificates

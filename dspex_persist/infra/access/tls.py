@@ -176,6 +176,10 @@ def _reason(error: OSError) -> str:
     return f"cannot read it: {error.strerror or error}"
 
 
+def _is_of_system(error: TlsError) -> bool:
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ssl.SSLError)
+
+
 class Certificates:
     """A server's certificates, which are read again when their files change. Usable from any thread.
 
@@ -193,6 +197,7 @@ class Certificates:
         self.files = files
         self._lock = threading.Lock()
         self._seen = self._signature()
+        self._fault = ""
         self.material = read_material(files)
 
     @property
@@ -209,12 +214,17 @@ class Certificates:
             try:
                 material = read_material(self.files)
             except TlsError as error:
-                # Certificate and key are replaced one after the other: this may be the moment in between.
-                self._seen = now
-                _log.warning(
-                    "the new certificate cannot be used: the old one stays", file=error.path, reason=error.reason
-                )
+                # Certificate and key are replaced one after the other: this may be the moment in between. What the
+                # system refused, as without a free descriptor, it may allow the next time.
+                if not _is_of_system(error):
+                    self._seen = now
+                if error.reason != self._fault:
+                    self._fault = error.reason
+                    _log.warning(
+                        "the new certificate cannot be used: the old one stays", file=error.path, reason=error.reason
+                    )
                 return None
+            self._fault = ""
             if now != self._signature():
                 return None  # They are being replaced: the next connection looks again.
             self._seen, self.material = now, material

@@ -10,13 +10,15 @@ certificate, with a name in it:
 It is read again when it changes, so a token is revoked by removing its line.
 """
 
+import fcntl
 import hashlib
 import hmac
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -25,6 +27,7 @@ from typing import Any, Final
 
 from dspex_persist import clock
 from dspex_persist.errors import DspexError
+from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
 
 READ, WRITE, EXECUTE, ADMIN = SCOPES = ("read", "write", "execute", "admin")
@@ -122,6 +125,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = _signature(path)
+        self._fault = ""
         self._readings = 0
         lines, faults = _read(path)
         if faults:
@@ -172,13 +176,17 @@ class Tokens:
         now = _signature(self.path)
         if now == self._seen:
             return
-        self._seen = now
         try:
             lines, faults = _read(self.path)
         except TokenFileError as error:
-            self._take({})
-            _log.error("no token is valid until the file can be used", file=error.path, reason=error.reason)
+            # What the system refused, as without a free descriptor, it may allow the next time.
+            self._seen = _UNREAD if isinstance(error.__cause__, OSError) else now
+            if error.reason != self._fault:
+                self._fault = error.reason
+                self._take({})
+                _log.error("no token is valid until the file can be used", file=error.path, reason=error.reason)
             return
+        self._seen, self._fault = now, ""
         for fault in faults:
             _log.error("a line of the token file was left out", file=str(self.path), reason=fault)
         self._take(lines)
@@ -221,8 +229,9 @@ def add(path: Path, name: str, scopes: Iterable[str], allowance: Mapping[str, st
     except ValueError as error:
         raise TokenFileError(str(path), str(error)) from error
     line = " ".join((name, ",".join(given), digest, *words))
-    text = _text(path) if path.exists() else ""
-    _replace(path, f"{text}{line}\n" if not text or text.endswith("\n") else f"{text}\n{line}\n")
+    with _changing(path) as file:
+        text = _text(file) if file.exists() else ""
+        _replace(file, f"{text}{line}\n" if not text or text.endswith("\n") else f"{text}\n{line}\n")
     return token
 
 
@@ -236,11 +245,31 @@ def listed(path: Path) -> list[Identity]:
 
 def revoke(path: Path, name: str) -> int:
     """Remove all tokens of a name from a file, and return how many; raise `TokenFileError` if it cannot be used."""
-    lines = _text(path).splitlines(keepends=True)
-    kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
-    if len(kept) < len(lines):
-        _replace(path, "".join(kept))
+    with _changing(path) as file:
+        lines = _text(file).splitlines(keepends=True)
+        kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
+        if len(kept) < len(lines):
+            _replace(file, "".join(kept))
     return len(lines) - len(kept)
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[Path]:
+    """Yield the file that a path leads to, which may be through a link, while nobody else adds or revokes tokens."""
+    try:
+        file = path.resolve()
+        folder = forks.own(os.open(file.parent, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise TokenFileError(str(path), f"cannot write it: {error.strerror or error}") from error
+    except RuntimeError as error:
+        raise TokenFileError(str(path), "it is a link to itself") from error
+    try:
+        # The file itself is replaced. Some file systems of networks lock no folders.
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield file
+    finally:
+        forks.close(folder)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -261,6 +290,9 @@ def _replace(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
         raise TokenFileError(str(path), f"cannot write it: {error.strerror or error}") from error
 
+
+_UNREAD: Final = (-1,)
+"""The signature of no file."""
 
 Lines = Mapping[bytes | str, Identity]
 """Who has which credential: the SHA-256 of a token, or the name in a certificate."""
