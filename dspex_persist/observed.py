@@ -107,6 +107,7 @@ class Observed:
             self._of_build,
             calls.families,
             meter.families,
+            engine.families,
             self._of_engine,
             self._of_watches,
             self._of_runner,

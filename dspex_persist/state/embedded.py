@@ -1,17 +1,11 @@
 """EmbeddedState: session state in a SQLite file that this process owns, with execution of tools."""
 
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
 
-from dspex_persist.infra.access.tokens import Allowance
-from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
@@ -28,16 +22,14 @@ from dspex_persist.state.around import (
 )
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import ReadState
-from dspex_persist.state.denials import DenialLog
-from dspex_persist.state.errors import FileChangedError, OutcomeUnknownError, StorageError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.quotas import Quotas
 from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
+from dspex_persist.state.served import ServedEngine
 from dspex_persist.state.store import created
 from dspex_persist.state.store.history import prune_plan, recordings
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -46,13 +38,8 @@ from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
-_DENIALS_EVERY_S: Final = 5.0
-"""How often refused calls are written at most, in seconds, so that they take no time from commits."""
-_BESIDE_S: Final = 5.0
-_log: Final = get_logger(__name__)
 
-
-class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, Restorable):
+class SqliteState(ServedEngine, LogState, Durable, Auditable, Recordable, Forkable, Prunable, Restorable):
     """The engine on a SQLite file, with audits, recordings, forks and pruning. It executes no tools.
 
     Args:
@@ -85,12 +72,6 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
         self._made = created.missing(Path(path))
         groups = open_groups(Path(path), options, meter)
         self._store = groups.log
-        self.denials = DenialLog()
-        """Counts the calls that whoever serves this state refuses. They are in the file some seconds later."""
-        self._denials_at = 0.0
-        self._denials_fail = False
-        # What the writer is to do between two groups, and whom it tells.
-        self._beside: deque[tuple[Callable[[], None], threading.Event]] = deque()
         self._pruning = threading.Lock()
         self._retention = Retention(
             self._store.options,
@@ -98,7 +79,15 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
             self._store.size_bytes,
         )
         name = str(self._store.path)
-        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal, actor=actor)
+        kept = self._store.options.denials_kept
+        super().__init__(
+            groups,
+            name=name,
+            sweep_interval_s=sweep_interval_s,
+            on_fatal=on_fatal,
+            actor=actor,
+            denials_kept=kept,
+        )
 
     def announce(self, address: str) -> None:
         """Tell other processes at which address this one serves the file: their errors name it."""
@@ -111,14 +100,6 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
     def count_with_access(self) -> int:
         """Return how many live sessions have rules of access; from any thread. It looks at each live session."""
         return self._store.count_with_access()
-
-    def limit_storage(self, allowance_of: Callable[[str], Allowance]) -> None:
-        """Limit how many live sessions, and stored bytes in them, identities may have; see `quotas`.
-
-        Args:
-            allowance_of: Returns how much an identity may have. Called on the thread that writes.
-        """
-        self._groups.quotas = Quotas(allowance_of, self._store.actor_of, self._store.stored_by)
 
     @property
     def url(self) -> str:
@@ -195,57 +176,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, 
 
     def _on_close(self) -> None:
         self._retention.close()
-        if self._failed is not None:
-            return
-        try:
-            self._keep_denials()
-        except (FileChangedError, OutcomeUnknownError) as error:
-            # All that callers wait for is written: no reason to leave the file, and its lock, open.
-            _log.warning("the last refused calls are not in the file", reason=str(error))
-
-    # Refused calls
-
-    def _count_denials(self) -> None:
-        if self.denials.has_news:
-            self._on_writer(self._keep_denials)
-
-    def _on_writer(self, action: Callable[[], None]) -> None:
-        """Have the writer do something between two groups, and wait for that."""
-        done = threading.Event()
-        self._beside.append((action, done))
-        self._writer.check_soon()
-        # It may have ended.
-        done.wait(_BESIDE_S)
-
-    def _check(self) -> None:
-        super()._check()
-        while self._beside:
-            action, done = self._beside.popleft()
-            action()
-            done.set()
-        if self.denials.has_news and time.monotonic() >= self._denials_at:
-            self._keep_denials()
-
-    def _keep_denials(self) -> None:
-        """Count the refused calls in the file. While that cannot be written, memory keeps them."""
-        self._denials_at = time.monotonic() + _DENIALS_EVERY_S
-        denials = self.denials.take()
-        if not denials:
-            return
-        try:
-            self._store.keep_denials(denials, self._store.options.denials_kept)
-            self._denials_fail = False
-        except StorageError as error:
-            self.denials.give_back(denials)
-            if not self._denials_fail:
-                _log.warning("refused calls are not in the file yet", reason=error.reason)
-            self._denials_fail = True
-
-    def _forget_denials(self, before: datetime, forgotten: list[int]) -> None:
-        try:
-            forgotten.append(self._store.forget_denials(before))
-        except StorageError as error:
-            _log.warning("old refused calls were not deleted", reason=error.reason)
+        super()._on_close()
 
 
 class EmbeddedState(

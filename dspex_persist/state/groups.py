@@ -430,6 +430,11 @@ class Groups(Generic[S_co]):
 
     # Reading, from any thread
 
+    @property
+    def known(self) -> int:
+        """The last commit of the log that memory has the effects of."""
+        return self.log.sequence
+
     def cache_figures(self) -> tuple[int, int, int]:
         """Return how many sessions are in memory, how much of it they take, and how often one was found there."""
         return len(self._cache), self._cache.size_bytes, self._cache.hits

@@ -593,8 +593,11 @@ class LogWatch(Watch):
     def pull(self) -> list[Update]:
         """See `Watch.pull`."""
         while (updates := self.pull_ready()) is None:
+            # The log may have more than memory knows of, whose dependants that does not know either.
             floor = self._feed.floor
+            until = max(floor, self._groups.known)
             commits = self._groups.log.changes_after(self._current_state(), self.position)
+            commits = [commit for commit in commits if commit.sequence <= until]
             if not commits:
                 # The log has no more commits of this session up to that floor; the next ones may be in the feed.
                 self.position = max(self.position, floor)

@@ -72,7 +72,7 @@ class SharedLog(LogStore):
         Any one thread may call it, also during a group.
 
         Raises:
-            FencedError: It was too late.
+            FencedError: It was too late. The next `group` raises this, too, and begins another lease.
         """
 
     @abstractmethod

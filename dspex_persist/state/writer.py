@@ -178,7 +178,8 @@ class Writer:
         """When it last made progress, as `time.monotonic` counts. An idle one does about every second."""
         # Groups run in the same context on every thread.
         self._context = contextvars.Context()
-        self._check_asked = False
+        # Whether `check` was asked for, and whether there is a `CHECK` in the queue.
+        self._check_asked = self._check_queued = False
         self._awaited = 0
         self._gathered = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-writer", daemon=True)
@@ -222,7 +223,7 @@ class Writer:
             for entry in entries:
                 if self._closed is not None:
                     refused.append((entry, self._closed))
-                elif self._queue.qsize() - self._news_queued >= self._queue_length:
+                elif self._queue.qsize() - self._news_queued - self._check_queued >= self._queue_length:
                     refused.append((entry, QueueFullError(self._queue_length)))
                 else:
                     self._put += 1
@@ -237,7 +238,10 @@ class Writer:
 
     def check_soon(self) -> None:
         """Have the writer call `check` after what is queued now, and not only when a second is over."""
-        self._queue.put(_Sign.CHECK)
+        # One at a time is enough: others may ask for it far more often than it can be done.
+        if not self._check_queued:
+            self._check_queued = True
+            self._queue.put(_Sign.CHECK)
 
     @property
     def length(self) -> int:
@@ -407,8 +411,8 @@ class Writer:
 
     def _obey(self, sign: _Sign) -> bool:
         if sign is _Sign.CHECK:
-            self._check_asked = True
-        else:
+            self._check_asked, self._check_queued = True, False
+        elif sign is _Sign.NEWS:
             self._news_queued = False
         return sign is not _Sign.END
 

@@ -12,7 +12,7 @@ from freezegun import freeze_time
 
 import dspex_persist
 from dspex_persist.audit import DenialQuery
-from dspex_persist.state import embedded
+from dspex_persist.state import served
 from dspex_persist.state.denials import Denial, Refused
 from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.errors import InvalidArgumentError
@@ -156,7 +156,7 @@ def test_the_check_finds_impossible_rows(tmp_path: Path, change: str) -> None:
 def test_a_file_that_cannot_be_written_keeps_the_state_open_and_gets_them_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denying: Callable[[SqliteState, bool], None]
 ) -> None:
-    monkeypatch.setattr(embedded, "_DENIALS_EVERY_S", 0.0)
+    monkeypatch.setattr(served, "_DENIALS_EVERY_S", 0.0)
     with SqliteState(tmp_path / "a.db") as state, state.audit() as audit:
         denying(state, True)
         for _ in range(2):

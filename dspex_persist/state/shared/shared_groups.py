@@ -1,0 +1,224 @@
+"""SharedGroups: the sessions of a shared log, as far as this server has them in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from dspex_persist import clock
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
+from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups, Job, Outcome
+from dspex_persist.state.log_store import FencedError, MovedError, News
+from dspex_persist.state.meter import Meter
+from dspex_persist.state.options import SessionOptions
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared.server_meter import ServerMeter
+from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.unit_of_work import Drafts, UnitOfWork
+
+_logger: Final = get_logger(__name__)
+_MOST_ATTEMPTS: Final = 64
+"""How often a group is run that others keep overtaking."""
+_AWAY: Final = (OutcomeUnknownError, UnavailableError, StorageError)
+"""Errors of a log that may be reached again later."""
+
+
+class SharedGroups(Groups[SharedLog]):
+    """The sessions of a shared log, as far as this server has them in memory.
+
+    Args:
+        log: The log of this server. `close` and `abandon` close it.
+        options: Limits, TTLs and leases; the defaults if None.
+        cache_size_bytes: How much memory the cached sessions may take.
+        meter: Counts what any engine counts; None not to count.
+        server_meter: Counts what is about the other servers; None not to count.
+
+    Attributes:
+        on_known: Called on the writing thread with `known` when that has changed.
+        on_away: Called on the writing thread with the error when the log could not be followed.
+        on_fenced: Called on the writing thread after other servers have taken this one for dead. Its executions are
+            being interrupted; it has another lease now.
+    """
+
+    def __init__(
+        self,
+        log: SharedLog,
+        options: SessionOptions | None = None,
+        *,
+        cache_size_bytes: int = CACHE_SIZE_BYTES,
+        meter: Meter | None = None,
+        server_meter: ServerMeter | None = None,
+    ) -> None:
+        self._known = log.sequence
+        self.on_known: Callable[[int], None] = _nothing
+        self.on_away: Callable[[StateError], None] = _nothing
+        self.on_fenced: Callable[[], None] = lambda: None
+        self.server_meter = server_meter
+        self._is_away = self._is_fenced = False
+        self._told = log.sequence
+        self._away: tuple[type[Exception], ...] = (*_AWAY, *log.driver_errors)
+        super().__init__(log, options, cache_size_bytes=cache_size_bytes, meter=meter)
+
+    @property
+    def known(self) -> int:
+        """See `Groups.known`. The log may be further, while memory is being brought up to date."""
+        return self._known
+
+    def write_group(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
+        """See `Groups.write_group`. If it is unknown whether the group was written, all of memory is forgotten."""
+        for _ in range(_MOST_ATTEMPTS):
+            try:
+                outcomes = super().write_group(jobs, wait=wait)
+            except MovedError:
+                if self.server_meter is not None:
+                    self.server_meter.repeated()
+                continue
+            except OutcomeUnknownError as error:
+                self._forget()
+                return [Outcome(error=error) for _ in jobs]
+            except FencedError:
+                self._begin_anew()
+                reason = "other servers took this one for dead, because it had not renewed its lease"
+                return [Outcome(error=UnavailableError(reason)) for _ in jobs]
+            self._tell()
+            return outcomes
+        reason = f"other servers have overtaken it {_MOST_ATTEMPTS} times"
+        return [Outcome(error=StorageError(reason)) for _ in jobs]
+
+    def _tell(self) -> None:
+        if self.log.sequence > self._told:
+            self._told = self.log.sequence
+            self.log.tell()
+
+    # Following the others
+
+    def check(self) -> None:
+        """Follow the other servers: the poll that misses nothing."""
+        self.follow()
+
+    def follow(self) -> None:
+        """Learn what others have committed. The writer calls it between groups."""
+        try:
+            if self._is_fenced:
+                self._begin_lease()
+            news = self.log.news()
+            if news is not None:
+                self.learn(news)
+        except FencedError:
+            self._begin_anew()
+        except self._away as error:
+            self._miss(error)
+            return
+        if self._is_away:
+            self._is_away = False
+            _logger.warning("the log can be reached again")
+        self._advance(self.log.sequence)
+        self.hub.wake()
+
+    def _miss(self, error: Exception) -> None:
+        if not self._is_away:
+            self._is_away = True
+            _logger.warning("the log cannot be reached", reason=str(error))
+        self.on_away(error if isinstance(error, StateError) else UnavailableError(str(error)))
+
+    def learn(self, news: News) -> None:
+        """See `Groups.learn`. If it fails half-way, all of memory is forgotten, as the news do not come again."""
+        try:
+            super().learn(news)
+        except BaseException:
+            self._forget()
+            raise
+        if self.server_meter is not None:
+            self.server_meter.learnt(news.sequence - news.after)
+        if self.quotas is not None:
+            # Others count for themselves.
+            self.quotas.forget()
+        self._told = max(self._told, news.sequence)
+        self._advance(news.sequence)
+
+    def _catch_up(self, first: int, session_id: str, news: News) -> None:
+        state = self._cache.find(session_id)
+        if state is None:
+            return
+        after = None
+        if state.session.sequence == first and first not in news.ended:
+            after = self.log.advance(state, news.sequence)
+        if after is not None:
+            self._cache.put(session_id, after)
+        elif state.session.sequence <= first:
+            self._cache.drop(session_id)
+        if self.server_meter is not None:
+            self.server_meter.caught_up(in_place=after is not None)
+
+    def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork]) -> None:
+        super()._publish(drafts, units)
+        self._advance(self.log.sequence)
+
+    def _advance(self, sequence: int) -> None:
+        self._known = sequence
+        self.on_known(sequence)
+
+    def _forget(self) -> None:
+        """Forget all of memory: what is needed again is read from the log."""
+        super().learn(News(self._known, self.log.sequence, self._last_at, None))
+        if self.quotas is not None:
+            self.quotas.forget()
+        self._advance(self.log.sequence)
+
+    # The lease of this server
+
+    def lose_lease(self) -> None:
+        """Note that others took this server for dead; from any thread. `follow` then begins another lease."""
+        self._is_fenced = True
+
+    def _begin_lease(self) -> None:
+        # A group compares the lease, and without an `append` has no other effect.
+        with self.log.group() as news:
+            if news is not None:
+                self.learn(news)
+        self._is_fenced = False
+
+    def _begin_anew(self) -> None:
+        self._is_fenced = False
+        _logger.warning("other servers took this one for dead", reason="it had not renewed its lease")
+        if self.server_meter is not None:
+            self.server_meter.fenced()
+        self._forget()
+        self.on_fenced()
+
+    # Others may have renewed the TTL of a session, which makes no commit
+
+    def load(self, session_id: str) -> SessionState | None:
+        """See `Groups.load`."""
+        state = super().load(session_id)
+        if state is not None and state.lease is not None and state.is_over(clock.steady()):
+            expires_at = self.log.expiry_of(state)
+            if expires_at is not None:
+                lease = state.lease
+                lease.saved_expires_at = max(lease.saved_expires_at, expires_at)
+                lease.expires_at = max(lease.expires_at, expires_at + lease.slack)
+        return state
+
+    def find_loaded(self, session_id: str) -> SessionState | None:
+        """See `Groups.find_loaded`. A session that seems to have expired is for the writer."""
+        state = super().find_loaded(session_id)
+        return None if state is not None and state.is_over(clock.steady()) else state
+
+    # Servers that have died
+
+    def sweep(self) -> int:
+        """See `Groups.sweep`. It also interrupts the executions of servers that have died."""
+        try:
+            self.log.fence()
+            self._stale = dict(self.log.unfinished())
+            if self._stale and self.server_meter is not None:
+                self.server_meter.found_orphans(sum(map(len, self._stale.values())))
+            return super().sweep()
+        except FencedError:
+            self._begin_anew()
+        except self._away as error:
+            _logger.debug("not swept", reason=str(error))
+        return 0
+
+
+def _nothing(_: object) -> None:
+    pass
