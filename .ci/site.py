@@ -178,6 +178,7 @@ MODULES = {
         ("compat",),
     ),
     "dspy": Kind("DSPy", "`dspex_persist.dspy`: see [DSPy programs](../dspy.md).", ("dspy",)),
+    "optuna": Kind("Studies", "`dspex_persist.optuna`: see [Studies](../studies.md).", ("optuna",)),
 }
 """Modules with an `__all__` of their own."""
 RETURNED = {

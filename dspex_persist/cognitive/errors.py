@@ -98,6 +98,22 @@ class BoundValueError(DspexError):
 
 
 @dataclass(eq=False)
+class StudyError(DspexError):
+    """A study cannot do what it is asked for.
+
+    Attributes:
+        study: The name of the study.
+        reason: Why.
+    """
+
+    study: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"study {quote(self.study)}: {self.reason}"
+
+
+@dataclass(eq=False)
 class TypedValueError(DspexError):
     """The value of a variable is of no version that its model, or a migration, can read.
 

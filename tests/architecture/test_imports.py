@@ -22,6 +22,7 @@ PACKAGE = ROOT / "dspex_persist"
 PLANTED = [
     ("cognitive/planted.py", "import dspex_persist.state.store", "seam"),
     ("cognitive/planted.py", "import dspy", "dspy"),
+    ("cognitive/planted.py", "import optuna.samplers", "optuna"),
     ("infra/planted.py", "import dspex_persist.state.model", "layers"),
     ("state/planted.py", "", "state"),  # a module that no layer names
     ("state/commands/planted.py", "import dspex_persist.state.provider", "state"),

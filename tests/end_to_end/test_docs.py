@@ -157,6 +157,24 @@ def test_the_example_with_a_compiled_program(tmp_path: Path) -> None:
     assert "saved versions 3 and 4" in second
 
 
+def test_the_program_of_a_study_prints_what_its_page_says(tmp_path: Path) -> None:
+    (program,) = [each for each in programs_of("docs/studies.md") if each.is_whole]
+    assert "study.optimize" in program.text
+    # Optuna writes each trial to stderr.
+    assert run(program.text, tmp_path) == program.output
+
+
+def test_the_example_with_a_study(tmp_path: Path) -> None:
+    first, second = (run_python([str(EXAMPLES / "study.py"), "study.db"], tmp_path) for _ in range(2))
+    before, done, style, reason = first.splitlines()
+    assert before == "0 trials before"
+    assert done.startswith("40 trials: ")
+    assert style in ("style: plain", "style: lively")
+    assert reason.startswith("study study, trial ")
+    assert second.splitlines()[0] == "40 trials before"
+    assert second.splitlines()[1] == done
+
+
 def test_the_example_whose_temperature_another_process_turns(tmp_path: Path) -> None:
     def turn(server: ServerProcess, name: str, value: str) -> None:
         run_python(["-m", "dspex_persist", "set", "tuned", name, value, "--target", target_of(server)], tmp_path)

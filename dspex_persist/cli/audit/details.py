@@ -1,8 +1,8 @@
 """One execution in full, for people."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from dspex_persist.audit import AuditSource, ExecutionDetail, HistoryEntry, ReadEntry, lm_calls_of
 from dspex_persist.cli.audit.calls import totals_text
@@ -18,6 +18,8 @@ from dspex_persist.cli.audit.tables import entries_text, why
 from dspex_persist.cli.output import plain, plain_lines
 from dspex_persist.state.errors import NotInHistoryError, VersionNotFoundError
 from dspex_persist.state.model import REASON, LogEntry, without_reason
+
+_MOST_TOLD: Final = 20
 
 
 def show_execution(source: AuditSource, detail: ExecutionDetail, look: Renderer) -> None:
@@ -98,7 +100,9 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Ite
     yield "published", changes.lines(detail.published)
     yield "computed", changes.lines(detail.computed)
     yield "logged", (_logged(entry, look) for entry in detail.log)
-    yield "drew", (_drawn(name, drawn) for name, drawn in detail.recorded.items() if drawn and name != "lm")
+    recorded = {name: drawn for name, drawn in detail.recorded.items() if drawn and name != "lm"}
+    yield "drew", (_drawn(name, drawn) for name, drawn in recorded.items() if not _is_told(drawn))
+    yield "recorded", (line for name, drawn in recorded.items() if _is_told(drawn) for line in _told(name, drawn))
     yield "LM calls", (f"{totals_text(calls)}: --lm shows them",) if (calls := lm_calls_of(detail)) else ()
     yield "conflicts", map(str, detail.conflicts)
     yield "result", () if detail.result is None else (value_text(detail.result),)
@@ -135,6 +139,19 @@ def _logged(entry: LogEntry, look: Renderer) -> str:
 
 def _drawn(name: str, drawn: Any) -> str:
     return f"{plain(name)}: {len(drawn):,}" if isinstance(drawn, list) else f"{plain(name)}: {json.dumps(drawn)}"
+
+
+def _is_told(drawn: Any) -> bool:
+    """Whether it is a list of objects, which a client has recorded; others are counted."""
+    return isinstance(drawn, list) and all(isinstance(entry, dict) for entry in drawn)
+
+
+def _told(name: str, entries: Sequence[Any]) -> Iterator[str]:
+    # The last ones say how it ended.
+    if len(entries) > _MOST_TOLD:
+        yield f"{plain(name)}: {len(entries) - _MOST_TOLD:,} more before these"
+    for entry in entries[-_MOST_TOLD:]:
+        yield f"{plain(name)}: {json_text(entry)}"
 
 
 def _error(detail: ExecutionDetail) -> Iterator[str]:

@@ -1,0 +1,16 @@
+"""Studies with Optuna over the variables of a session: see docs/studies.md. The only package that imports Optuna."""
+
+try:
+    import optuna as _optuna  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "optuna":
+        raise
+    raise ModuleNotFoundError(
+        "this needs Optuna, which is not installed: pip install 'dspex-persist[optuna]'", name="optuna"
+    ) from None
+
+from dspex_persist.optuna.space import ConfigurationSpace
+from dspex_persist.optuna.study import Study
+from dspex_persist.optuna.trials import Trial, TrialRecord
+
+__all__ = ["ConfigurationSpace", "Study", "Trial", "TrialRecord"]
