@@ -12,7 +12,7 @@ import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -65,6 +65,8 @@ _LONGEST_QUIET_S: Final = 1.0
 # Clients may refuse trailing metadata above 8 KiB, and then report RESOURCE_EXHAUSTED instead of the status.
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
+# So long may somebody take to ask for the health, who need not say who it is. A request may be large.
+_STRANGERS_S: Final = 2.0
 # How a call ended, for a meter.
 _OK, _GIVEN_UP, _TOO_LATE = "OK", "CANCELLED", "DEADLINE_EXCEEDED"
 
@@ -115,10 +117,13 @@ class Service:
     messages) and the gRPC context. For a single answer it is a coroutine function. For a stream it is an async
     generator function, or a coroutine function that calls `context.write(message)`, which can limit its wait for a
     slow client with `asyncio.timeout`. An rpc without a method is answered with UNIMPLEMENTED.
+
+    `read_within_s` limits how long a client may take to send a request, for services that admit strangers.
     """
 
     descriptor: ServiceDescriptor
     servicer: object
+    read_within_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +141,18 @@ Admit: TypeAlias = Callable[[str, Context, "asyncio.Task[Any] | None"], Admissio
 """Admits a call of an rpc, or raises. For a stream, it gets the task, and may end the stream later: see `Admission`."""
 
 
+MayBeAdmitted: TypeAlias = Callable[[str, Sequence[Metadatum]], bool]
+"""Whether a call of an rpc with these headers may be admitted, as far as they say. `Admit` decides."""
+
+
 def admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -> None:
     """Admit everybody."""
     return
+
+
+def may_all(_rpc: str, _headers: Sequence[Metadatum]) -> bool:
+    """Say that everybody may be admitted."""
+    return True
 
 
 @dataclass(eq=False)
@@ -149,6 +163,14 @@ class UnreadableRequestError(DspexError):
 
     def __str__(self) -> str:
         return f"the request is not a valid {self.message_type} message"
+
+
+@dataclass(eq=False)
+class NoRequestError(DspexError):
+    """A call came without a request, or the request took too long."""
+
+    def __str__(self) -> str:
+        return "the call has no request, or did not send it in time"
 
 
 @dataclass(eq=False)
@@ -171,6 +193,7 @@ async def serve(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
     admit: Admit = admit_all,
+    may_be_admitted: MayBeAdmitted = may_all,
     meter: CallMeter | None = None,
     spans: CallSpans | None = None,
     is_fit: Callable[[], bool] = lambda: True,
@@ -190,6 +213,8 @@ async def serve(
         belongs: Whether a late call belongs to a call in progress, which may be waiting for it, and so is accepted.
         admit: Called first for each call, also of health and reflection, with the full name of the rpc; what it raises
             refuses the call.
+        may_be_admitted: Asked before a request is read. Of calls that have no chance, it is not read: it may have
+            `max_message_bytes`, and strangers could send thousands at a time.
         meter: Counts all calls, also those that are refused.
         spans: How calls are traced, but those of health and reflection, which others make all the time.
         is_fit: Whether the process can do its work; if not, health answers NOT_SERVING.
@@ -206,9 +231,10 @@ async def serve(
     calls, own_calls = _Calls(status_of, draining, belongs, admit), _Calls(status_of, admit=admit)
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
-    handlers = [_handler_of(service, calls, meter, options.listen, spans) for service in services]
+    handlers = [_Handlers(service, calls, may_be_admitted, meter, options.listen, spans) for service in services]
     handlers += [
-        _handler_of(service, own_calls, meter) for service in _own_services(options, services, draining, is_fit)
+        _Handlers(service, own_calls, may_be_admitted, meter)
+        for service in _own_services(options, services, draining, is_fit)
     ]
     server.add_generic_rpc_handlers(tuple(handlers))
     port = _bind(server, address, options.certificates)
@@ -421,7 +447,7 @@ class _Calls:
         raise AssertionError("abort always raises")
 
     def _status(self, rpc: str, error: Exception) -> RpcStatus:
-        if isinstance(error, UnreadableRequestError):
+        if isinstance(error, UnreadableRequestError | NoRequestError):
             return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
             known = self._status_of(error)
@@ -487,23 +513,46 @@ def _fitting_trailers(metadata: tuple[Metadatum, ...]) -> tuple[Metadatum, ...]:
 # --- From descriptors to handlers ---
 
 
-def _handler_of(
-    service: Service, calls: _Calls, meter: CallMeter | None, listen: str = "", spans: CallSpans | None = None
-) -> grpc.GenericRpcHandler:
-    made, handlers = tracer(), dict[str, Handler]()
-    for method in service.descriptor.methods:
-        traced = None if made is None or spans is None else TracedRpc(method.full_name, listen, spans, made)
-        handlers[method.name] = _handler(method, service.servicer, calls, meter, traced)
-    return grpc.method_handlers_generic_handler(service.descriptor.full_name, handlers)
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
+    """The handlers of a service."""
+
+    def __init__(
+        self,
+        service: Service,
+        calls: _Calls,
+        may_be_admitted: MayBeAdmitted,
+        meter: CallMeter | None,
+        listen: str = "",
+        spans: CallSpans | None = None,
+    ) -> None:
+        made = tracer()
+        self._may_be_admitted = may_be_admitted
+        # By path: the name of the rpc, and two handlers. The second one reads no request before the call is admitted.
+        self._rpcs: dict[str, tuple[str, Handler, Handler]] = {}
+        for method in service.descriptor.methods:
+            traced = None if made is None or spans is None else TracedRpc(method.full_name, listen, spans, made)
+            rpc = _rpc_of(method, service.servicer, calls, meter, traced)
+            unread = _stream_stream(rpc if method.client_streaming else _reading(rpc, service.read_within_s))
+            usual = unread if service.read_within_s is not None else _handler(method, rpc)
+            path = f"/{service.descriptor.full_name}/{method.name}"
+            self._rpcs[path] = method.full_name, usual, unread
+
+    def service(self, details: Any) -> "Handler | None":
+        """Return the handler for a call; None if it is of another service."""
+        found = self._rpcs.get(details.method)
+        if found is None:
+            return None
+        name, handler, unread = found
+        return handler if self._may_be_admitted(name, details.invocation_metadata) else unread
 
 
-def _handler(
+def _rpc_of(
     method: MethodDescriptor, servicer: object, calls: _Calls, meter: CallMeter | None, traced: TracedRpc | None
-) -> Handler:
+) -> "_Rpc":
     run = getattr(servicer, method.name, None) or _unimplemented(method)
     _check_kind(method, run)
     parse = _parser(GetMessageClass(method.input_type))
-    rpc = _Rpc(
+    return _Rpc(
         name=method.full_name,
         run=run,
         parse=parse if traced is None else traced.parser(parse),
@@ -512,9 +561,32 @@ def _handler(
         meter=None if meter is None else _meter_of(method, meter),
         around=(lambda handle: handle) if traced is None else traced.handler,
     )
+
+
+def _handler(method: MethodDescriptor, rpc: "_Rpc") -> Handler:
     if method.client_streaming:
         return _stream_stream(rpc)
     return _unary_stream(rpc) if method.server_streaming else _unary_unary(rpc)
+
+
+def _reading(rpc: "_Rpc", within_s: float | None) -> "_Rpc":
+    """Return an rpc that takes a stream of requests, reads the only one, and answers it as another one does."""
+
+    async def run(requests: AsyncIterator[Any], context: Context) -> None:
+        try:
+            async with asyncio.timeout(within_s):
+                request = await anext(requests)
+        except (StopAsyncIteration, TimeoutError) as error:
+            raise NoRequestError() from error
+        answer = rpc.run(request, context)
+        if inspect.isasyncgen(answer):
+            async with aclosing(answer):
+                async for response in answer:
+                    await context.write(response)
+        elif (response := await answer) is not None:
+            await context.write(response)
+
+    return replace(rpc, run=run)
 
 
 def _meter_of(method: MethodDescriptor, meter: CallMeter) -> RpcMeter:
@@ -593,11 +665,15 @@ def _unary_stream(rpc: _Rpc) -> Handler:
         request = b""
         await answer(rpc, context, received, lambda _: rpc.parse(received.pop()))
 
+    return grpc.unary_stream_rpc_method_handler(rpc.around(handle), response_serializer=_serializer(rpc))
+
+
+def _serializer(rpc: _Rpc) -> Callable[[Any], bytes]:
     def serialize(message: Any) -> bytes:
         # A message for many streams is already serialized, once for all of them.
         return message if isinstance(message, bytes) else rpc.serialize(message)
 
-    return grpc.unary_stream_rpc_method_handler(rpc.around(handle), response_serializer=serialize)
+    return serialize
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:
@@ -606,7 +682,7 @@ def _stream_stream(rpc: _Rpc) -> Handler:
     async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
         await answer(rpc, context, [], lambda context: _messages_of(rpc, context))
 
-    return grpc.stream_stream_rpc_method_handler(rpc.around(handle), response_serializer=rpc.serialize)
+    return grpc.stream_stream_rpc_method_handler(rpc.around(handle), response_serializer=_serializer(rpc))
 
 
 async def _messages_of(rpc: _Rpc, context: Context) -> AsyncIterator[Any]:
@@ -724,7 +800,7 @@ def _own_services(
     find = descriptor_pool.Default().FindServiceByName
     health = find("grpc.health.v1.Health")
     names = [*(service.descriptor.full_name for service in services), health.full_name]
-    own = [Service(health, _Health(names, draining, is_fit))]
+    own = [Service(health, _Health(names, draining, is_fit), read_within_s=_STRANGERS_S)]
     if options.reflection:
         own.append(Service(find("grpc.reflection.v1alpha.ServerReflection"), _Reflection(names, draining)))
     return own

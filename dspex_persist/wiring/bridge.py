@@ -79,7 +79,9 @@ class Bridge:
         self._ready = threading.Event()
         self._note_denial = _counting(engine.denials.note, engine.meter)
         self._denials = Denials(self._note_denial)
-        self._users, self._admit = self._admission()
+        access = access_of(security, self._denials)
+        self._may_be_admitted = server.may_all if access is None else access.may_be_admitted
+        self._users, self._admit = self._admission(server.admit_all if access is None else access.admit)
         self._capabilities = None if security.tokens is None else Capabilities()
         if security.tokens is not None:
             engine.limit_storage(security.tokens.allowance_of)
@@ -121,10 +123,8 @@ class Bridge:
             pools=self._pools.statistics,
         )
 
-    def _admission(self) -> tuple[SameUser | None, server.Admit]:
+    def _admission(self, admit: server.Admit) -> tuple[SameUser | None, server.Admit]:
         """Return what has to know the port, and what admits calls."""
-        access = access_of(self._security, self._denials)
-        admit = server.admit_all if access is None else access.admit
         address = parse_listen(self._listen)
         if self._settings.same_user and isinstance(address, TcpAddress):
             users = SameUser(address.host, self._denials, admit)
@@ -225,6 +225,7 @@ class Bridge:
             is_fit=lambda: self._engine.silent_s <= _STUCK_S,
             belongs=self._servicer.belongs,
             admit=self._admit,
+            may_be_admitted=self._may_be_admitted,
             meter=calls,
             spans=OF_CLIENTS,
         )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest.mock import Mock
 
@@ -113,6 +114,29 @@ def test_every_rpc_with_every_kind_of_token(served: ServedDatabase) -> None:
                 if not right or code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
                     wrong.append((name, kind, code))
     assert not wrong
+
+
+def test_the_request_of_a_call_without_a_chance_is_not_read(served: ServedDatabase) -> None:
+    """It may be large: it is not even waited for."""
+    released = Event()
+
+    def nothing() -> Iterator[bytes]:
+        released.wait(within(20))
+        yield from ()
+
+    wrong = (("authorization", "Bearer wrong"),)
+    too_little = (("authorization", f"Bearer {TOKENS['read']}"),)
+    with grpc.insecure_channel(served.target) as channel:
+        for name, method in METHODS.items():
+            if SCOPE_OF[name] in ("", "read", "any"):
+                continue
+            path = f"/{method.containing_service.full_name}/{method.name}"
+            for metadata, code in (((), REFUSED[0]), (wrong, REFUSED[0]), (too_little, REFUSED[1])):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.stream_unary(path)(nothing(), timeout=within(20), metadata=metadata)
+                error: Any = caught.value
+                assert error.code() is code, name
+    released.set()
 
 
 def test_the_errors_say_what_to_do(served: ServedDatabase) -> None:

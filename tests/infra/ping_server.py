@@ -129,14 +129,15 @@ class Pinger:
             self._changed.notify_all()
 
 
-async def run(options: ServerOptions) -> None:
+async def run(options: ServerOptions, *, admit_first: bool, read_within_s: float | None) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     pinger = Pinger()
     await serve(
         options,
-        [Service(ping.DESCRIPTOR, pinger)],
+        [Service(ping.DESCRIPTOR, pinger, read_within_s)],
         status_of=status_of,
+        may_be_admitted=lambda *_: not admit_first,
         on_ready=lambda port: print(f"GRPC_READY:{port}", flush=True),
         stop=stop,
         on_drain=pinger.drain,
@@ -153,6 +154,8 @@ def main() -> int:
     parser.add_argument("--client-ping-interval-s", type=float, default=5.0)
     parser.add_argument("--streams-per-connection", type=int, default=1000)
     parser.add_argument("--handshake-timeout-s", type=float, default=20.0)
+    parser.add_argument("--admit-first", action="store_true")
+    parser.add_argument("--read-within-s", type=float)
     arguments = parser.parse_args()
     configure_logs("info", "json")
     options = ServerOptions(
@@ -166,7 +169,7 @@ def main() -> int:
         handshake_timeout_s=arguments.handshake_timeout_s,
     )
     try:
-        asyncio.run(run(options))
+        asyncio.run(run(options, admit_first=arguments.admit_first, read_within_s=arguments.read_within_s))
     except ListenError as error:
         print(error, file=sys.stderr)
         return REFUSED

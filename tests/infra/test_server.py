@@ -3,6 +3,8 @@
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -45,6 +47,41 @@ def test_a_message_above_the_limit_is_refused(start_server: StartServer, open_ch
     client = PingClient(open_channel(f"127.0.0.1:{server.port}"))
     assert client("Ping", "x" * 900) == "x" * 900
     assert client.error("Ping", "x" * 1001).code() is StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("how", ["--admit-first", "--read-within-s=20"])
+def test_a_call_that_is_admitted_before_its_request_is_read_is_answered_alike(
+    start_server: StartServer, open_channel: OpenChannel, how: str
+) -> None:
+    server = start_server(how)
+    client = PingClient(open_channel(f"127.0.0.1:{server.port}"))
+    assert client("Ping", "x" * MIB) == "x" * MIB
+    assert [message.value for message in client("CountTo", 100)] == list(range(100))
+    codes = [client.error(name, text).code() for name, text in (("Fail", "a"), ("Fail", "abort"), ("Missing", ""))]
+    assert codes == [StatusCode.FAILED_PRECONDITION, StatusCode.DATA_LOSS, StatusCode.UNIMPLEMENTED]
+    assert client.error("Ping", _NOT_A_MESSAGE).code() is StatusCode.INVALID_ARGUMENT
+    assert next(client("Idle", "x")).value == "x"
+    flood = client("Flood", 10)
+    assert next(flood).value == "x" * 10
+    flood.cancel()
+    assert server.terminate(10) == 0
+
+
+def test_a_request_that_takes_too_long_is_not_waited_for(start_server: StartServer, open_channel: OpenChannel) -> None:
+    server, released = start_server("--read-within-s=0.1"), threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        released.wait(within(20))
+        yield from ()
+
+    channel = open_channel(f"127.0.0.1:{server.port}")
+    for requests in (nothing(), iter(())):
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.stream_unary(f"/{ping.SERVICE}/Ping")(requests, timeout=within(20))
+        error: Any = caught.value
+        assert error.code() is StatusCode.INVALID_ARGUMENT
+        assert error.details() == "the call has no request, or did not send it in time"
+    released.set()
 
 
 # --- Refusals ---

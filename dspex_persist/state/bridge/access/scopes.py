@@ -103,6 +103,9 @@ SCOPE_OF: Final[Mapping[str, str]] = {
 """The scope that an rpc takes, by its full name. An rpc that is missing here takes "admin"."""
 
 
+Headers: TypeAlias = Sequence[tuple[str, str | bytes]]
+"""The headers of a call."""
+
 Find: TypeAlias = Callable[[], Identity]
 """Returns who makes a call, or raises `UnauthenticatedError`."""
 
@@ -174,6 +177,26 @@ class Access:
             self._look_later()
         return admission
 
+    def may_be_admitted(self, rpc: str, headers: Headers) -> bool:
+        """Return whether a call may be admitted, as far as its headers say: whether its request is worth reading.
+
+        Args:
+            rpc: The full name of the rpc.
+            headers: The headers of the call.
+        """
+        scope, tokens = SCOPE_OF.get(rpc, ADMIN), self._tokens
+        if scope == _OPEN or tokens is None:
+            return True
+        try:
+            token = _token_of(headers)
+        except UnauthenticatedError:
+            return False
+        if token is None:
+            # Its certificate decides.
+            return self._certified
+        identity = tokens.look_up(digest_of(token))
+        return identity is not None and not identity.has_expired and (scope == _ANY or identity.may(scope))
+
     def _ended(self, counted: Identity | None, admission: Admission) -> None:
         self._streams.pop(admission, None)
         if counted is not None:
@@ -184,7 +207,7 @@ class Access:
     def _finder(self, context: Any) -> Find:
         """Return what finds out who makes a call, now and later."""
         tokens = self._tokens
-        if tokens is not None and (token := _token_of(context)) is not None:
+        if tokens is not None and (token := _token_of(context.invocation_metadata() or ())) is not None:
             return partial(_owner_of_token, tokens, digest_of(token))
         if not self._certified:
             raise UnauthenticatedError("the call has no token, and this server demands one")
@@ -268,8 +291,8 @@ def names_of(facts: Mapping[str, Iterable[bytes]]) -> list[str]:
     return [name for name in (each.decode(errors="replace") for each in contents) if name]
 
 
-def _token_of(context: Any) -> str | None:
-    given = [content for key, content in context.invocation_metadata() or () if key == "authorization"]
+def _token_of(headers: Headers) -> str | None:
+    given = [content for key, content in headers if key == "authorization"]
     if not given:
         return None
     if len(given) > 1:
