@@ -301,7 +301,11 @@ class _Pages:
             self._closed = True
 
     def _metrics(self, request: "_Handler") -> _Page:
-        encode, kind = choose_encoder(request.headers.get("Accept") or "")
+        try:
+            encode, kind = choose_encoder(request.headers.get("Accept") or "")
+        except (TypeError, ValueError):
+            # A version that is no number.
+            encode, kind = choose_encoder("")
         content = encode(self._registry)
         headers = {"Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding") or ""):

@@ -39,6 +39,7 @@ from dspex_persist.state.errors import (
     DependencyCycleError,
     ExecutionNotFoundError,
     InvalidArgumentError,
+    LimitExceededError,
     NotInHistoryError,
     RuleViolatedError,
     SessionNotFoundError,
@@ -234,7 +235,7 @@ def _comparable(outcome: Outcome, session: str) -> Any:
     text = json.dumps(outcome).replace(session, "SESSION")
     document = json.loads(text)
     if isinstance(document[2], dict):
-        for name in ("server_time", "sequence", "pools"):
+        for name in ("server_time", "sequence", "pools", "execution_time_ms"):
             document[2].pop(name, None)
         if isinstance(document[2].get("next"), dict):
             document[2].pop("next")
@@ -680,6 +681,25 @@ def test_names_and_ids_of_what_is_hidden_are_as_if_unknown(states: dict[str, Bri
                 list(audit.iterate(CommitQuery(since=execution_id)))
 
 
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("rpc", ["RecordSession", "GetContentHash"])
+def test_a_wrong_beginning_of_a_hidden_session_tells_nothing(
+    served: ServedDatabase, states: dict[str, BridgedState], session: str, rpc: str, ended: bool
+) -> None:
+    if ended:
+        states["ann"].cleanup_session(session)
+    method = METHODS[f"dspex.persist.v1.AuditService.{rpc}"]
+    channel = channel_to(served.target)
+    open_method: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
+    request: Any = GetMessageClass(method.input_type)(session=session, started=1)
+    options: Any = {"timeout": within(20), "metadata": (("authorization", "Bearer eve"),)}
+    call_it = open_method(f"/dspex.persist.v1.AuditService/{rpc}")
+    with pytest.raises(grpc.RpcError) as refused:
+        list(call_it(request.SerializeToString(), **options))
+    error: Any = refused.value
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, f"no session '{session}' in the history")
+
+
 def test_metadata_of_hidden_sessions_cannot_be_searched(states: dict[str, BridgedState]) -> None:
     """A page that is full does not tell whether something hidden would follow."""
     numbers = [next(NUMBERS) for _ in range(3)]
@@ -882,6 +902,17 @@ def test_an_outcome_belongs_to_who_may_read_it(states: dict[str, BridgedState], 
     assert states["ann"].set_variable(session, "pub_own", 1, idempotency_key="write") == 1
     assert execute(states["bob"], session, 3, idempotency_key="key") == 6
     assert states["ann"].get_value(session, "secret") == 6
+
+
+def test_a_key_of_a_guest_may_be_as_long_as_one_of_the_owner(states: dict[str, BridgedState], session: str) -> None:
+    long = "k" * 255
+    for _ in range(2):
+        assert states["ann"].set_variable(session, "pub_own", 1, idempotency_key=long) == 1
+        assert states["bob"].set_variable(session, "pub_own", 2, idempotency_key=long) == 2
+        assert states["bob"].set_variable(session, "pub_own", 3, idempotency_key=f"{long[1:]}x") == 3
+        assert execute(states["bob"], session, 3, idempotency_key=long) == 6
+    with pytest.raises(LimitExceededError):
+        states["bob"].set_variable(session, "pub_own", 4, idempotency_key=f"{long}k")
 
 
 def test_the_page_about_security_shows_rules_that_work(states: dict[str, BridgedState]) -> None:

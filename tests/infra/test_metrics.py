@@ -148,6 +148,11 @@ def test_it_speaks_the_formats_that_prometheus_asks_for(serve: Serve) -> None:
     assert b"t_total 1.0" in gzip.decompress(answer.read())
 
 
+def test_an_accept_header_that_means_nothing_gets_the_usual_format(serve: Serve) -> None:
+    answer = get(serve(gauge("g", "G.", 2)).url, Accept="application/openmetrics-text;version=next;q=9")
+    assert (answer.status, b"g 2.0\n" in answer.read()) == (200, True)
+
+
 def test_a_part_that_cannot_be_read_leaves_the_others(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     def broken() -> Iterable[Family]:
         raise RuntimeError("the disk is full")

@@ -62,6 +62,7 @@ def test_admin_has_all_scopes_and_no_other_scope_has_another() -> None:
         ("a read sha256:12", "64 hexadecimal digits"),
         (f"a read {'0' * 64}", "64 hexadecimal digits"),
         (line("a", "read", "x") + line("b", "admin", "x"), "line 2: the token of another line"),
+        ("a read cert:spiffe://x/a#b", "line 1: a comment begins within the name of a certificate"),
     ],
 )
 def test_a_line_that_is_wrong_at_the_start(path: Path, text: str, reason: str) -> None:

@@ -308,6 +308,9 @@ def _read(path: Path) -> tuple[Lines, list[str]]:
         if not text:
             continue
         try:
+            if text[-1].lower().startswith(_CERTIFICATE) and f"{text[-1]}#" in line:
+                # Without its end, the name would be that of another certificate.
+                raise ValueError("a comment begins within the name of a certificate: put a space before #")
             digest, identity = _parsed(text)
         except ValueError as error:
             faults.append(f"line {number}: {error}")

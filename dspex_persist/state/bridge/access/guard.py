@@ -5,6 +5,7 @@ allow to read. Workers of pools call at addresses of their own, which have no gu
 """
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -523,17 +524,24 @@ class _Call:
         kept = tuple(entry for entry in self._metadata if entry[0].removesuffix(BINARY) != header)
         self._metadata = kept if text is None else (*kept, (header + BINARY, text.encode(errors="replace")))
 
-    def use_own_keys(self, identity: Identity, request: Any) -> None:
+    def use_own_keys(self, identity: Identity, request: Any, longest: int) -> None:
         """Keep the idempotency keys of an identity apart from those of others: it may not read their outcomes."""
-        own = f"{identity.name}{_SEPARATOR}"
+
+        def own(key: str) -> str:
+            kept = f"{identity.name}{_SEPARATOR}{key}"
+            if len(kept) > longest >= len(key):
+                # It would be too long with the name.
+                kept = f"{identity.name}{_SEPARATOR}{hashlib.sha256(key.encode(errors='replace')).hexdigest()}"
+            return kept
+
         self._metadata = tuple(
-            (key, own + content if isinstance(content, str) else own.encode() + content)
+            (key, own(content) if isinstance(content, str) else own(content.decode(errors="replace")).encode())
             if key.removesuffix(BINARY) == IDEMPOTENCY_KEY
             else (key, content)
             for key, content in self._metadata
         )
         if _TOOL_NAME in request.DESCRIPTOR.fields_by_name and request.metadata.get(KEY_IN_METADATA):
-            request.metadata[KEY_IN_METADATA] = own + request.metadata[KEY_IN_METADATA]
+            request.metadata[KEY_IN_METADATA] = own(request.metadata[KEY_IN_METADATA])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -681,7 +689,7 @@ class Guard:
             await self._check(rpc, kind, ask, call)
             call.access = ask.access
             if not ask.grants.everything:
-                call.use_own_keys(identity, request)
+                call.use_own_keys(identity, request, self._limits.name_length)
             if watches:
                 self._permit(rpc, call, whole=True)
             try:
@@ -760,7 +768,8 @@ class Guard:
         lives = await asyncio.to_thread(self._lives.all_of, ask.session_id)
         started = ask.request.started if _has(ask.request, "started") else None
         if ask.rpc in _ONE_LIFE:
-            lives = [life for life in lives if life.began == started] if started is not None else lives[-1:]
+            # Whoever names a beginning that is none hears which one is, so that all of them count.
+            lives = [life for life in lives if life.began == started] or lives if started is not None else lives[-1:]
         least = [grants_of(life.access, ask.identity) for life in lives]
         if least:
             # What it may do with the session of which it may do least.
