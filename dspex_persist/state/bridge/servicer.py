@@ -58,7 +58,9 @@ class BridgeServicer(ToolRpcs):
 
     async def InitializeSession(self, request: pb.InitializeSessionRequest, context: Context) -> Any:
         response = await self.answer(INITIALIZE_SESSION, request, context)
-        for name, tool in (await self._available_tools(request.session_id, self._call(context))).items():
+        call = self._call(context)
+        await self._learn(request.session_id, call)
+        for name, tool in (await self._available_tools(request.session_id, call)).items():
             response.available_tools[name].CopyFrom(tool)
         return fitting(response, self._max_message_bytes)
 

@@ -77,6 +77,7 @@ class ToolRpcs(Calls):
         call = self._call(context)
         question = rpcs.LIST_TOOLS.command_of(request, call)
         if question.every:
+            await self._learn(question.session_id, call)
             tools = list((await self._available_tools(question.session_id, call)).values())
         else:
             tools = [codec.tool_message(tool.spec, tool.where) for tool in self._exposed()]
@@ -98,6 +99,7 @@ class ToolRpcs(Calls):
         known = await self._read(commands.ListTools(request.session_id), call)
         if any(known.get(tool.spec.name) != tool for tool in tools):
             await self._submit(replace(command, worker_id=worker, tools=tools), call.origin("RegisterTools"))
+        self._runner.of_pools.note(tools)
         ids = {each.name: f"{request.session_id}:{each.name}" for each in request.tools}
         return pb.RegisterToolsResponse(success=True, tool_ids=ids)
 
@@ -157,6 +159,11 @@ class ToolRpcs(Calls):
 
     def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
+
+    async def _learn(self, session_id: str, call: Call) -> None:
+        """Have pools that have not told yet tell which tools they have, unless one of their workers wants to know."""
+        if session_id and call.header(EXECUTION_ID) is None:
+            await self._runner.of_pools.learn(session_id, call.origin("GetExposedElixirTools"))
 
     async def _available_tools(self, session_id: str, call: Call) -> dict[str, pb.ToolSpec]:
         """All tools that the session can execute, by name; without a session, the server's own tools."""

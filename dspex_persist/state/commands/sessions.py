@@ -139,12 +139,18 @@ class ResumeSession(Command[SessionView | None]):
 
 @dataclass(frozen=True, slots=True)
 class GetSession(Command[SessionSummary]):
-    """Return a summary of the session."""
+    """Return a summary of the session.
+
+    Attributes:
+        besides: The names of tools that it has besides those that workers have registered for it.
+    """
+
+    besides: frozenset[str] = frozenset()
 
     def apply(self, uow: UnitOfWork) -> SessionSummary:
         state = uow.session(self.session_id)
-        session = state.session
-        return SessionSummary(session.id, session.metadata, session.created_at, len(state.variables), len(state.tools))
+        session, tools = state.session, len(state.tools.keys() | self.besides)
+        return SessionSummary(session.id, session.metadata, session.created_at, len(state.variables), tools)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from dspex_persist.infra import tracing
@@ -66,6 +65,7 @@ from dspex_persist.state.tools.failures import (
     status_of,
 )
 from dspex_persist.state.tools.home import Home
+from dspex_persist.state.tools.of_pools import Asked, ToolsOfPools
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING, result_value
@@ -79,7 +79,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
-_MOST_ASKED: Final = 10_000
 _REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (
@@ -90,12 +89,6 @@ _REFUSALS: Final = (
     SessionBusyError,
 )
 """Errors of a request that is refused before an execution begins."""
-
-
-class Asked(Protocol):
-    """A pool that can be asked for its tools; see `PoolPort`."""
-
-    async def ask(self, session_id: str, origin: Origin) -> None: ...
 
 
 class ToolRunner:
@@ -114,6 +107,10 @@ class ToolRunner:
         budget: What the recorded LM calls of each session may use.
         meter: Counts executions and LM calls; None not to count.
         pools: Pools whose workers may have tools that they register only when they are called for a session.
+
+    Attributes:
+        tools: The tools of this process, by name.
+        of_pools: What those pools have told.
     """
 
     def __init__(
@@ -129,9 +126,7 @@ class ToolRunner:
         pools: Iterable[Asked] = (),
     ) -> None:
         self._meter = meter
-        self._pools = tuple(pools)
-        # By session and its begin.
-        self._asking: dict[tuple[str, datetime], asyncio.Future[list[BaseException | None]]] = {}
+        self.of_pools = ToolsOfPools(pools, limits.tools_per_session)
         self.store = store
         self.tools = dict(tools)
         self.limits = limits
@@ -196,10 +191,10 @@ class ToolRunner:
     def available(self, registered: Mapping[str, RegisteredTool]) -> dict[str, RunnableTool]:
         """Return all tools that can be executed, by name: those of this process, and the registered ones.
 
-        A tool of this process has precedence over a registered one with the same name.
+        A tool of this process has precedence over a registered one with the same name, and that over one of a pool.
         """
-        others = {name: self._registered(tool) for name, tool in registered.items() if name not in self.tools}
-        return self.tools | others
+        others = {**self.of_pools.known, **registered}
+        return self.tools | {name: self._registered(tool) for name, tool in others.items() if name not in self.tools}
 
     def figures(self) -> RunnerFigures:
         """Return what runs now; from any thread."""
@@ -393,25 +388,11 @@ class ToolRunner:
             return await self._find_tool(request)
         except ToolNotFoundError:
             # A tool that waits for this one may hold the worker; and it has been called for the session.
-            if asker_id is not None or not self._pools:
+            if asker_id is not None or not self.of_pools:
                 raise
-        await self._ask_pools(request)
-        return await self._find_tool(request)
-
-    async def _ask_pools(self, request: ToolRequest) -> None:
-        """Have the pools register what they have for a session, once in its life, and wait for that."""
         view = await self._submit(commands.GetSession(request.session_id), request.origin)
-        session = request.session_id, view.created_at
-        asking = self._asking.get(session)
-        if asking is None:
-            while len(self._asking) >= _MOST_ASKED:
-                del self._asking[next(iter(self._asking))]
-            asks = (pool.ask(request.session_id, request.origin) for pool in self._pools)
-            asking = self._asking[session] = asyncio.gather(*asks, return_exceptions=True)
-        await asyncio.wait((asking,))
-        if any(isinstance(each, BaseException) for each in asking.result()) and self._asking.get(session) is asking:
-            # They are asked again, for example when there is a worker.
-            del self._asking[session]
+        await self.of_pools.ask_for(request.session_id, view.created_at, request.origin)
+        return await self._find_tool(request)
 
     async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)
@@ -419,9 +400,9 @@ class ToolRunner:
             # Without a round trip to the store: BeginExecution checks that the session exists.
             return own
         registered = await self._submit(commands.ListTools(request.session_id), request.origin)
-        tool = registered.get(request.tool)
+        tool = registered.get(request.tool) or self.of_pools.known.get(request.tool)
         if tool is None:
-            names = sorted({*self.tools, *registered})
+            names = sorted({*self.tools, *registered, *self.of_pools.known})
             hint = did_you_mean(closest(request.tool, names), spell=str)
             hint = hint or f"there are: {', '.join(names[:20]) or 'none'}"
             raise ToolNotFoundError(request.tool, hint)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar, Unpack
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.futures import failed, mapped
+from dspex_persist.infra.futures import failed
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import StreamsTools, Transaction, Transacts, new_recording_id
@@ -167,9 +167,8 @@ class WithTools(Around, StreamsTools, Transacts):
         return self.provider.submit(replace(command, reserved=frozenset(self.runner.tools)), origin)
 
     def _get_session(self, command: commands.GetSession, origin: Origin) -> Future[Any]:
-        count = len(self.runner.tools)
-        future = self.provider.submit(command, origin)
-        return mapped(future, lambda summary: replace(summary, tool_count=summary.tool_count + count))
+        names = frozenset((*self.runner.tools, *self.runner.of_pools.known))
+        return self.provider.submit(replace(command, besides=names), origin)
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """List the tools of this process and, for a session, those that its workers have registered."""
@@ -177,7 +176,8 @@ class WithTools(Around, StreamsTools, Transacts):
         arguments.text("session_id", session_id)
         own = self.runner.tools
         registered = self.provider.run(commands.ListTools(session_id)) if session_id else {}
-        theirs = (tool.spec for name, tool in registered.items() if name not in own)
+        others = {**self.runner.of_pools.known, **registered}
+        theirs = (tool.spec for name, tool in others.items() if name not in own)
         return (*(tool.spec for tool in own.values()), *theirs)
 
     def stream_tool(
