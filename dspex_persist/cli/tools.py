@@ -1,4 +1,4 @@
-"""dspex-persist tools: lists the tools of modules and of a running server."""
+"""dspex-persist tools: lists the tools of modules and of a running server, and takes those of a worker away."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from dspex_persist.cli.groups import Json, new_group
+from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
 from dspex_persist.cli.places import url_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 10.0
 """How long a server may take to answer, in seconds."""
 
-app = new_group("List tools: functions that a server runs for its clients, each call one transaction.")
+app = new_group("List tools: functions that a server runs for its clients, each call one transaction; unregister some.")
 
 Modules = Annotated[
     list[str] | None,
@@ -71,9 +71,17 @@ class Listed:
     circuit: str | None = None
 
 
-@app.callback()
-def _group() -> None:
-    """Make this a group, although it has only one command."""
+@dataclass(eq=False)
+class NoSuchWorkerError(DspexError):
+    """A session has no tools that a worker of this name has registered."""
+
+    session_id: str
+    worker_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} has no tools of a worker {self.worker_id!r}: tools list --session says whose"
+        )
 
 
 @app.command(
@@ -116,6 +124,54 @@ def list_tools(
         say_json({"ok": True, "tools": [_document(each) for each in listed]})
     else:
         _show(listed, target, session)
+
+
+@app.command(
+    "unregister",
+    help=(
+        "Take the tools away that a worker has registered for a session, such as one that will not come back.\n\n"
+        "Calls of them fail with UNKNOWN_TOOL from then on, instead of UNAVAILABLE; those in progress go on. A worker "
+        "that still runs may register them again. The token must have the scope admin.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist tools unregister worker-1 --session s1 --target 127.0.0.1:50051\n\n"
+        "[bold]Exit codes[/bold]\n\n"
+        "0  success\n\n"
+        "1  the server cannot be reached, or has no such session; or no tool of the worker is registered for it\n\n"
+        "2  wrong usage, or an invalid setting\n\n"
+    ),
+)
+def unregister(
+    worker: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKER", show_default=False, help="How the worker is called: tools list --session says that."
+        ),
+    ],
+    target: Annotated[
+        str, typer.Option("--target", metavar="ADDRESS", show_default=False, help="HOST:PORT, unix:PATH or a URL.")
+    ],
+    session: Annotated[str, typer.Option("--session", metavar="ID", show_default=False, help="The session.")],
+    as_json: Json = False,
+) -> None:
+    """Take tools away."""
+
+    def work(_: object) -> dict[str, Any]:
+        from dspex_persist.state.commands import RegisterTools
+        from dspex_persist.wiring.connecting import connect
+
+        with connect(url_of(target), timeout_s=_TIMEOUT_S) as server:
+            theirs = [each for each in map(_listed, server.list_tools(session)) if each.worker_id == worker]
+            if not theirs:
+                raise NoSuchWorkerError(session, worker)
+            server.run(RegisterTools(session, worker, ()))
+        return {"session_id": session, "worker_id": worker, "tools": sorted(each.spec.name for each in theirs)}
+
+    def show(report: dict[str, Any]) -> None:
+        say(f"session {session}: {counted(len(report['tools']), 'tool')} unregistered: {', '.join(report['tools'])}")
+
+    carry_out(as_json, work, show)
 
 
 def _find(references: Sequence[str], target: str | None, session: str | None, config: Path | None) -> list[Listed]:

@@ -327,7 +327,7 @@ def _with_rules(state: SessionState, rules: Rules, undo: Undo) -> SessionState:
 
 @dataclass(frozen=True, slots=True)
 class ToolsRegistered(Event):
-    """A worker registered tools, which replace tools with the same names."""
+    """A worker registered tools, which replace tools with the same names; without any, it took its tools away."""
 
     worker_id: str
     tools: tuple[RegisteredTool, ...]
@@ -337,6 +337,11 @@ class ToolsRegistered(Event):
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
         """See `Event.fold`."""
         state.remember(undo, "tools", "weight_bytes")
+        if not self.tools:
+            gone = {name: tool for name, tool in state.tools.items() if tool.worker_id == self.worker_id}
+            state.tools = FrozenDict({name: tool for name, tool in state.tools.items() if name not in gone})
+            state.weight_bytes -= sum(map(size_of_tool, gone.values()))
+            return state
         replaced = [state.tools[tool.spec.name] for tool in self.tools if tool.spec.name in state.tools]
         state.tools = FrozenDict({**state.tools, **{tool.spec.name: tool for tool in self.tools}})
         state.weight_bytes += sum(map(size_of_tool, self.tools)) - sum(map(size_of_tool, replaced))

@@ -441,7 +441,7 @@ class UnitOfWork:
     # Tools and their executions
 
     def register_tools(self, session_id: str, event: ToolsRegistered) -> None:
-        """Register the tools of a worker; they replace tools with the same names."""
+        """Register the tools of a worker; they replace tools with the same names. Without any, its tools go."""
         tools = self._edit(session_id).tools
         replaced = [tools[tool.spec.name] for tool in event.tools if tool.spec.name in tools]
         growth = sum(map(size_of_tool, event.tools)) - sum(map(size_of_tool, replaced))

@@ -235,6 +235,17 @@ class ListingContract(ToolsContract):
         for session in ("", Client(provider).session):
             assert "far" not in [spec.name for spec in provider.list_tools(session)]
 
+    def test_a_worker_takes_its_tools_away_and_no_others(self, provider: ExecutesTools, client: Client) -> None:
+        for worker, names in (("worker-1", ["far", "near"]), ("worker-2", ["near", "other"])):
+            tools = tuple(RegisteredTool(ToolSpec(name), worker) for name in names)
+            provider.run(commands.RegisterTools(client.session, worker, tools))
+        for _ in range(2):
+            assert provider.run(commands.RegisterTools(client.session, "worker-1", ())) == {}
+            left = {spec.name for spec in provider.list_tools(client.session)} - set(CONTRACT_TOOLS)
+            # worker-2 has replaced the one of the same name.
+            assert left == {"near", "other"}
+        check_not_begun(client.execute("far"), "UNKNOWN_TOOL")
+
     def test_workers_cannot_register_a_name_that_the_provider_has(
         self, provider: ExecutesTools, client: Client
     ) -> None:

@@ -53,6 +53,7 @@ COMMANDS: dict[str, list[str]] = {
     "session fork": ["é✓", "NEW", "--db", "DB"],
     "session migrate": ["nothing_here", "--db", "DB"],
     "tools list": ["--tools", "nothing_here"],
+    "tools unregister": ["é✓", "--session", "é✓", "--target", "127.0.0.1:1"],
     "token new": ["checkout", "--scopes", "read", "--token-file", "NEW"],
     "token list": ["--token-file", "NEW"],
     "token revoke": ["checkout", "--token-file", "NEW"],

@@ -514,6 +514,22 @@ def test_a_tool_registered_again_is_replaced(stored: Stored) -> None:
     stored.close_sound()
 
 
+def test_tools_that_their_worker_took_away_stay_away(stored: Stored) -> None:
+    first, second = (RegisteredTool(replace(FULL, name=name), worker) for name, worker in (("a", "w1"), ("b", "w2")))
+    stored.group(c.RegisterTools("s", "w1", (first,)), c.RegisterTools("s", "w2", (second,)))
+    stored.run(c.RegisterTools("s", "w1", ()))
+    head = stored.store.log.head
+    stored.run(c.RegisterTools("s", "w1", ()))
+    assert stored.store.log.head == head, "it has none"
+    for opened in (stored.killed(), stored.reopen()):
+        assert opened.run(c.ListTools("s")) == {"b": second}
+        opened.close_sound()
+    stored = stored.reopen()
+    stored.run(c.RegisterTools("s", "w1", (first,)))
+    assert set(stored.run(c.ListTools("s"))) == {"a", "b"}
+    stored.close_sound()
+
+
 def test_tools_belong_to_their_session(stored: Stored) -> None:
     stored.run(c.RegisterTools("s", "w1", (RegisteredTool(FULL, "w1"),)))
     stored.run(c.InitializeSession("t"))

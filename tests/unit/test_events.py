@@ -353,6 +353,8 @@ def test_dependencies_tools_and_executions() -> None:
     state = changed(e.ToolsRegistered("w", (one,)), e.ToolsRegistered("w", (other,)))
     assert state.tools == {"t": other}
     assert state.weight_bytes == changed(e.ToolsRegistered("w", (other,))).weight_bytes > filled().weight_bytes
+    assert changed(e.ToolsRegistered("w", (one,)), e.ToolsRegistered("v", ())).tools == {"t": one}
+    assert changed(e.ToolsRegistered("w", (one,)), e.ToolsRegistered("w", ())) == filled()
     began = e.ExecutionBegan.from_body(BEGAN | {"execution_id": "exec_9_0b"})
     running = changed(began).executions
     assert running["exec_9_0b"] == JournalEntry("exec_9_0b", "t", 9, None, "key", "f")

@@ -480,11 +480,11 @@ class RegisterTools(Command[dict[str, str]]):
     """Register the tools of a worker, and return their ids by name.
 
     They replace tools with the same names. A tool without an address keeps that of the tool that it replaces, because
-    not all workers send it each time.
+    not all workers send it each time. Without tools, those that the worker has registered before are taken away.
 
     Attributes:
         worker_id: The worker.
-        tools: Its tools.
+        tools: Its tools; none to take them away.
         reserved: The names of the server's tools, under which nothing is registered. If that leaves no tool, the
             command fails.
     """
@@ -503,6 +503,10 @@ class RegisterTools(Command[dict[str, str]]):
     def apply(self, uow: UnitOfWork) -> dict[str, str]:
         state = uow.session(self.session_id)
         limits = uow.limits
+        if not self.tools:
+            if any(tool.worker_id == self.worker_id for tool in state.tools.values()):
+                uow.register_tools(self.session_id, ToolsRegistered(self.worker_id, ()))
+            return {}
         for tool in self.tools:
             check_spec(tool.spec, limits)
             _check_texts(tool)
@@ -511,7 +515,7 @@ class RegisterTools(Command[dict[str, str]]):
                 what = f"size of the description of tool {tool.spec.name!r} in bytes"
                 raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
         tools = tuple(_with_address(tool, state) for tool in self.tools if tool.spec.name not in self.reserved)
-        if self.tools and not tools:
+        if not tools:
             raise ToolExistsError(self.tools[0].spec.name)
         names = {tool.spec.name for tool in tools}
         check_tool_count(state, names, limits)

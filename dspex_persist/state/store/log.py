@@ -76,6 +76,7 @@ _INSERT_SESSION = _compiled_insert(sessions)
 _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
+_DELETE_TOOLS = "DELETE FROM tools WHERE session_key = ? AND worker_id = ?"
 _REPLACE_TOOL = (
     _compiled_insert(tools)
     + """
@@ -333,6 +334,9 @@ class LogWriter:
         self._set_lock(state, event.variable_id, None)
 
     def _register_tools(self, unit: UnitOfWork, state: SessionState, event: ToolsRegistered) -> None:
+        if not event.tools:
+            self._driver.execute(_DELETE_TOOLS, (state.key, event.worker_id))
+            return
         rows = [
             (
                 state.key,

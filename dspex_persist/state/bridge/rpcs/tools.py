@@ -215,6 +215,9 @@ def _register_command(request: pb.RegisterToolsRequest, call: Call) -> commands.
 
 
 def _log_registration(log: Any, command: commands.RegisterTools, tool_ids: Mapping[str, str]) -> None:
+    if not command.tools:
+        log.info("tools unregistered", worker=command.worker_id)
+        return
     log.info("tools registered", tools=len(tool_ids))
     left_out = sorted({tool.spec.name for tool in command.tools} - set(tool_ids))
     if left_out:

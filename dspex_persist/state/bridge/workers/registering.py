@@ -32,7 +32,8 @@ Begin = tuple[int, datetime]
 class Registrations:
     """Keeps tools registered: a session may end and begin again, and the server may go on with another file.
 
-    Looking at the sessions does not keep them alive. The protocol has no way to take a registration back.
+    Looking at the sessions does not keep them alive. A worker that ends takes no registration back: it may be started
+    again, and until then its callers are told that it is away, and not that there never was such a tool.
 
     Args:
         state: The server.

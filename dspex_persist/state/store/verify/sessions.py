@@ -336,6 +336,9 @@ class _Replay:
         self._ids[event.variable_id].optimization = None
 
     def _tools_registered(self, commit: _Commit, event: ToolsRegistered) -> None:
+        if not event.tools:
+            rows = self._keyed["tools"]
+            self._keyed["tools"] = {name: row for name, row in rows.items() if row[0] != event.worker_id}
         for tool in event.tools:
             row = [tool.worker_id, tool.address, spec_text(tool.spec), commit.sequence]
             self._keyed["tools"][tool.spec.name] = row
