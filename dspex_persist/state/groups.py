@@ -278,6 +278,7 @@ class Groups(Generic[S_co]):
     def _write_import(self, command: ImportSession, wait: bool) -> Outcome:
         before = self.log.sequence
         try:
+            self.log.prepare_import()
             with self.log.group(wait=wait) as news:
                 before = self._begin(news)
                 importing = _Importing(self, command, self.moment())

@@ -139,6 +139,12 @@ class LogStore(ABC):
             touched: Sessions whose lease has an expiry to be saved.
         """
 
+    def prepare_import(self) -> None:  # noqa: B027 - optional
+        """Prepare for the next group, which is an import: it cannot run again, so no other server may append in it.
+
+        It may wait for another import, and raise any `StateError`.
+        """
+
     def note_import(self, first: int, last: int) -> None:  # noqa: B027 - optional
         """Note that the commits of this group from `first` to `last` are imported: they keep their earlier times."""
 

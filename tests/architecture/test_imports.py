@@ -34,6 +34,7 @@ PLANTED = [
     ("infra/planted.py", "from grpc_health.v1 import health", "wire"),
     ("state/store/planted.py", "import re2", "patterns"),
     ("state/store/planted.py", "import dspex_persist.state.bodies", "bodies"),
+    ("state/store/planted.py", "import redis.asyncio", "valkey"),
     ("infra/planted.py", "from dspex_persist.state.bridge.generated import snakepit_bridge_pb2", "generated"),
 ]
 
@@ -98,7 +99,7 @@ def test_seam_names_every_backend() -> None:
     backends = [name.strip(" ()") for name in by_id["state"]["layers"][0].split("|")]
     there = {name for name in backends if list((PACKAGE / "state").glob(f"{name}*"))}
     forbidden = {name.removeprefix("dspex_persist.state.") for name in by_id["seam"]["forbidden_modules"]}
-    assert {"store", "bridge"} | there <= forbidden
+    assert {"store", "bridge", "valkey"} | there <= forbidden
 
 
 def test_migrations_stand_alone() -> None:

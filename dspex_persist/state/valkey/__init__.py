@@ -1,0 +1,1 @@
+"""Session state in Redis or Valkey, which several servers share. The only code that talks to either."""

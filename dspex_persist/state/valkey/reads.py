@@ -1,0 +1,282 @@
+"""Reading sessions, their histories and their outcomes."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import redis
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.traces import trace_of
+from dspex_persist.state.budgets import NOTHING, Spent
+from dspex_persist.state.errors import DamagedSessionError, StateError
+from dspex_persist.state.graph import Dependencies
+from dspex_persist.state.log_store import affected
+from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Value, VariableVersion
+from dspex_persist.state.rules import Rules
+from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
+from dspex_persist.state.unit_of_work import RecordedOutcome, VersionQuery, up_to
+from dspex_persist.state.valkey import codec
+from dspex_persist.state.valkey.connection import Connection, reported
+from dspex_persist.state.valkey.keys import Keys
+
+_logger: Final = get_logger(__name__)
+_AT_ONCE: Final = 500
+"""So many commands are sent at once at most."""
+_PAGE_BYTES: Final = 4 * 1024 * 1024
+
+
+class Reads:
+    """Reads the store, from any thread. It knows no commit but what is stored when it asks.
+
+    Its methods raise the errors of the driver unless they say otherwise.
+
+    Args:
+        connection: The connection.
+        keys: The names of the keys.
+    """
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection = connection
+        self._client = connection.client
+        self._keys = keys
+
+    def pipelined(self, commands: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Yield the answers to these commands, many of which are sent at once."""
+        left = list(commands)
+        for place in range(0, len(left), _AT_ONCE):
+            pipeline = self._client.pipeline(transaction=False)
+            for name, *words in left[place : place + _AT_ONCE]:
+                getattr(pipeline, name)(*words)
+            yield from pipeline.execute()
+
+    # Sessions
+
+    def load(self, session_id: str) -> SessionState | None:
+        """Return the live session's state, or None. Takes time in proportion to the session, not to its history."""
+        keys = (self._keys.live, self._keys.expiry)
+        with reading(session_id):
+            found = self._connection.read("load", keys, self._keys.root, codec.utf8(session_id))
+            return None if found is None else self._state_in(*found)
+
+    def _state_in(self, first: bytes, fields: Any, edges: Any, expiry: bytes | None, registered: int) -> SessionState:
+        kept = dict(zip(fields[::2], fields[1::2], strict=True))
+        session = codec.session_in(kept.pop(b"session")).session
+        lease = None
+        if session.ttl_s is not None:
+            lease = Lease(session.ttl_s, from_micros(int(float(expiry or 0))))
+            # Renewals are saved only now and then, so the last one may be missing.
+            lease.expires_at += lease.slack
+        sequence = int(kept.pop(b"at"))
+        by_kind: dict[bytes, list[bytes]] = {b"v": [], b"t": [], b"r": [], b"x": []}
+        for name, content in kept.items():
+            by_kind[name[:1]].append(content)
+        tools = sorted(map(codec.tool_in, by_kind[b"t"]), key=lambda tool: tool.spec.name)
+        running = sorted(map(codec.began_in, by_kind[b"x"]), key=lambda began: began.sequence)
+        state = SessionState(
+            session,
+            dependencies=Dependencies(
+                sorted(map(codec.dependency_in, edges[::2], edges[1::2]), key=lambda edge: edge.since)
+            ),
+            lease=lease,
+            sequence=sequence,
+            key=registered,
+            tools={tool.spec.name: tool for tool in tools},
+            executions={began.id: began.running() for began in running},
+            rules=Rules(map(codec.rule_in, by_kind[b"r"])) if by_kind[b"r"] else None,
+        )
+        if state.rules is not None:
+            state.weight_bytes += state.rules.weight_bytes
+        state.weight_bytes += sum(map(size_of_tool, tools))
+        for live in self._complete(int(first), map(codec.live_variable_in, by_kind[b"v"])):
+            state.put(live.variable)
+            state.names[live.variable.id] = live.variable.name
+            state.keys[live.variable.id] = live.key
+        return state
+
+    def _complete(self, first: int, stored: Iterable[codec.LiveVariable]) -> list[codec.LiveVariable]:
+        """Return the variables in their order, with the large values from their histories."""
+        variables = sorted(stored, key=lambda live: live.key)
+        missing = [(place, live.variable) for place, live in enumerate(variables) if not live.is_complete]
+        wanted = ((variable.id, variable.version) for _, variable in missing)
+        for (place, variable), version in zip(missing, self.versions(first, wanted), strict=True):
+            if version is None or version.version.value is None:
+                raise LookupError("the value of a variable is not in its history")
+            complete = variable._replace(value=version.version.value)
+            variables[place] = variables[place]._replace(variable=complete, is_complete=True)
+        return variables
+
+    def first_of(self, session_id: str) -> int | None:
+        """Return the first commit of the newest session that has had this id, live or ended; None if there is none."""
+        last = self._client.lindex(self._keys.lives(session_id), -1)
+        return None if last is None else int(last)
+
+    def owner_of(self, first: int) -> str:
+        """Return whom a live session counts for; "" if it has ended."""
+        content = self._client.hget(self._keys.session(first), "session")
+        return "" if content is None else codec.session_in(content).owner
+
+    # Versions
+
+    def versions(self, first: int, wanted: Iterable[tuple[str, int]]) -> Iterator[codec.StoredVersion | None]:
+        """Yield these versions of variables, given by their ids; None for one that is not there."""
+        ids = ((self._keys.versions(first, each), codec.version_id(number)) for each, number in wanted)
+        for rows in self.pipelined(("xrange", name, id_, id_) for name, id_ in ids):
+            yield codec.version_in(rows[0][1]) if rows else None
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        """Return one version of a variable."""
+        if version < 0:
+            return None
+        with reading(state.session.id):
+            (found,) = self.versions(state.session.sequence, [(variable_id, version)])
+        return None if found is None else found.version
+
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
+        """Return the versions that the query selects, newest first; None if the session never had the variable."""
+        with reading(state.session.id):
+            live = state.find(query.identifier) if query.as_of is None else None
+            variable_id = live.id if live is not None else self._find_id(state, query)
+            if variable_id is None:
+                return None
+            if query.limit <= 0 or (query.before is not None and query.before <= 0):
+                return []
+            return self._history(self._keys.versions(state.session.sequence, variable_id), query)
+
+    def _history(self, name: str, query: VersionQuery) -> list[VariableVersion]:
+        # In pages, because a large version may be enough.
+        found: list[VariableVersion] = []
+        highest, size_bytes = "+" if query.before is None else f"({codec.version_id(query.before)}", 0
+        page = 8 if query.most_bytes is not None else _AT_ONCE
+        while len(found) < query.limit:
+            count = min(page, query.limit - len(found))
+            rows = self._client.xrevrange(name, highest, "-", count=count)
+            found += (codec.version_in(row).version for _, row in rows)
+            size_bytes = sum(version.size_bytes for version in found)
+            if len(rows) < count or (query.most_bytes is not None and size_bytes >= query.most_bytes):
+                break
+            highest, page = f"({rows[-1][0].decode()}", min(2 * page, _AT_ONCE)
+        return up_to(found, query.most_bytes)
+
+    def _find_id(self, state: SessionState, query: VersionQuery) -> str | None:
+        """Return the id of the newest variable with this name, or with this id: names come first."""
+        wanted, named = query.identifier, []
+        for variable_id, content in self._client.hgetall(self._keys.names(state.session.sequence)).items():
+            key, name, since = json.loads(content)
+            id_ = codec.text_in(variable_id)
+            if wanted in (name, id_) and (query.as_of is None or since <= query.as_of):
+                named.append((name == wanted, since, key, id_))
+        return max(named)[-1] if named else None
+
+    @reported
+    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
+        """Return the session's next commits, oldest first, or raise `UnavailableError`; see `LogStore`."""
+        first = state.session.sequence
+        with reading(state.session.id):
+            rows = self._client.xrange(self._keys.commits(first), f"({after}-0" if after else "-", "+", most_commits)
+            commits = [codec.commit_in(row) for _, row in rows]
+            pages, size_bytes = [], 0
+            for commit in commits:
+                if size_bytes > _PAGE_BYTES:
+                    break
+                changes = tuple(self._changes_in(commit))
+                size_bytes += sum(change.variable.value.size_bytes for change in changes)
+                pages.append(CommitChanges(commit.sequence, changes, affected(state, commit.sequence, changes)))
+        return pages
+
+    def _changes_in(self, commit: codec.StoredCommit) -> Iterator[Change]:
+        keys = self._keys
+        commands = (
+            (
+                "xrange",
+                keys.versions(commit.first, each),
+                codec.version_id(max(number - 1, 0)),
+                codec.version_id(number),
+            )
+            for each, number in commit.versions
+        )
+        for rows in self.pipelined(commands):
+            *before, stored = (codec.version_in(row) for _, row in rows)
+            previous: Value | None = before[0].version.value if before else None
+            yield Change(stored.version, stored.variable(previous), previous=previous)
+
+    # Outcomes and executions
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        """Return the outcome recorded under an idempotency key."""
+        with reading(session_id):
+            content = self._client.hget(self._keys.outcomes(session_id), codec.utf8(key))
+            return None if content is None else codec.outcome_in(session_id, key, content)[0]
+
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
+        """Return the last execution with an idempotency key, if it has ended."""
+        if any(each.idempotency_key == key for each in state.executions.values()):
+            return None
+        with reading(state.session.id):
+            content = self._client.hget(self._keys.keyed(state.session.sequence), codec.utf8(key))
+            return None if content is None else codec.ended_in(content)
+
+    def began(self, first: int, execution_id: str) -> codec.Began | None:
+        """Return how a running execution began."""
+        content = self._client.hget(self._keys.session(first), f"x:{execution_id}")
+        return None if content is None else codec.began_in(content)
+
+    def spent_by(self, first: int, tool: str) -> Spent:
+        """Return what the LM calls of a tool have used in a session."""
+        content = self._client.hget(self._keys.spent(first), tool)
+        return NOTHING if content is None else codec.spent_in(content)
+
+    def all_spent(self, first: int) -> Mapping[str, Spent]:
+        """Return what the LM calls in a session have used, by tool."""
+        found = self._client.hgetall(self._keys.spent(first))
+        return {codec.text_in(tool): codec.spent_in(content) for tool, content in found.items()}
+
+    # All sessions
+
+    def commit(self, first: int, sequence: int) -> codec.StoredCommit | None:
+        """Return one commit of a session, or None."""
+        rows = self._client.xrange(self._keys.commits(first), f"{sequence}-0", f"{sequence}-0")
+        return codec.commit_in(rows[0][1]) if rows else None
+
+    def stored_by(self, identity: str) -> Mapping[int, int]:
+        """Return the live sessions that an identity began, by their first commits, with their stored bytes."""
+        found = self._client.hgetall(self._keys.owned(identity))
+        return {int(first): int(size_bytes) for first, size_bytes in found.items()}
+
+    def expired(self, now: datetime, limit: int) -> list[str]:
+        """Return the ids of at most `limit` live sessions whose saved expiry is past and in which no tool runs."""
+        running = {json.loads(content)[0] for content in self._client.hvals(self._keys.running)}
+        found: list[str] = []
+        skipped = 0
+        while len(found) < limit:
+            firsts = self._client.zrangebyscore(self._keys.expiry, "-inf", to_micros(now), start=skipped, num=limit)
+            contents = self.pipelined(("hget", self._keys.session(int(first)), "session") for first in firsts)
+            ids = (codec.session_in(content).session.id for content in contents if content is not None)
+            found += (each for each in ids if each not in running)
+            skipped += len(firsts)
+            if len(firsts) < limit:
+                break
+        return found[:limit]
+
+    def old_outcomes(self, before: datetime, most: int) -> list[bytes]:
+        """Return the members of `ages` for at most so many outcomes recorded before a time."""
+        until = f"({to_micros(before)}"
+        return list(self._client.zrangebyscore(self._keys.ages, "-inf", until, start=0, num=most))
+
+
+@contextlib.contextmanager
+def reading(session_id: str) -> Iterator[None]:
+    """Convert exceptions while decoding what is stored of this session to `DamagedSessionError`."""
+    try:
+        yield
+    except StateError:
+        raise
+    except Exception as error:
+        if isinstance(error, redis.RedisError) and not str(error).startswith("WRONGTYPE"):
+            raise
+        # As text, because exception renderers may show local variables, which hold users' values.
+        _logger.error("session cannot be read", session_id=session_id, traceback=trace_of(error))
+        raise DamagedSessionError(session_id, type(error).__name__) from error
