@@ -4,7 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +23,7 @@ class SharedMemory(MemoryLog):
 
     def __init__(self) -> None:
         super().__init__()
-        self.turn = threading.Lock()
+        self.turn = threading.RLock()
         self.last = EARLIEST
         self.numbers: list[tuple[int, str]] = []
         self.ended: set[int] = set()
@@ -65,10 +65,11 @@ class SharedMemory(MemoryLog):
                     self.owners.pop(event.execution_id, None)
         for state in touched:
             if state.lease is not None:
-                first = state.session.sequence
-                saved = self.expiries.get(first, EARLIEST)
-                # Another TTL can end earlier than the one before.
-                self.expiries[first] = max(saved, state.lease.expires_at)
+                self.save_expiry(state.session.sequence, state.lease.expires_at)
+
+    def save_expiry(self, first: int, expires_at: datetime) -> None:
+        """Save the expiry of a session, unless another server has saved a later one."""
+        self.expiries[first] = max(self.expiries.get(first, EARLIEST), expires_at)
 
     def live(self) -> list[SessionState]:
         """Return the live sessions."""
@@ -93,7 +94,6 @@ class SharedMemoryLog(SharedLog):
         self._id = uuid.uuid4().hex
         self._epoch = 0
         self._appended: list[Any] = []
-        self._in_group = False
         self._register()
 
     def _register(self) -> None:
@@ -127,30 +127,31 @@ class SharedMemoryLog(SharedLog):
     @contextmanager
     def group(self, *, wait: bool = True) -> Iterator[News | None]:
         """See `LogStore`."""
-        if not self._optimistic:
-            self._memory.turn.acquire()
-        try:
-            if self._memory.leases[self._id][0] != self._epoch:
-                self._register()
-                raise FencedError
+        with nullcontext() if self._optimistic else self._memory.turn:
+            self._check_lease()
             self._appended = []
             yield self.news()
-            if not self._appended:
-                return
-            if self._optimistic:
-                self._memory.turn.acquire()
-            try:
-                if self._memory.sequence != self._sequence:
-                    raise MovedError
-                for units, touched in self._appended:
-                    self._memory.keep(units, touched, (self._id, self._epoch))
-                self._sequence = self._memory.sequence
-            finally:
-                if self._optimistic:
-                    self._memory.turn.release()
-        finally:
-            if not self._optimistic:
-                self._memory.turn.release()
+            if self._appended:
+                with self._memory.turn if self._optimistic else nullcontext():
+                    self.store()
+
+    def store(self) -> None:
+        """Store what was appended in the group, within the turn. A test may override it to lose the answer."""
+        self._check_lease()
+        if self._memory.sequence != self._sequence:
+            raise MovedError
+        for units, touched in self._appended:
+            self._memory.keep(units, touched, (self._id, self._epoch))
+        self._sequence = self._memory.sequence
+
+    def _check_lease(self) -> None:
+        if not self.has_lease():
+            self._register()
+            raise FencedError
+
+    def has_lease(self) -> bool:
+        """Return whether nobody has taken this server for dead."""
+        return self._memory.leases[self._id][0] == self._epoch
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """See `LogStore`."""
@@ -209,10 +210,10 @@ class SharedMemoryLog(SharedLog):
 
     def renew(self) -> None:
         """See `SharedLog`."""
-        epoch, _ = self._memory.leases[self._id]
-        if epoch != self._epoch:
-            raise FencedError
-        self._memory.leases[self._id] = (epoch, time.monotonic())
+        with self._memory.turn:
+            if not self.has_lease():
+                raise FencedError
+            self._memory.leases[self._id] = (self._epoch, time.monotonic())
 
     def fence(self) -> None:
         """See `SharedLog`."""

@@ -77,12 +77,20 @@ class SharedGroups(Groups[SharedLog]):
                 return [Outcome(error=error) for _ in jobs]
             except FencedError:
                 self._begin_anew()
-                reason = "other servers took this one for dead, because it had not renewed its lease"
-                return [Outcome(error=UnavailableError(reason)) for _ in jobs]
+                if any(job.command.writes for job in jobs):
+                    return self._refuse_writes(jobs)
+                continue
             self._tell()
             return outcomes
         reason = f"other servers have overtaken it {_MOST_ATTEMPTS} times"
         return [Outcome(error=StorageError(reason)) for _ in jobs]
+
+    def _refuse_writes(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Refuse the writes of a server that was taken for dead: they may come from executions that are over."""
+        error = UnavailableError("other servers took this one for dead, because it had not renewed its lease")
+        reads = [job for job in jobs if not job.command.writes]
+        outcomes = iter(self.write_group(reads) if reads else ())
+        return [Outcome(error=error) if job.command.writes else next(outcomes) for job in jobs]
 
     def _tell(self) -> None:
         if self.log.sequence > self._told:
