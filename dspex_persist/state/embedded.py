@@ -1,13 +1,10 @@
 """EmbeddedState: session state in a SQLite file that this process owns, with execution of tools."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dspex_persist.state import arguments
-from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
+from dspex_persist.state.abilities import Durable
 from dspex_persist.state.around import (
     AuditsAround,
     DerivesAround,
@@ -20,26 +17,18 @@ from dspex_persist.state.around import (
     RecordsAround,
     RestoresAround,
 )
-from dspex_persist.state.audit import AuditSource
-from dspex_persist.state.commands import ReadState
-from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.meter import FileFigures, Meter
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
-from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
-from dspex_persist.state.served import ServedEngine
 from dspex_persist.state.store import created
-from dspex_persist.state.store.history import prune_plan, recordings
-from dspex_persist.state.store.history.answers import StoredAudit
+from dspex_persist.state.store.history.provided import StoredPast
 from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
 
-class SqliteState(ServedEngine, LogState, Durable, Auditable, Recordable, Forkable, Prunable, Restorable):
+class SqliteState(StoredPast, LogState, Durable):
     """The engine on a SQLite file, with audits, recordings, forks and pruning. It executes no tools.
 
     Args:
@@ -72,6 +61,7 @@ class SqliteState(ServedEngine, LogState, Durable, Auditable, Recordable, Forkab
         self._made = created.missing(Path(path))
         groups = open_groups(Path(path), options, meter)
         self._store = groups.log
+        self._past = self._store.readers
         self._pruning = threading.Lock()
         self._retention = Retention(
             self._store.options,
@@ -106,69 +96,10 @@ class SqliteState(ServedEngine, LogState, Durable, Auditable, Recordable, Forkab
         """See `StateProvider.url`: the path of the file."""
         return str(self._store.path)
 
-    def audit(self, *, reveal: bool = False) -> AuditSource:
-        """See `Auditable.audit`."""
-        self.check_open()
-        reveal = arguments.flag("reveal", reveal)
-        return StoredAudit(self._store.readers, reveal=reveal, count_denials=self._count_denials)
-
-    def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0
-    ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """See `Recordable.record`."""
-        self.check_open()
-        session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
-        if started is not None:
-            started = arguments.sequence("started", started)
-        after, readers = arguments.sequence("after", after), self._store.readers
-        return recordings.read_session(readers, session_id, started=started, reveal=reveal, after=after)
-
-    def _hash_content(self, session_id: str, started: int | None) -> ContentHash:
-        self.check_open()
-        session_id = arguments.text("session_id", session_id)
-        if started is not None:
-            started = arguments.sequence("started", started)
-        return recordings.hash_session(self._store.readers, session_id, started=started)
-
-    def fork_session(
-        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
-    ) -> SessionView:
-        """See `Forkable.fork_session`."""
-        self.check_open()
-        source, name = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
-        command = recordings.fork_of(self._store.readers, source, name, arguments.text("at", at))
-        return self.submit(command, origin).result()
-
-    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
-        """See `Restorable.restore_session`."""
-        self.check_open()
-        session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
-        self.run(ReadState(session_id))
-        command = recordings.restore_of(self._store.readers, session_id, at)
-        return self.submit(command, unkeyed(origin)).result()
-
-    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """See `Prunable.prune`."""
-        self.check_open()
-        if not confirm:
-            return prune_plan.run(self._store.readers, policy, None, progress)
-        with self._pruning:
-            report = prune_plan.run(self._store.readers, policy, self._write_all, progress)
-        if policy.denials_before is None:
-            return report
-        forgotten: list[int] = []
-        self._on_writer(partial(self._forget_denials, policy.denials_before, forgotten))
-        return replace(report, denials=sum(forgotten))
-
     def discard(self) -> None:
         """See `StateProvider.discard`."""
         self.close()
         created.remove(self._store.path, self._made, self._store.head.sequence)
-
-    def _write_all(self, jobs: list[Job]) -> None:
-        futures = [self._writer.submit(job) for job in jobs]
-        for future in futures:
-            future.result()
 
     def _on_idle(self) -> None:
         super()._on_idle()

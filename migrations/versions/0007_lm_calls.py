@@ -1,9 +1,15 @@
 """The counts of recorded LM calls as rows, to be summed; views of the calls and of their usage."""
 
+from pathlib import Path
+
 from alembic import op
 
 revision = "0007"
 down_revision = "0006"
+
+# PostgreSQL: all that SQLite has by now.
+_FOLDER = Path(__file__).parents[1] / "postgresql"
+_SCRIPTS = ("functions.sql", "tables.sql", "triggers.sql")
 
 _TABLES = (
     # Kept by triggers. `event_ordinal`, with `sequence`: the event that has the call; `number`: its place there. `at`:
@@ -197,6 +203,12 @@ _VIEWS = (
 
 def upgrade() -> None:
     """Create them, and count the calls that are there."""
+    if op.get_bind().dialect.name == "postgresql":
+        driver = op.get_bind().connection.driver_connection
+        assert driver is not None, "it is connected"
+        for name in _SCRIPTS:
+            driver.execute((_FOLDER / name).read_text(encoding="utf-8"))
+        return
     connection = op.get_bind()
     fill = "INSERT INTO lm_calls SELECT * FROM lm_calls_recorded"
     for statement in (*_TABLES, _RECORDED, fill, *_INDEXES, *_TRIGGERS, _IN_FULL, *_VIEWS):

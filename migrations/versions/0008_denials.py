@@ -1,5 +1,7 @@
 """The calls that a server refused because of who made them, and a view of them."""
 
+from pathlib import Path
+
 from alembic import op
 
 revision = "0008"
@@ -61,6 +63,11 @@ _VIEWS = (
 
 def upgrade() -> None:
     """Create them."""
+    if op.get_bind().dialect.name == "postgresql":
+        driver = op.get_bind().connection.driver_connection
+        assert driver is not None, "it is connected"
+        driver.execute((Path(__file__).parents[1] / "postgresql" / "denials.sql").read_text(encoding="utf-8"))
+        return
     connection = op.get_bind()
     for statement in (*_TABLES, *_INDEXES, *_TRIGGERS, *_VIEWS):
         # The driver would take a colon in the statement for a parameter of SQLAlchemy's.

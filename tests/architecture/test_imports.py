@@ -29,6 +29,7 @@ PLANTED = [
     ("state/commands/planted.py", "import sqlite3", "sql"),
     ("state/commands/planted.py", "from sqlalchemy.exc import OperationalError", "sql"),
     ("infra/planted.py", "import alembic.command", "sql"),
+    ("state/store/planted.py", "import psycopg", "postgresql"),
     ("state/store/planted.py", "import grpc.aio", "wire"),
     ("state/commands/planted.py", "from google.protobuf import any_pb2", "wire"),
     ("infra/planted.py", "from grpc_health.v1 import health", "wire"),

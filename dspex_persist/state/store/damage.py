@@ -13,8 +13,13 @@ from dspex_persist.state.errors import DamagedSessionError, ReadFailedError, Sta
 
 _logger: Final = get_logger(__name__)
 
-OWN_ERRORS: Final = (StateError, DBAPIError, sqlite3.Error)
-"""Errors that already say what is wrong."""
+DRIVER_ERRORS: Final[list[type[Exception]]] = [DBAPIError, sqlite3.Error]
+"""What the drivers in use raise: another driver adds its own."""
+
+
+def own_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that already say what is wrong."""
+    return (StateError, *DRIVER_ERRORS)
 
 
 @contextlib.contextmanager
@@ -22,7 +27,7 @@ def reading(session_id: str) -> Iterator[None]:
     """Convert exceptions while decoding rows of this session to `DamagedSessionError`."""
     try:
         yield
-    except OWN_ERRORS:
+    except own_errors():
         raise
     except Exception as error:
         raise damaged(session_id, error) from error

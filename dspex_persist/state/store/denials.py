@@ -13,9 +13,12 @@ from dspex_persist.state.store.engine import driver_of, raw_rows
 _COUNT: Final = """
     INSERT INTO denials (at, last_at, identity, peer, rpc, session_id, missing, count) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (at / 60000000, identity, peer, rpc, session_id, missing)
-    DO UPDATE SET count = count + excluded.count, last_at = max(last_at, excluded.last_at)
+    DO UPDATE SET count = denials.count + excluded.count,
+        last_at = CASE WHEN excluded.last_at > denials.last_at THEN excluded.last_at ELSE denials.last_at END
 """
-_DROP_OLDEST: Final = "DELETE FROM denials WHERE denial_key <= (SELECT max(denial_key) FROM denials) - ?"
+_DROP_OLDEST: Final = """
+    DELETE FROM denials WHERE denial_key <= (SELECT denial_key FROM denials ORDER BY denial_key DESC LIMIT 1 OFFSET ?)
+"""
 # The oldest first, and never the newest: a row may be older than those before it if the clock was set back.
 _OLD: Final = """
     FROM denials WHERE denial_key < (
@@ -45,4 +48,4 @@ def count_old(connection: Connection, before: datetime) -> int:
 
 def forget(connection: Connection, before: datetime) -> int:
     """Delete the rows whose refusals were all before a time, except for the newest row; returns how many."""
-    return driver_of(connection).execute(f"DELETE {_OLD}", (to_micros(before),)).rowcount
+    return int(driver_of(connection).execute(f"DELETE {_OLD}", (to_micros(before),)).rowcount)

@@ -8,10 +8,10 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, cast
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
@@ -430,7 +430,7 @@ def open_writer(path: Path, durability: Durability = "full") -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        driver = driver_of(connection)
+        driver = sqlite_of(connection)
         # Inside of `transaction` the driver has begun one, which statements of SQLAlchemy's join.
         if not driver.in_transaction:
             driver.execute("BEGIN IMMEDIATE")
@@ -456,7 +456,7 @@ def transaction(
         sqlite3.Error: SQLite reported an error.
         DBAPIError: The same, in a statement of SQLAlchemy's.
     """
-    driver = driver_of(connection)
+    driver = sqlite_of(connection)
     try:
         if wait:
             driver.execute("BEGIN IMMEDIATE")
@@ -503,11 +503,28 @@ def roll_back(connection: Connection) -> None:
         # Even one that a failed COMMIT has ended: SQLAlchemy refuses every statement until it is rolled back.
         transaction.rollback()
     # If SQLAlchemy's transaction ended with an error, SQLite's may still be open.
-    driver_of(connection).rollback()
+    sqlite_of(connection).rollback()
 
 
-def driver_of(connection: Connection) -> sqlite3.Connection:
+class Driver(Protocol):
+    """What the statements of the store call on a driver's connection, to a file or to a database."""
+
+    def execute(self, statement: str, parameters: Sequence[object] = ..., /) -> Any:
+        """Run a statement; return its cursor."""
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[object]], /) -> Any:
+        """Run a statement once for each row."""
+
+
+def driver_of(connection: Connection) -> Driver:
     """Return the driver's connection. SQLAlchemy takes longer to prepare a small statement than SQLite to run it."""
+    driver = connection.connection.dbapi_connection
+    assert driver is not None, "an open connection has the driver's"
+    return cast(Driver, driver)
+
+
+def sqlite_of(connection: Connection) -> sqlite3.Connection:
+    """Return the driver's connection to a file."""
     driver = connection.connection.dbapi_connection
     assert isinstance(driver, sqlite3.Connection), "an open connection has the driver's"
     return driver
@@ -634,6 +651,14 @@ def _rests(path: Path, connection: _AtRest) -> bool:
         return False
 
 
+_snapshots: Final[WeakKeyDictionary[Engine, Callable[[], AbstractContextManager[Connection]]]] = WeakKeyDictionary()
+
+
+def snapshots_by(readers: Engine, take: Callable[[], AbstractContextManager[Connection]]) -> None:
+    """Have `snapshot` call `take` for these readers, which are of a database that is no file."""
+    _snapshots[readers] = take
+
+
 @contextmanager
 def snapshot(readers: Engine) -> Iterator[Connection]:
     """Open a short read transaction.
@@ -641,7 +666,12 @@ def snapshot(readers: Engine) -> Iterator[Connection]:
     Raises:
         ReadFailedError: SQLite could not read the file.
         NotADatabaseError: The file is damaged, or this process may not read it.
+        UnavailableError: The database cannot be reached.
     """
+    if (taken := _snapshots.get(readers)) is not None:
+        with taken() as connection:
+            yield connection
+        return
     path = Path(readers.url.database or "")
     # Before using the pool: in a forked child, its lock may be held by a thread that does not exist there.
     _connections[readers].check()
@@ -738,4 +768,5 @@ def checkpoint(writer: Engine, mode: Literal["TRUNCATE", "FULL"] = "TRUNCATE") -
 
 def raw_rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
     """Iterate over the driver's rows: SQLAlchemy's take several times as long."""
-    return driver_of(connection).execute(statement, parameters)
+    rows: Iterator[Any] = driver_of(connection).execute(statement, parameters)
+    return rows

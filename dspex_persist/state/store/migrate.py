@@ -43,7 +43,7 @@ def current_revision(connection: Connection) -> str | None:
         NotADatabaseError: The file is another program's database.
     """
     tables = _tables_of(connection)
-    if _are_ours(tables):
+    if are_ours(tables):
         row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
         return row[0] if row else None
     if tables:
@@ -56,7 +56,7 @@ def current_revision(connection: Connection) -> str | None:
 def is_foreign(connection: Connection) -> bool:
     """Whether the file is another program's database."""
     tables = _tables_of(connection)
-    return bool(tables) and not _are_ours(tables)
+    return bool(tables) and not are_ours(tables)
 
 
 def _tables_of(connection: Connection) -> list[str]:
@@ -65,7 +65,8 @@ def _tables_of(connection: Connection) -> list[str]:
     return [*inspector.get_table_names(), *inspector.get_view_names()]
 
 
-def _are_ours(tables: Collection[str]) -> bool:
+def are_ours(tables: Collection[str]) -> bool:
+    """Whether these are the tables of a database of this project."""
     # Other programs that use alembic have this table, too.
     return "alembic_version" in tables and _OURS.issubset(tables)
 

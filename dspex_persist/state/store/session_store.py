@@ -45,7 +45,6 @@ from dspex_persist.state.store.engine import (
     OwnershipLock,
     checkpoint,
     code_of,
-    driver_of,
     open_readers,
     open_side_file,
     open_writer,
@@ -53,6 +52,7 @@ from dspex_persist.state.store.engine import (
     resolved,
     roll_back,
     snapshot,
+    sqlite_of,
     transaction,
     warn_of_others,
 )
@@ -291,7 +291,7 @@ class SessionStore(StoredSessions, LogStore):
         if not isinstance(original, _OF_ONE_JOB) and (code is None or (code & 0xFF) not in _CERTAIN_ABORTS):
             self._raise_unknown(original)
         # SQLITE_FULL rolls back automatically; otherwise the end of the transaction has. Either way none is open now.
-        if driver_of(self._connection).in_transaction:
+        if sqlite_of(self._connection).in_transaction:
             self._raise_unknown(original)
         reason = _LOCKED if isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY else str(original)
         _logger.warning("group failed", reason=reason)
@@ -368,7 +368,7 @@ class SessionStore(StoredSessions, LogStore):
             self._write_beside(lambda connection: stored_denials.keep(connection, denials, most))
         except OutcomeUnknownError as error:
             # Whether these were counted is no reason to end; the next commit reports a disk that is broken.
-            if driver_of(self._connection).in_transaction:
+            if sqlite_of(self._connection).in_transaction:
                 raise
             raise StorageError(error.reason) from error
 

@@ -196,6 +196,16 @@ def iter_versions(connection: Connection, session_key: int, after: int, until: i
     return iter(connection.execute(query, execution_options={"yield_per": 16}))
 
 
+def versions_between(connection: Connection, session_key: int, after: int, until: int) -> list[Row[Any]]:
+    """Return the rows of the session's versions with `after` < sequence <= `until`, by commit, then by key."""
+    query = (
+        select_versions()
+        .where(commits.c.session_key == session_key, commits.c.sequence > after, commits.c.sequence <= until)
+        .order_by(commits.c.sequence, versions.c.variable_key, versions.c.version)
+    )
+    return list(connection.execute(query))
+
+
 _CONSTRAINTS_AS_OF = """
     SELECT constraints FROM variable_constraints WHERE variable_key = ? AND since_sequence <= ?
     ORDER BY since_sequence DESC LIMIT 1

@@ -44,8 +44,8 @@ class LeaseContract(Contract):
             provider.set_variable(leased, "x", 1, metadata={"optimizer_id": "gone"})
 
     def test_the_holder_s_writes_renew_it(self, provider: StateProvider, leased: str) -> None:
-        provider.start_optimization(leased, "x", "holder")
         begun = renewed = time.monotonic()
+        provider.start_optimization(leased, "x", "holder")
         renewals = 0
         while renewals < 4 or time.monotonic() - begun < self.lease_s * 1.5:
             assert time.monotonic() - begun < DEADLINE_S, "this machine is too slow to write within a lease"
@@ -56,6 +56,7 @@ class LeaseContract(Contract):
             else:
                 # The machine was too slow, so the lease may have ended: start again.
                 provider.start_optimization(leased, "x", "holder")
+            # Before the write, whose time is that of its beginning.
             renewed = time.monotonic()
             provider.set_variable(leased, "x", 2, metadata={"optimizer_id": "holder"})
             let_pass(self.lease_s / 4)

@@ -90,7 +90,7 @@ class StoredAudit(AuditSource):
         with snapshot(self._readers) as connection:
             try:
                 yield connection
-            except damage.OWN_ERRORS:
+            except damage.own_errors():
                 raise
             except Exception as error:
                 raise damage.unreadable(str(self._readers.url.database), error) from error

@@ -104,7 +104,7 @@ def records_of(rows: Sequence[Any], convert: Callable[[Any], T]) -> list[T]:
     for row in rows:
         try:
             records.append(convert(row))
-        except damage.OWN_ERRORS:
+        except damage.own_errors():
             raise
         except Exception as error:
             raise damage.damaged(row.session_id, error) from error

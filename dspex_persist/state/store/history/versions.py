@@ -17,7 +17,7 @@ from dspex_persist.state.audit import (
     is_glob,
     predicates_of,
 )
-from dspex_persist.state.conditions import spellings
+from dspex_persist.state.conditions import spellings, value_holds
 from dspex_persist.state.model import REASON, ChangeKind, Source, Value, without_reason
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
@@ -167,8 +167,11 @@ class HistoryPage:
         add.add_equal("commits.actor", query.actor)
         add.add_equal("versions.source", None if query.source is None else SOURCE_CODES[Source(query.source)])
         of_tool(add, query.tool)
-        for predicate in predicates_of(query.where):
-            add.add(*_predicate(predicate, self._reveal))
+        self._predicates = predicates_of(query.where)
+        if self._connection.dialect.name == "sqlite":
+            for predicate in self._predicates:
+                add.add(*_predicate(predicate, self._reveal))
+            self._predicates = ()
 
     def _name(self) -> None:
         variable = self._query.variable
@@ -276,11 +279,25 @@ class HistoryPage:
         more.add_all(self._conditions)
         statement = _VERSIONS.format(driver=driver) + str(more) + order
         rows, last = some_rows(self._connection, statement, most, *more.parameters)
+        if self._predicates:
+            rows = [row for row in rows if self._fits(row)]
         entries = records_of(rows, partial(entry_of, reveal=self._reveal))
         entries = [entry for entry in entries if self._query.metadata.items() <= _all_metadata(entry).items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
         return Page(entries, (last.sequence, last.variable_key, last.version) if last is not None else None)
+
+    def _fits(self, row: Any) -> bool:
+        """Whether the row's value fits the predicates, where the database cannot tell."""
+        if row.text is None or (row.sensitive and not self._reveal):
+            return False
+        return all(_holds(predicate, row.text, row.type) for predicate in self._predicates)
+
+
+def _holds(predicate: Predicate, text: str, type_name: str) -> bool:
+    if predicate.operator is Operator.CONTAINS:
+        return any(each in text for each in spellings(predicate.operand))
+    return bool(value_holds(text, type_name, predicate.operator.value, predicate.operand))
 
 
 def _all_metadata(entry: HistoryEntry) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from dspex_persist.state.errors import InvalidArgumentError, StorageError
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import log_reader
-from dspex_persist.state.store.engine import driver_of
+from dspex_persist.state.store.engine import sqlite_of
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.maintenance.opening import side_file, translated_errors
 
@@ -69,7 +69,7 @@ def copy_pages(connection: Connection, partial: Path, progress: Progress) -> Non
 
     # Reading begins a transaction. Without one, each write of a server would restart the copy.
     log_reader.head(connection)
-    source = driver_of(connection)
+    source = sqlite_of(connection)
     with translated_errors(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
         source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
         # Without a WAL, the copy is one file that can be read from read-only media.

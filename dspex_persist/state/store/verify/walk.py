@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.store.engine import driver_of, raw_rows, snapshot
+from dspex_persist.state.store.engine import raw_rows, snapshot, sqlite_of
 from dspex_persist.state.store.variables import KIND_CODES
 
 PAGE_ENTRIES: Final = 10_000
@@ -59,7 +59,7 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
     while walk.more:
         with snapshot(readers) as connection:
             # Reading text that may not be UTF-8 takes half as long again, so only do it once there is such text.
-            driver_of(connection).text_factory = _decode_any if lenient else str
+            sqlite_of(connection).text_factory = _decode_any if lenient else str
             try:
                 yield from walk.page(connection)
             except sqlite3.OperationalError as error:
@@ -67,7 +67,7 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
                     raise
                 lenient = True
             finally:
-                driver_of(connection).text_factory = str
+                sqlite_of(connection).text_factory = str
 
 
 _decode_any = partial(str, encoding="utf-8", errors="surrogateescape")

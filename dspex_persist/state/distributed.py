@@ -1,0 +1,111 @@
+"""DistributedState: session state in a PostgreSQL database that several servers share, with execution of tools."""
+
+import threading
+from collections.abc import Callable, Mapping
+
+from dspex_persist.state.abilities import Durable
+from dspex_persist.state.around import (
+    AuditsAround,
+    DurableAround,
+    ForksAround,
+    ImportsAround,
+    OrderAround,
+    PrunesAround,
+    RecordsAround,
+    RestoresAround,
+)
+from dspex_persist.state.log_state import default_actor
+from dspex_persist.state.options import SessionOptions, check_count, check_seconds
+from dspex_persist.state.shared import SWEEP_S, SharedGroups, SharedState
+from dspex_persist.state.store.history.provided import StoredPast
+from dspex_persist.state.store.postgres.postgres_log import LEASE_S, PostgresLog
+from dspex_persist.state.tools.ports import ToolCode, check_tools
+from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
+
+
+class PostgresState(SharedState, StoredPast, Durable):
+    """The engine of one of several servers on a PostgreSQL database. It executes no tools.
+
+    Args:
+        url: The database, postgresql://USER@HOST:PORT/DATABASE?schema=NAME, or what else libpq takes.
+        options: Limits and TTLs.
+        sweep_interval_s: How often expired sessions are ended, old outcomes deleted, and servers looked for that have
+            died, in seconds.
+        lease_s: After how many seconds without a sign of life the other servers take this one for dead.
+        on_fatal: Called if the database has lost commits, or because of a bug. No more calls are possible then; a
+            server should exit.
+        actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
+
+    Raises:
+        InvalidArgumentError: The URL or an option is invalid.
+        UnavailableError: The database cannot be reached.
+        OpenError: It cannot be used: its settings, its version, or what is in it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: SessionOptions | None = None,
+        *,
+        sweep_interval_s: float = SWEEP_S,
+        lease_s: float = LEASE_S,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        actor: str | None = None,
+    ) -> None:
+        # Before anything is opened.
+        check_seconds("sweep_interval_s", sweep_interval_s)
+        check_seconds("lease_s", lease_s)
+        default_actor(actor)
+        self._store = PostgresLog(url, lease_s=lease_s)
+        self._past = self._store.readers
+        self._pruning = threading.Lock()
+        groups = SharedGroups(self._store, options)
+        super().__init__(
+            groups, name=self._store.name, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal, actor=actor
+        )
+
+    @property
+    def url(self) -> str:
+        """See `StateProvider.url`: the URL of the database, without a password."""
+        return self._store.name
+
+
+class DistributedState(
+    WithTools,
+    DurableAround,
+    OrderAround,
+    AuditsAround,
+    RecordsAround,
+    ImportsAround,
+    ForksAround,
+    PrunesAround,
+    RestoresAround,
+):
+    """Session state in a database that several servers share, with tools that run in this process.
+
+    The arguments are those of `PostgresState`, and:
+
+    Args:
+        tools: The tools for `execute_tool`, by name; see `dspex_persist.Toolbox`.
+        tool_threads: How many threads run tools at most.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: SessionOptions | None = None,
+        *,
+        sweep_interval_s: float = SWEEP_S,
+        lease_s: float = LEASE_S,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        actor: str | None = None,
+        tools: Mapping[str, ToolCode] | None = None,
+        tool_threads: int = TOOL_THREADS,
+    ) -> None:
+        # Before anything is opened.
+        check_count("tool_threads", tool_threads)
+        check_tools(tools)
+        self.engine = PostgresState(
+            url, options, sweep_interval_s=sweep_interval_s, lease_s=lease_s, on_fatal=on_fatal, actor=actor
+        )
+        super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)

@@ -1,0 +1,122 @@
+"""The head of the log: the one row that says where it ends, compared with what this server knows of it."""
+
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import psycopg
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.errors import LostCommitsError
+from dspex_persist.state.log_store import News
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.log import Keys
+from dspex_persist.state.store.postgres.schema import LOCKS
+
+SELECT_HEAD: Final = """
+    SELECT database_id, sequence, hash, last_at, next_session_key, next_variable_key,
+        (SELECT epoch FROM servers WHERE server_id = '{server}') FROM head
+"""
+# The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
+BEGIN: Final = f"BEGIN; SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
+TRY_TO_BEGIN: Final = f"BEGIN; SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
+_HASH: Final = "SELECT hash FROM commits WHERE sequence = %s"
+_CHANGED: Final = """
+    SELECT DISTINCT sessions.started_sequence, sessions.session_id, sessions.ended_sequence IS NOT NULL
+    FROM commits JOIN sessions ON sessions.session_key = commits.session_key
+    WHERE commits.sequence > %s AND commits.sequence <= %s
+"""
+
+
+class HeadRow(NamedTuple):
+    """What `SELECT_HEAD` selects. `epoch`: that of this server's lease; None if it has none."""
+
+    database_id: str
+    sequence: int
+    hash: bytes
+    last_at: int
+    next_session_key: int
+    next_variable_key: int
+    epoch: int | None
+
+
+class KnownHead:
+    """The head as this server knows it.
+
+    Attributes:
+        head: The last commit.
+        keys: The next free keys.
+        last_at: The time of that commit.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._database_id = ""
+        self.head = Head(0, bytes(32))
+        self.keys = Keys(1, 1)
+        self.last_at = from_micros(0)
+
+    @property
+    def database_id(self) -> str:
+        """The id that the database got when it was created; "" before it was read."""
+        return self._database_id
+
+    def take(self, row: HeadRow) -> None:
+        """Know the head of the database from now on."""
+        self._database_id = row.database_id
+        self.head = Head(row.sequence, bytes(row.hash))
+        self.keys = Keys(row.next_session_key, row.next_variable_key)
+        self.last_at = from_micros(row.last_at)
+
+    def advance(self, head: Head, keys: Keys, at: datetime) -> None:
+        """Know what this server has committed."""
+        self.head, self.keys, self.last_at = head, keys, at
+
+    def learn(self, connection: "psycopg.Connection[Any]", row: HeadRow) -> News | None:
+        """Take the head of the database over; return what others have committed, or None if nothing.
+
+        Raises:
+            LostCommitsError: Commits that this server knows are not in the database.
+        """
+        before = self.head
+        self._compare(row)
+        if row.sequence == before.sequence:
+            self.take(row)
+            return None
+        if before.sequence:
+            found = connection.execute(_HASH, (before.sequence,)).fetchone()
+            if found is None or found[0] != before.hash:
+                raise self._lost(f"commit {before.sequence} is not the one that this server has seen")
+        rows = connection.execute(_CHANGED, (before.sequence, row.sequence)).fetchall()
+        self.take(row)
+        ended = frozenset(first for first, _, has_ended in rows if has_ended)
+        changed = {first: session_id for first, session_id, _ in rows}
+        return News(before.sequence, row.sequence, from_micros(row.last_at), changed, ended)
+
+    def _compare(self, row: HeadRow) -> None:
+        known = self.head
+        if self._database_id not in ("", row.database_id):
+            raise self._lost("it is another database than before")
+        if row.sequence < known.sequence:
+            reason = f"it ends at commit {row.sequence}; commits {row.sequence + 1} to {known.sequence} are gone"
+            raise self._lost(reason)
+        if row.sequence == known.sequence and known.sequence and bytes(row.hash) != known.hash:
+            raise self._lost(f"commit {row.sequence} is not the one that this server has seen")
+
+    def _lost(self, reason: str) -> LostCommitsError:
+        return LostCommitsError(self._name, reason)
+
+
+def end_of_group(head: Head, keys: Keys, at: datetime) -> str:
+    """Return the statements that move the head and commit, in one round trip. If the first fails, nothing is stored."""
+    return f"""
+        UPDATE head SET sequence = {head.sequence}, hash = '\\x{head.hash.hex()}',
+            last_at = greatest(last_at, {to_micros(at)}),
+            next_session_key = {keys.next_session}, next_variable_key = {keys.next_variable};
+        COMMIT
+    """
+
+
+def has_commit(connection: "psycopg.Connection[Any]", head: Head) -> bool:
+    """Whether the database has this commit."""
+    found = connection.execute(_HASH, (head.sequence,)).fetchone()
+    return found is not None and bytes(found[0]) == head.hash

@@ -1,0 +1,291 @@
+"""PostgresLog: the log of sessions in a PostgreSQL database. Any number of servers may append to it."""
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import Connection, text
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.denials import Denial
+from dspex_persist.state.errors import StateError, UnavailableError
+from dspex_persist.state.fold import fold_version
+from dspex_persist.state.log_store import FencedError, News
+from dspex_persist.state.model import CommitChanges, VariableVersion
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.store import damage, log, log_reader, outcomes
+from dspex_persist.state.store import denials as stored_denials
+from dspex_persist.state.store import sessions as stored_sessions
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.engine import Durability, snapshot
+from dspex_persist.state.store.postgres import schema, servers
+from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
+from dspex_persist.state.store.postgres.heads import KnownHead
+from dspex_persist.state.store.postgres.notices import Notices
+from dspex_persist.state.store.postgres.servers import Lease
+from dspex_persist.state.store.postgres.writing import Writing, Written
+from dspex_persist.state.store.stored import StoredSessions
+from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
+
+LEASE_S: Final = 15.0
+SETTLE_S: Final = 10.0
+_SINCE: Final = """
+    SELECT count(events.sequence), max(commits.sequence) FROM commits LEFT JOIN events USING (sequence)
+    WHERE commits.session_key = %s AND commits.sequence > %s AND commits.sequence <= %s
+"""
+_EXPIRES: Final = "UPDATE sessions SET expires_at = greatest(expires_at, %s) WHERE session_key = %s"
+_EXPIRY: Final = text("SELECT expires_at FROM sessions WHERE session_key = :key AND ended_sequence IS NULL")
+
+
+class _Stored(StoredSessions):
+    """The `Backing` of units of work, read from a connection. No text of PostgreSQL contains NUL."""
+
+    def load(self, session_id: str) -> SessionState | None:
+        return None if "\0" in session_id else super().load(session_id)
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        return None if "\0" in session_id + key else super().find_outcome(session_id, key)
+
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
+        return None if "\0" in query.identifier else super().history(state, query)
+
+
+class PostgresLog(_Stored, SharedLog):
+    """One server's connections to the database.
+
+    Args:
+        url: The database, postgresql://...
+        durability: "normal": commits are acknowledged before they are on the disk of the database.
+        lease_s: See `SharedLog.lease_s`.
+        settle_s: How long to look whether a group was stored whose COMMIT was not answered, in seconds.
+
+    Raises:
+        InvalidArgumentError: The URL is malformed.
+        UnavailableError: The database cannot be reached.
+        OpenError: It is no database for us, or was written by a newer release.
+    """
+
+    driver_errors = DRIVER_ERRORS
+    takes_pages = True
+
+    def __init__(
+        self, url: str, *, durability: Durability = "full", lease_s: float = LEASE_S, settle_s: float = SETTLE_S
+    ) -> None:
+        server_id = uuid.uuid4().hex
+        self._database = Database(url, durability=durability, server_id=server_id)
+        self._known = KnownHead(self._database.name)
+        self._lease = Lease(self._database, server_id, lease_s)
+        self._notices = Notices(self._database, server_id)
+        self._writing = Writing(self._database, self._lease, self._known, settle_s)
+        # For reads that wait until memory has all that was committed before them.
+        self._barrier: psycopg.Connection[Any] | None = None
+        self._barrier_lock = threading.Lock()
+        self.readers = self._database.readers()
+        try:
+            with self._database.reported():
+                schema.upgrade(self._database)
+            with self._writing.using() as connection:
+                self._lease.register(connection)
+                self._known.take(self._writing.read_head(connection))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """The URL of the database, without a password."""
+        return self._database.name
+
+    @property
+    def sequence(self) -> int:
+        """See `LogStore`."""
+        return self._known.head.sequence
+
+    @property
+    def last_at(self) -> datetime:
+        """See `LogStore`."""
+        return self._known.last_at
+
+    # Groups
+
+    @property
+    def _connection(self) -> Connection:  # type: ignore[override]  # another one after each error
+        """What units of work read from, inside a group."""
+        return self._writing.connection
+
+    @contextlib.contextmanager
+    def group(self, *, wait: bool = True) -> Iterator[News | None]:
+        """One transaction, which holds the lock of the log."""
+        with self._writing.group(wait=wait) as news:
+            yield news
+
+    def advance(self, state: SessionState, until: int) -> SessionState | None:
+        """See `SharedLog`. It applies only commits without events: most have none."""
+        row = self._writing.driver.execute(_SINCE, (state.key, state.sequence, until)).fetchone()
+        assert row is not None, "it counts"
+        events, last = row
+        if events:
+            return None
+        after = state.copy()
+        for version in stored_variables.versions_between(self._connection, state.key, state.sequence, until):
+            fold_version(after, stored_variables.version_of(version), [])
+        after.sequence = last
+        return after
+
+    def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
+        """See `LogStore`."""
+        known, before = self._known, self._writing.written
+        written = before or Written(known.head, known.keys.copy(), known.last_at)
+        writer = log.LogWriter(self._connection, written.head, written.keys)
+        for unit in units:
+            writer.add(unit)
+            written.at = max(written.at, unit.now)
+        writer.flush()
+        driver = self._writing.driver
+        self._lease.note_executions(driver, units)
+        expiries = [(to_micros(state.lease.expires_at), state.key) for state in touched if state.lease is not None]
+        if expiries:
+            with driver.cursor() as cursor:
+                cursor.executemany(_EXPIRES, expiries)
+        written.head = writer.head
+        self._writing.written = written
+
+    def note_import(self, first: int, last: int) -> None:
+        """See `LogStore`."""
+        log.note_import(self._connection, first, last)
+
+    def actor_of(self, sequence: int) -> str:
+        """See `LogStore.actor_of`."""
+        return stored_sessions.actor_of(self._connection, sequence)
+
+    def stored_by(self, identity: str) -> Mapping[int, int]:
+        """See `LogStore.stored_by`."""
+        return {} if "\0" in identity else stored_sessions.stored_by(self._connection, identity)
+
+    # Reading
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[StoredSessions]:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection:
+            yield _Stored(connection)
+
+    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+            return log_reader.changes_after(connection, state, after, most_commits)
+
+    def find_pruning(self, state: SessionState, after: int) -> int | None:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+            return log_reader.find_pruning(connection, state.key, after)
+
+    def unfinished(self) -> Mapping[str, Sequence[str]]:
+        """See `SharedLog`."""
+        with snapshot(self.readers) as connection:
+            return servers.orphans(connection)
+
+    def expired(self, now: datetime, limit: int) -> list[str]:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection:
+            return stored_sessions.expired(connection, now, limit)
+
+    def expiry_of(self, state: SessionState) -> datetime | None:
+        """See `SharedLog`."""
+        with snapshot(self.readers) as connection:
+            micros = connection.execute(_EXPIRY, {"key": state.key}).scalar()
+        return None if micros is None else from_micros(micros)
+
+    def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
+        """See `LogStore`."""
+        with self._writing.beside() as connection:
+            outcomes.forget(connection, before)
+
+    def keep_denials(self, denials: Sequence[Denial], most: int) -> None:
+        """See `LogStore`."""
+        with self._denials() as connection:
+            stored_denials.keep(connection, [_without_nul(denial) for denial in denials], most)
+
+    def forget_denials(self, before: datetime) -> int:
+        """See `LogStore`."""
+        with self._denials() as connection:
+            return stored_denials.forget(connection, before)
+
+    @contextlib.contextmanager
+    def _denials(self) -> Iterator[Connection]:
+        with self._writing.beside() as connection:
+            # One server at a time: two might wait for each other's rows.
+            connection.exec_driver_sql("LOCK TABLE denials IN SHARE ROW EXCLUSIVE MODE")
+            yield connection
+
+    # Other servers
+
+    def head(self) -> int:
+        """See `SharedLog`. A connection that has broken is replaced once: reading the head again does no harm."""
+        with self._barrier_lock:
+            while True:
+                is_new = self._barrier is None or self._barrier.closed
+                try:
+                    if self._barrier is None or is_new:
+                        self._barrier = self._database.connect()
+                    row = self._barrier.execute("SELECT sequence FROM head").fetchone()
+                except psycopg.Error as error:
+                    if self._barrier is not None:
+                        self._barrier.close()
+                    if is_new:
+                        raise UnavailableError(self._database.reason(error)) from error
+                else:
+                    assert row is not None, "the table has one row"
+                    return int(row[0])
+
+    def news(self) -> News | None:
+        """See `SharedLog`."""
+        with self._writing.using() as connection:
+            row = self._writing.read_head(connection)
+            if row.epoch != self._lease.epoch:
+                self._lease.register(connection)
+                raise FencedError
+            return self._known.learn(connection, row)
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """See `SharedLog`."""
+        self._notices.listen(on_news)
+
+    def tell(self) -> None:
+        """See `SharedLog`."""
+        self._notices.tell()
+
+    @property
+    def lease_s(self) -> float:
+        """See `SharedLog`."""
+        return self._lease.lease_s
+
+    def renew(self) -> None:
+        """See `SharedLog`."""
+        self._lease.renew()
+
+    def fence(self) -> None:
+        """See `SharedLog`."""
+        with self._writing.using() as connection:
+            self._lease.fence(connection)
+
+    def close(self) -> None:
+        """See `LogStore`."""
+        self._notices.close()
+        with contextlib.suppress(*DRIVER_ERRORS, StateError):
+            self._writing.close()
+        if self._barrier is not None:
+            self._barrier.close()
+        self._lease.close()
+        self.readers.dispose()
+
+
+def _without_nul(denial: Denial) -> Denial:
+    refused = {name: text.replace("\0", "\N{REPLACEMENT CHARACTER}") for name, text in denial.refused._asdict().items()}
+    return replace(denial, **refused)

@@ -1,0 +1,110 @@
+"""The servers that share a database: their leases, and the executions that each of them runs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import Connection, text
+
+from dspex_persist.state.errors import UnavailableError
+from dspex_persist.state.events import ExecutionBegan, ExecutionEnded
+from dspex_persist.state.log_store import FencedError
+from dspex_persist.state.store.log import began_sequence
+from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.unit_of_work import UnitOfWork
+
+_REGISTER: Final = """
+    INSERT INTO servers (server_id, epoch, renewed_at, lease_s) VALUES (%s, 1, clock_timestamp(), %s)
+    ON CONFLICT (server_id) DO UPDATE SET epoch = servers.epoch + 1, renewed_at = clock_timestamp() RETURNING epoch
+"""
+_RENEW: Final = "UPDATE servers SET renewed_at = clock_timestamp() WHERE server_id = %s AND epoch = %s RETURNING 1"
+_FENCE: Final = """
+    UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'
+    WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
+"""
+_LEAVE: Final = "DELETE FROM servers WHERE server_id = %s"
+_OWN: Final = "INSERT INTO execution_servers (began_sequence, server_id, epoch) VALUES (%s, %s, %s)"
+_DISOWN: Final = "DELETE FROM execution_servers WHERE began_sequence = %s"
+_ORPHANS: Final = text("""
+    SELECT sessions.session_id, executions.execution_id
+    FROM executions JOIN sessions ON sessions.session_key = executions.session_key
+    LEFT JOIN execution_servers USING (began_sequence)
+    LEFT JOIN servers ON servers.server_id = execution_servers.server_id AND servers.epoch = execution_servers.epoch
+    WHERE executions.ended_sequence IS NULL AND sessions.ended_sequence IS NULL AND servers.server_id IS NULL
+    ORDER BY executions.began_sequence
+""")
+
+
+class Lease:
+    """The lease of this server. All times are those of the database's clock.
+
+    Args:
+        database: The database.
+        server_id: The server.
+        lease_s: How long it is taken for alive after it has renewed the lease, in seconds.
+
+    Attributes:
+        epoch: How often it has begun one; its commits carry this number.
+    """
+
+    def __init__(self, database: Database, server_id: str, lease_s: float) -> None:
+        self._database = database
+        self.server_id = server_id
+        self.lease_s = lease_s
+        self.epoch = 0
+        # Renewed on a connection of its own, which waits for no group.
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def register(self, connection: "psycopg.Connection[Any]") -> None:
+        """Begin a lease, the first or another one."""
+        row = connection.execute(_REGISTER, (self.server_id, self.lease_s)).fetchone()
+        assert row is not None, "it returns the row"
+        self.epoch = row[0]
+
+    def renew(self) -> None:
+        """See `SharedLog.renew`."""
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = self._database.connect()
+            if self._connection.execute(_RENEW, (self.server_id, self.epoch)).fetchone() is None:
+                raise FencedError
+        except psycopg.Error as error:
+            if self._connection is not None:
+                self._connection.close()
+            raise UnavailableError(self._database.reason(error)) from error
+
+    def fence(self, connection: "psycopg.Connection[Any]") -> None:
+        """Fence the other servers whose lease has run out."""
+        connection.execute(_FENCE, (self.server_id,))
+
+    def leave(self, connection: "psycopg.Connection[Any]") -> None:
+        """End the lease: this server runs nothing any more."""
+        connection.execute(_LEAVE, (self.server_id,))
+
+    def note_executions(self, connection: "psycopg.Connection[Any]", units: Iterable[UnitOfWork]) -> None:
+        """Note, in the transaction of a group, which executions this server runs from now on, and no longer."""
+        began, ended = [], []
+        for unit in units:
+            for event in unit.events:
+                if isinstance(event, ExecutionBegan):
+                    began.append((unit.sequence, self.server_id, self.epoch))
+                elif isinstance(event, ExecutionEnded):
+                    ended.append((began_sequence(event.execution_id),))
+        with connection.cursor() as cursor:
+            if began:
+                cursor.executemany(_OWN, began)
+            if ended:
+                cursor.executemany(_DISOWN, ended)
+
+    def close(self) -> None:
+        """Close its connection."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+def orphans(connection: Connection) -> Mapping[str, Sequence[str]]:
+    """Return the running executions, by session, whose servers no longer live."""
+    found: dict[str, tuple[str, ...]] = {}
+    for session_id, execution_id in connection.execute(_ORPHANS):
+        found[session_id] = (*found.get(session_id, ()), execution_id)
+    return found

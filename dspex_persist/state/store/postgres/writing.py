@@ -1,0 +1,241 @@
+"""The connection that writes: one group of commits is one transaction, which holds the lock of the log."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import psycopg
+from sqlalchemy import Connection as Checked
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
+from dspex_persist.state.log_store import FencedError, News, UnwritableError, WouldWaitError
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.log import Keys
+from dspex_persist.state.store.postgres import heads
+from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run
+from dspex_persist.state.store.postgres.heads import HeadRow, KnownHead
+from dspex_persist.state.store.postgres.servers import Lease
+
+# Errors of the rows of one unit: its data, a constraint, a limit of the database.
+_OF_ONE_UNIT: Final = ("22", "23", "54")
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 1.0
+_COMMIT_WARNING: Final = "01000"
+_logger: Final = get_logger(__name__)
+
+
+class Written:
+    """What a group has written so far: where the log ends if it is committed."""
+
+    def __init__(self, head: Head, keys: Keys, at: datetime) -> None:
+        self.head, self.keys, self.at = head, keys, at
+
+
+class Writing:
+    """The writing half of the log. One thread at a time uses it.
+
+    Args:
+        database: The database.
+        lease: The lease of this server, which each group is part of.
+        known: What this server knows of the head.
+        settle_s: How long to look whether a group was stored whose COMMIT was not answered, in seconds.
+    """
+
+    def __init__(self, database: Database, lease: Lease, known: KnownHead, settle_s: float) -> None:
+        self._database = database
+        self._lease = lease
+        self._known = known
+        self._settle_s = settle_s
+        self._engine = database.engine()
+        self._checked: Checked | None = None
+        self.written: Written | None = None
+
+    @property
+    def connection(self) -> Checked:
+        """The connection, while it is open."""
+        assert self._checked is not None, "it is connected"
+        return self._checked
+
+    @property
+    def driver(self) -> "psycopg.Connection[Any]":
+        """The driver's connection, while it is open."""
+        driver = self.connection.connection.dbapi_connection
+        assert isinstance(driver, psycopg.Connection), "it is of psycopg"
+        return driver
+
+    def connect(self) -> "psycopg.Connection[Any]":
+        """Return the driver's connection, a new one after an error.
+
+        Raises:
+            UnavailableError: The database cannot be reached.
+        """
+        if self._checked is None:
+            try:
+                self._checked = self._engine.connect()
+                self.driver.add_notice_handler(self._note)
+            except DRIVER_ERRORS as error:
+                raise UnavailableError(self._database.reason(error)) from error
+        return self.driver
+
+    def drop(self) -> None:
+        """Give the connection up: what an error leaves behind in one is not worth knowing."""
+        if self._checked is not None:
+            checked, self._checked = self._checked, None
+            with contextlib.suppress(Exception):
+                checked.invalidate()
+            with contextlib.suppress(Exception):
+                checked.close()
+
+    @staticmethod
+    def _note(diagnostic: "psycopg.errors.Diagnostic") -> None:
+        if diagnostic.sqlstate == _COMMIT_WARNING:
+            # "canceling wait for synchronous replication": committed here, and perhaps not there.
+            _logger.error("the database warns", reason=diagnostic.message_primary)
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator["psycopg.Connection[Any]"]:
+        """Have the connection outside of a group, for something that may be repeated."""
+        try:
+            yield self.connect()
+        except DRIVER_ERRORS as error:
+            self.drop()
+            raise UnavailableError(self._database.reason(error)) from error
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[Checked]:
+        """Write something that is not a part of the log, in a transaction of its own.
+
+        Raises:
+            StorageError: Nothing was written.
+        """
+        try:
+            with self.connect().transaction():
+                yield self.connection
+        except DRIVER_ERRORS as error:
+            self.drop()
+            raise StorageError(self._database.reason(error)) from error
+
+    def read_head(self, connection: "psycopg.Connection[Any]") -> HeadRow:
+        """Return the head, outside of a group."""
+        row = connection.execute(heads.SELECT_HEAD.format(server=self._lease.server_id)).fetchone()
+        assert row is not None, "the table has one row"
+        return HeadRow(*row)
+
+    @contextlib.contextmanager
+    def group(self, *, wait: bool) -> Iterator[News | None]:
+        """See `LogStore.group`."""
+        self.written = None
+        is_sent = False
+        try:
+            self.connect()
+            yield self._begin(wait)
+            if self.written is None:
+                self.driver.execute("ROLLBACK")
+                return
+            end = heads.end_of_group(self.written.head, self.written.keys, self.written.at)
+            is_sent = True
+            self._commit(end)
+        except DRIVER_ERRORS as error:
+            self._end_failed(error, is_sent)
+        except BaseException:
+            self._roll_back()
+            raise
+        self._note_written()
+
+    def _note_written(self) -> None:
+        assert self.written is not None, "there was something to commit"
+        self._known.advance(self.written.head, self.written.keys, self.written.at)
+
+    def _begin(self, wait: bool) -> News | None:
+        statement = heads.BEGIN if wait else heads.TRY_TO_BEGIN
+        cursor = run(self.driver, statement.format(server=self._lease.server_id))
+        cursor.nextset()
+        has_lock = cursor.fetchone() != (False,)
+        cursor.nextset()
+        row = HeadRow(*cursor.fetchone() or ())
+        if not has_lock:
+            self.driver.execute("ROLLBACK")
+            raise WouldWaitError
+        if row.epoch != self._lease.epoch:
+            self.driver.execute("ROLLBACK")
+            self._lease.register(self.driver)
+            raise FencedError
+        return self._known.learn(self.driver, row)
+
+    def _commit(self, end: str) -> None:
+        cursor = run(self.driver, end)
+        while cursor.nextset():
+            pass
+        if cursor.statusmessage != "COMMIT":
+            # What the database answers, without an error, if an error has ended the transaction before.
+            raise StorageError("the database has rolled the transaction back")
+
+    def _roll_back(self) -> None:
+        try:
+            if self._checked is not None:
+                self.driver.execute("ROLLBACK")
+                if self._checked.in_transaction():
+                    self._checked.rollback()
+        except Exception:  # noqa: BLE001 - whatever it is, another connection is the answer
+            self.drop()
+
+    def _end_failed(self, error: Exception, is_sent: bool) -> None:
+        """Raise the error for a group that was not stored. Return if it was, although its COMMIT failed."""
+        reason = self._database.reason(error)
+        if self._checked is None or self.driver.broken or self.driver.closed:
+            self.drop()
+            if is_sent and self._is_stored(reason):
+                return
+            raise StorageError(f"the connection to the database was lost: {reason}") from error
+        self._roll_back()
+        self._raise_for(error, reason)
+
+    def _raise_for(self, error: Exception, reason: str) -> NoReturn:
+        original = error.orig if isinstance(error, DBAPIError) else error
+        state = getattr(original, "sqlstate", None) or ""
+        _logger.warning("group failed", reason=reason)
+        if state[:2] in _OF_ONE_UNIT or isinstance(original, psycopg.DataError | psycopg.ProgrammingError):
+            raise UnwritableError(StorageError(reason)) from error
+        raise StorageError(reason) from error
+
+    def _is_stored(self, reason: str) -> bool:
+        """Find out whether a group was stored whose COMMIT was not answered.
+
+        Raises:
+            OutcomeUnknownError: The database does not answer.
+        """
+        assert self.written is not None, "there was something to commit"
+        deadline, pause_s = time.monotonic() + self._settle_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                stored = self._look_up(self.written.head)
+            except (*DRIVER_ERRORS, StateError):
+                self.drop()
+            else:
+                _logger.warning("commit settled", reason=reason, stored=stored)
+                return stored
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        raise OutcomeUnknownError(f"{self._database.name} did not answer whether it has stored the commit")
+
+    def _look_up(self, head: Head) -> bool:
+        connection = self.connect()
+        # The session of the lost connection holds the lock until its transaction has ended, one way or the other.
+        run(connection, heads.BEGIN.format(server=self._lease.server_id))
+        try:
+            return heads.has_commit(connection, head)
+        finally:
+            connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """End the lease, and close the connection."""
+        with contextlib.suppress(*DRIVER_ERRORS, StateError):
+            self._lease.leave(self.connect())
+        self.drop()
+        self._engine.dispose()
