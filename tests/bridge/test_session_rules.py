@@ -915,6 +915,46 @@ def test_a_key_of_a_guest_may_be_as_long_as_one_of_the_owner(states: dict[str, B
         states["bob"].set_variable(session, "pub_own", 4, idempotency_key=f"{long}k")
 
 
+def test_what_is_not_there_does_not_bring_up_what_is_hidden(
+    served: ServedDatabase, states: dict[str, BridgedState], session: str
+) -> None:
+    rules = [*RULES, AccessRule("bob", "execute", tools="t?iple*"), AccessRule("cat", "execute", tools="x*")]
+    states["ann"].initialize_session(session, access_control(rules))
+    hidden = RegisteredTool(ToolSpec("xylem"), "w")
+    states["root"].run(RegisterTools(session, "w", (hidden,)))
+    for who, asked, said in (
+        ("bob", "tripled", "unknown tool 'tripled'; did you mean triple?"),
+        ("bob", "txiple", "unknown tool 'txiple'; did you mean triple?"),
+        ("cat", "xylophone", "unknown tool 'xylophone'; there are: xylem"),
+        ("cat", "xriple", "unknown tool 'xriple'; there are: xylem"),
+        ("ann", "xriple", "unknown tool 'xriple'; did you mean triple?"),
+    ):
+        for rpc in ("ExecuteTool", "ExecuteElixirTool"):
+            _, _, answer = call(served, f"{BRIDGE_SERVICE.full_name}.{rpc}", who, fields_for(session, tool_name=asked))
+            assert answer["metadata"]["error_code"] == "UNKNOWN_TOOL"
+            texts = json.dumps(answer)
+            if who != "ann":
+                seen = {spec.name for spec in states[who].list_tools(session)}
+                assert not [name for name in {"double", "triple", "xylem"} - seen if name in texts]
+            if rpc == "ExecuteTool":
+                assert answer["error_message"] == said
+                outcome = states[who].execute_tool(session, asked, {})
+                assert str(outcome.error) == said
+        fields = fields_for(session, tool_name=asked)
+        code, details, _ = call(served, f"{BRIDGE_SERVICE.full_name}.ExecuteStreamingTool", who, fields)
+        assert (code, said in details) == ("NOT_FOUND", True)
+    counts = {who: states[who].get_session(session).tool_count for who in ("ann", "bob", "cat", "root")}
+    assert counts == {"ann": 3, "bob": 2, "cat": 1, "root": 3}
+
+
+def test_no_hash_of_a_commit_tells_what_the_one_before_says(states: dict[str, BridgedState], session: str) -> None:
+    """Whoever knows the commits around one that is hidden could try what that one may say."""
+    for who in ("root", "ann", "bob", "cat"):
+        with states[who].audit() as audit:
+            hashes = {entry.hash for entry in audit.iterate(CommitQuery(session=session))}
+            assert all(hashes) if who == "root" else hashes <= {""}, who
+
+
 def test_the_page_about_security_shows_rules_that_work(states: dict[str, BridgedState]) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "security.md").read_text()
     section = page.partition("## Rules of a session")[2]

@@ -80,6 +80,7 @@ _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
 _REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
+_MOST_NAMED: Final = 20
 """Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (
     ToolNotFoundError,
@@ -402,10 +403,7 @@ class ToolRunner:
         registered = await self._submit(commands.ListTools(request.session_id), request.origin)
         tool = registered.get(request.tool) or self.of_pools.known.get(request.tool)
         if tool is None:
-            names = sorted({*self.tools, *registered, *self.of_pools.known})
-            hint = did_you_mean(closest(request.tool, names), spell=str)
-            hint = hint or f"there are: {', '.join(names[:20]) or 'none'}"
-            raise ToolNotFoundError(request.tool, hint)
+            raise unknown_tool(request.tool, {*self.tools, *registered, *self.of_pools.known})
         return self._registered(tool)
 
     async def _execute(
@@ -704,6 +702,13 @@ async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEnt
     if request.outlet is not None and tool.spec.streaming:
         for chunk in json.loads(result.json):
             await request.outlet.hand_out(result_value(chunk, "chunk"))
+def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
+    """Return the error for a tool that is not there, which names similar ones, or some, of those that are known."""
+    names = sorted(known)
+    hint = did_you_mean(closest(name, names), spell=str)
+    return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
+
+
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )

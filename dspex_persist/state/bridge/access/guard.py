@@ -31,6 +31,7 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audi
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, BINARY, EXECUTION_ID, IDEMPOTENCY_KEY
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count
+from dspex_persist.state.bridge.status import facts_of, text_of
 from dspex_persist.state.errors import (
     AccessDeniedError,
     DependencyCycleError,
@@ -42,14 +43,15 @@ from dspex_persist.state.errors import (
     RuleViolatedError,
     SessionNotFoundError,
     StateError,
+    ToolNotFoundError,
     VariableNotFoundError,
     quote,
 )
-from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, Session
 from dspex_persist.state.rules import compile_expression
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY as KEY_IN_METADATA
+from dspex_persist.state.tools.runner import ToolRunner, unknown_tool
 from dspex_persist.state.tools.session import ToolSession
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.values.json_text import RefusedError
@@ -82,6 +84,7 @@ class Ask:
         grants: What the caller may do.
         execution: The execution of this session that the call is part of.
         has_shown: Whether the call has shown the capability of that.
+        runner: Has the tools.
         limits: What names and batches are within.
         errors: Errors to add to the response, by identifier.
     """
@@ -96,6 +99,7 @@ class Ask:
         "limits",
         "request",
         "rpc",
+        "runner",
         "session_id",
         "state",
     )
@@ -108,7 +112,7 @@ class Ask:
         session_id: str,
         execution: ToolSession | None,
         has_shown: bool,
-        limits: Limits,
+        runner: ToolRunner,
     ) -> None:
         self.rpc = rpc
         self.identity = identity
@@ -119,7 +123,8 @@ class Ask:
         self.grants: Grants = EVERYTHING
         self.execution = execution if execution is not None and execution.session_id == session_id else None
         self.has_shown = has_shown
-        self.limits = limits
+        self.runner = runner
+        self.limits = runner.limits
         self.errors: dict[str, StateError] = {}
 
     def look(self, state: SessionState | None) -> None:
@@ -175,6 +180,11 @@ class Ask:
         """Raise unless the caller may do something with some variable."""
         if not self.grants.may_with_any(what):
             raise self.denied(f"{what} of any variable")
+
+    def executable(self) -> list[str]:
+        """Return the names of the tools that the caller may execute."""
+        tools = self.runner.available({} if self.state is None else self.state.tools)
+        return [name for name in tools if self.grants.may_execute(name)]
 
     def need_tool(self, tool: str) -> None:
         """Raise unless the caller may execute a tool."""
@@ -390,6 +400,14 @@ def _summary(ask: Ask, response: pb.GetSessionResponse) -> None:
         response.metadata.clear()
         response.metadata.update(metadata)
         response.variable_count = sum(ask.grants.may(May.READ, name) for name in ask.state.variables)
+        response.tool_count = len(ask.executable())
+
+
+def _executed(ask: Ask, response: Any) -> None:
+    if not ask.grants.everything and response.metadata["error_code"] == ToolNotFoundError.error_code:
+        error = unknown_tool(ask.request.tool_name, ask.executable())
+        response.error_message = text_of(error)
+        response.metadata["error_fields"] = facts_of(error)
 
 
 def _tools(ask: Ask, response: pb.GetExposedElixirToolsResponse) -> None:
@@ -432,11 +450,11 @@ _BRIDGE: Final[Mapping[str, Kind]] = {
     "RegisterVariable": InSession(_variable(May.WRITE, field="name")),
     "ListVariables": InSession(shape=_listed),
     "DeleteVariable": InSession(_variable(May.WRITE)),
-    "ExecuteTool": InSession(_tool),
+    "ExecuteTool": InSession(_tool, _executed),
     "ExecuteStreamingTool": InSession(_tool),
     "RegisterTools": OfServer(),
     "GetExposedElixirTools": InSession(shape=_tools),
-    "ExecuteElixirTool": InSession(_tool),
+    "ExecuteElixirTool": InSession(_tool, _executed),
     "WatchVariables": InSession(_watched),
     "AddDependency": InSession(_dependency),
     "StartOptimization": InSession(_variable(May.OPTIMIZE)),
@@ -676,7 +694,7 @@ class Guard:
                 return await run(request, context)
             _check_place_of_rules(request, self._limits.batch_entries)
             call = self._read(rpc, context, identity)
-            ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._limits)
+            ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._runner)
             ask.look(self._peek(ask.session_id) or await self._load(ask.session_id))
             if ask.access is None and not kind.past and not kind.always and not watches:
                 # The usual case: the session has no rules.
@@ -816,7 +834,7 @@ class Guard:
 
     def _check_written(self, rpc: str, call: "_Call", session: ToolSession, identity: Identity) -> None:
         """Refuse to commit what the rules do not allow to write by now."""
-        ask = Ask("CommitTransaction", identity, None, session.session_id, session, False, self._limits)
+        ask = Ask("CommitTransaction", identity, None, session.session_id, session, False, self._runner)
         state = self._peek(session.session_id)
         if state is None:
             return
@@ -867,6 +885,8 @@ def _plain(ask: Ask, error: StateError) -> StateError:
     if isinstance(error, NotInHistoryError) and not ask.identity.may(ADMIN):
         # It suggests the names of other sessions.
         return NotInHistoryError(error.what, error.name, "")
+    if isinstance(error, ToolNotFoundError) and not ask.grants.everything:
+        return unknown_tool(error.name, ask.executable())
     if ask.grants.may_with_all(May.READ):
         return error
     match error:
