@@ -1016,6 +1016,19 @@ class EndingContract(ToolsContract):
         assert "the session ended while the tool ran" in text
         assert client.values() == {"a": 3}
 
+    @pytest.mark.parametrize("tool", ["hold", "hold_later"])
+    def test_a_tool_whose_session_ends_is_not_waited_for(
+        self, provider: ExecutesTools, client: Client, gate: Gate, tool: str
+    ) -> None:
+        """The gate stays closed until its caller has the outcome."""
+        call = client.begin(tool, gate=gate)
+        gate.wait()
+        provider.cleanup_session(client.session)
+        provider.initialize_session(client.session)
+        text = check_ended(call.result(DEADLINE_S), ExecutionStatus.INTERRUPTED, "INTERRUPTED")
+        assert "the session ended while the tool ran" in text
+        assert client.values() == {}
+
 
 class OwnContract(ToolsContract):
     """Objects that each attempt and each call has for itself."""

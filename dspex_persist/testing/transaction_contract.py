@@ -218,6 +218,15 @@ class TransactionContract(Contract):
             transaction.commit()
         assert transaction.status == "interrupted"
 
+    def test_it_ends_with_its_session_before_it_is_used(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop)
+        provider.cleanup_session(shop)
+        deadline = time.monotonic() + DEADLINE_S
+        while not transaction.status:
+            assert time.monotonic() < deadline, "nothing has ended it"
+            let_pass(0.01)
+        assert transaction.status == "interrupted"
+
     def test_a_rule_refuses_the_commit_as_it_refuses_a_write(self, provider: Transacts, shop: str) -> None:
         provider.add_rule(shop, "ordered", "a <= b", "b is the limit")
         with pytest.raises(errors.RuleViolatedError) as refused:

@@ -34,6 +34,7 @@ from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.session import ToolSession
 from dspex_persist.state.tools.spending import Spending
 
+SESSION_ENDED: Final = "the session ended while the tool ran; nothing was written"
 _RETRY_S: Final = 5.0
 
 
@@ -88,8 +89,7 @@ class Endings:
                 reply.add_done_callback(functools.partial(self._note_refusal, session, verdict))
             raise
         except (SessionNotFoundError, ExecutionEndedError):
-            reason = "the session ended while the tool ran; nothing was written"
-            error = ToolInterruptedError(session.execution_id, reason)
+            error = ToolInterruptedError(session.execution_id, SESSION_ENDED)
             session.execution.correct(ExecutionStatus.INTERRUPTED.value)
             self._note_end(session, None)
             self.count(session, replace(verdict, status=ExecutionStatus.INTERRUPTED))

@@ -34,6 +34,7 @@ from dspex_persist.state.errors import (
     SessionNotFoundError,
     StateError,
     ToolArgumentError,
+    ToolInterruptedError,
     ToolNotFoundError,
     ToolTimedOutError,
     UnavailableError,
@@ -56,7 +57,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools import traced
 from dspex_persist.state.tools.chunks import Emit, Outlet
-from dspex_persist.state.tools.endings import Endings
+from dspex_persist.state.tools.endings import SESSION_ENDED, Endings
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
@@ -79,8 +80,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
-_REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 _MOST_NAMED: Final = 20
+_REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (
     ToolNotFoundError,
@@ -203,6 +204,25 @@ class ToolRunner:
         opened = sum(each.request.tool == TRANSACTION and RECORDING_ID not in each.metadata for each in sessions)
         begun = sum(each.execution.parent is None for each in sessions)
         return RunnerFigures(len(sessions) - opened, max(0, count - begun), opened)
+
+    def has_executions(self, session_id: str) -> bool:
+        """Whether something runs in a session; from any thread."""
+        return any(session.session_id == session_id for session in list(self._running.values()))
+
+    async def end_executions(self, session_id: str) -> None:
+        """End what runs in a session that has ended at once, and not only when its time is up.
+
+        Args:
+            session_id: The session. Another one may have begun with its id.
+        """
+        running = [session for session in self._running.values() if session.session_id == session_id]
+        for session in running:
+            # What it has called ends with it.
+            if session.execution.parent is None and not await self._is_running(session) and session.limit is not None:
+                # Unless its time is up at this moment.
+                with contextlib.suppress(RuntimeError):
+                    session.limit.reschedule(self._home.loop.time())
+                    session.is_over = True
 
     def drain(self) -> None:
         """Count executions cancelled from now on as interrupted by the server, not as given up by the client."""
@@ -560,6 +580,8 @@ class ToolRunner:
             raised, failure = raised_of(error)
             broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
+            if session.is_over:
+                status = ExecutionStatus.INTERRUPTED
             verdict = session.verdict(status, failure=failure)
             try:
                 return await self._endings.end(session, verdict, raised)
@@ -657,18 +679,20 @@ class ToolRunner:
         left_s = None if request.until is None else max(0.0, request.until - self._home.loop.time())
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
         session.timeout_s = timeout_s
-        if timeout_s is None:
-            return await _run(tool, arguments, session)
+        limit = session.limit = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s) as limit:
+            async with limit:
                 return await _run(tool, arguments, session)
         except TimeoutError:
             if not limit.expired():
                 raise
         finally:
             # It refers to the task, and the traceback of the task's exception to this frame: this breaks the cycle.
+            session.limit = None
             del limit
         # Raised outside the `except`, for the same reason as in `_bind`.
+        if session.is_over:
+            raise ToolInterruptedError(session.execution_id, SESSION_ENDED)
         whose, most_s = "", own_s
         if timeout_s != own_s:
             whose, most_s = ", which is how long its caller waits", request.timeout_s
@@ -676,6 +700,13 @@ class ToolRunner:
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._endings.submit_here(command, origin)
+
+
+def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
+    """Return the error for a tool that is not there, which names similar ones, or some, of those that are known."""
+    names = sorted(known)
+    hint = did_you_mean(closest(name, names), spell=str)
+    return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
 
 
 async def _bind(tool: RunnableTool, request: ToolRequest) -> Mapping[str, object]:
@@ -702,13 +733,6 @@ async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEnt
     if request.outlet is not None and tool.spec.streaming:
         for chunk in json.loads(result.json):
             await request.outlet.hand_out(result_value(chunk, "chunk"))
-def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
-    """Return the error for a tool that is not there, which names similar ones, or some, of those that are known."""
-    names = sorted(known)
-    hint = did_you_mean(closest(name, names), spell=str)
-    return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
-
-
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )

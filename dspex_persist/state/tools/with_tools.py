@@ -1,6 +1,7 @@
 """WithTools: adds the execution of tools to a provider."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -115,9 +116,11 @@ class WithTools(Around, StreamsTools, Transacts):
         )
         self._can_execute = bool(self.runner.tools) or remote is not None
         # The commands that do not simply go to the provider.
-        self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {}
+        self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {
+            commands.CleanupSession: self._cleanup_session
+        }
         if self._can_execute:
-            self._own = {
+            self._own |= {
                 commands.ExecuteTool: self._execute,
                 commands.RegisterTools: self._register,
                 commands.GetSession: self._get_session,
@@ -169,6 +172,20 @@ class WithTools(Around, StreamsTools, Transacts):
     def _get_session(self, command: commands.GetSession, origin: Origin) -> Future[Any]:
         names = frozenset((*self.runner.tools, *self.runner.of_pools.known))
         return self.provider.submit(replace(command, besides=names), origin)
+
+    def _cleanup_session(self, command: commands.CleanupSession, origin: Origin) -> Future[Any]:
+        """End a session, and what runs in it: nothing that it does can be kept."""
+        session_id = command.session_id
+
+        def end(done: Future[int]) -> None:
+            is_done = not done.cancelled() and done.exception() is None
+            if is_done and not self._is_forked and self.runner.has_executions(session_id):
+                with contextlib.suppress(EngineClosedError):
+                    self.runner.start(self.runner.end_executions(session_id))
+
+        future = self.provider.submit(command, origin)
+        future.add_done_callback(end)
+        return future
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """List the tools of this process and, for a session, those that its workers have registered."""
