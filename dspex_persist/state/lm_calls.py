@@ -305,6 +305,43 @@ def spent_on(entry: Mapping[str, Any]) -> Spent:
     return Spent(tokens, _number(entry.get("cost")) or 0.0)
 
 
+class CountedCall(NamedTuple):
+    """What the sums need of a recorded LM call. `at_us`: when it began, in microseconds since the epoch."""
+
+    ordinal: int
+    model: str
+    at_us: int | None
+    latency_us: int | None
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    cost: float | None
+    cached: bool | None
+    failed: bool
+
+
+def counted_calls(recorded: Mapping[str, Any]) -> Iterator[tuple[int, CountedCall]]:
+    """Yield the LM calls in what an execution recorded, each with its place, without reading their messages."""
+    for number, entry in enumerate(_items(recorded.get("lm"))):
+        if not isinstance(entry, Mapping):
+            continue
+        ordinal = _count(entry.get("ordinal"))
+        usage = _object(_object(entry.get("response")).get("usage")), _object(entry.get("usage"))
+        yield (
+            number,
+            CountedCall(
+                number if ordinal is None else ordinal,
+                entry["model"] if isinstance(entry.get("model"), str) else "",
+                _count(entry.get("at")),
+                _count(entry.get("latency_us")),
+                *_tokens([each for by_model in usage for each in by_model.values()]),
+                _number(entry.get("cost")),
+                entry["cached"] if isinstance(entry.get("cached"), bool) else None,
+                isinstance(entry.get("error"), Mapping),
+            ),
+        )
+
+
 def counts_of(entry: Mapping[str, Any]) -> LmCounts:
     """Return what is counted of the call in an entry of `recorded["lm"]`, without reading its messages."""
     usage = _object(_object(entry.get("response")).get("usage")), _object(entry.get("usage"))

@@ -37,3 +37,6 @@ END $$;
 CREATE TRIGGER denials_no_delete AFTER DELETE ON denials REFERENCING OLD TABLE AS gone FOR EACH STATEMENT
     EXECUTE FUNCTION dspex_check_denials();
 CREATE TRIGGER denials_no_truncate BEFORE TRUNCATE ON denials EXECUTE FUNCTION dspex_refuse_denial();
+
+CREATE VIEW v_denials AS
+SELECT dspex_time(at) AS at, dspex_time(last_at) AS last_at, identity, peer, rpc, session_id, missing, count FROM denials;

@@ -207,8 +207,9 @@ CREATE INDEX executions_by_key ON executions (session_key, idempotency_key, bega
 CREATE INDEX executions_by_tool ON executions (tool, began_sequence);
 CREATE INDEX executions_by_parent ON executions (parent_id) WHERE parent_id IS NOT NULL;
 CREATE INDEX lm_calls_by_execution ON lm_calls (began_sequence);
--- Expressions of indexes call no functions of ours: PostgreSQL evaluates them with another search path.
-CREATE INDEX events_of_locks ON events ((body::json #>> '{variable_id}'), sequence)
+-- These functions call no others of ours: PostgreSQL evaluates expressions of indexes with another search path.
+CREATE INDEX variables_sensitive ON variables (session_key) WHERE dspex_is_sensitive(metadata);
+CREATE INDEX events_of_locks ON events (dspex_text_at(body, '{variable_id}'), sequence)
     WHERE kind IN ('optimization_started', 'optimization_stopped');
 -- A value may be longer than a row of an index.
 CREATE INDEX metadata_entries_by_key ON metadata_entries (key, md5(value), sequence);

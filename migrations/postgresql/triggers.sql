@@ -41,3 +41,13 @@ CREATE TRIGGER versions_metadata_in AFTER INSERT ON versions FOR EACH ROW WHEN (
     EXECUTE FUNCTION dspex_note_metadata();
 CREATE TRIGGER versions_metadata_out AFTER DELETE ON versions FOR EACH ROW WHEN (OLD.metadata IS NOT NULL)
     EXECUTE FUNCTION dspex_note_metadata();
+
+-- Whoever writes events also lists their LM calls, which go with their event.
+CREATE FUNCTION dspex_forget_lm_calls() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    DELETE FROM lm_calls WHERE sequence = OLD.sequence AND event_ordinal = OLD.ordinal;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER events_lm_calls_out AFTER DELETE ON events FOR EACH ROW WHEN (OLD.kind = 'execution_ended')
+    EXECUTE FUNCTION dspex_forget_lm_calls();

@@ -9,7 +9,7 @@ down_revision = "0006"
 
 # PostgreSQL: all that SQLite has by now.
 _FOLDER = Path(__file__).parents[1] / "postgresql"
-_SCRIPTS = ("functions.sql", "tables.sql", "triggers.sql")
+_SCRIPTS = ("functions.sql", "tables.sql", "triggers.sql", "views.sql")
 
 _TABLES = (
     # Kept by triggers. `event_ordinal`, with `sequence`: the event that has the call; `number`: its place there. `at`:

@@ -12,10 +12,14 @@ _REPLACED: Final = (
     # Hints, which PostgreSQL has none of
     (r"\s(?:NOT )?INDEXED(?: BY \w+)?\b", ""),
     (r"\bCROSS JOIN (\w+(?: AS \w+)?)\s+(?=ON\b)", r"JOIN \1 "),
-    # A thousand of the newest, to suggest one: here they may repeat
-    (r"\bSELECT DISTINCT (\w+) FROM (?=.* ORDER BY \w+_key DESC LIMIT)", r"SELECT \1 FROM "),
+    # Metadata that cannot be read may say so, too
+    (
+        r"\(CASE WHEN json_valid\(([\w.]+)\) THEN lower\(json_extract\(\1, '\$\.sensitive'\)\) IS 'true' ELSE 1 END\)",
+        r"dspex_is_sensitive(\1)",
+    ),
     # Types
-    (r"\bCAST\(substr\(([^()]*), 6\) AS INTEGER\)", r"dspex_number(substr(\1, 6))"),
+    (r"\bCAST\(total\(([\w.]+)\) AS INTEGER\)", r"dspex_whole(total(\1))"),
+    (r"(?s)\bCAST\(substr\((.*?), 6\) AS INTEGER\)", r"dspex_number(substr(\1, 6))"),
     (r"\bCAST\((\w+)\.content AS TEXT\)", r"convert_from(\1.content, 'UTF8')"),
     (r"\blength\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)"),
     (r"\bAS INTEGER\)", "AS BIGINT)"),
@@ -24,11 +28,10 @@ _REPLACED: Final = (
     (r"= \?(\d) OR instr\(([\w.]+), \?(\d) \|\|", r"= ?\1 OR strpos(\2, ?\3::text ||"),
     # Operators and functions
     (r"\bifnull\(", "coalesce("),
-    (r"([\w.]+) GLOB (\?|'[^']*')", r"dspex_glob(\1, \2)"),
+    (r"([\w.]+|\([^()]*\)) GLOB (\?|'[^']*')", r"dspex_glob(\1, \2)"),
     (r"\bIS NOT (\d)", r"IS DISTINCT FROM \1"),
     (r"\bIS ('[^']*')", r"IS NOT DISTINCT FROM \1"),
     (r"\bIS \?", "IS NOT DISTINCT FROM ?"),
-    (r"(IS NOT DISTINCT FROM 'true') ELSE 1 END", r"\1 ELSE TRUE END"),
     (r"^PRAGMA defer_foreign_keys = ON$", "SET CONSTRAINTS ALL DEFERRED"),
 )
 

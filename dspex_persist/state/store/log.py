@@ -39,12 +39,14 @@ from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
 from dspex_persist.state.store.engine import driver_of
+from dspex_persist.state.store.lm_rows import rows_of
 from dspex_persist.state.store.schema import (
     commits,
     dependencies,
     events,
     executions,
     imports,
+    lm_calls,
     rules,
     sessions,
     tools,
@@ -75,6 +77,7 @@ _INSERT_EVENTS = _compiled_insert(events)
 _INSERT_SESSION = _compiled_insert(sessions)
 _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
+_INSERT_LM_CALLS = _compiled_insert(lm_calls)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
 _DELETE_TOOLS = "DELETE FROM tools WHERE session_key = ? AND worker_id = ?"
 _REPLACE_TOOL = (
@@ -137,6 +140,9 @@ class LogWriter:
         self._ended: list[tuple[Any, ...]] = []
         self._gone: frozenset[str] = frozenset()
         self._freed: set[int] = set()
+        # A trigger of a SQLite file makes them.
+        self._lists_lm_calls = connection.dialect.name != "sqlite"
+        self._lm_calls: list[tuple[Any, ...]] = []
 
     def add(self, unit: UnitOfWork) -> None:
         """Add one unit with changes; its sequence is the next one."""
@@ -183,6 +189,8 @@ class LogWriter:
             write(_INSERT_EXECUTION, self._begun)
         if self._ended:
             write(_END_EXECUTION, self._ended)
+        if self._lm_calls:
+            write(_INSERT_LM_CALLS, self._lm_calls)
         if self._merged:
             write(
                 "UPDATE variables SET metadata = ? WHERE variable_key = ?",
@@ -253,6 +261,8 @@ class LogWriter:
         logged = None if project is None else project(self, unit, state, event)
         text = storable((logged or event).to_body())
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
+        if self._lists_lm_calls and isinstance(event, ExecutionEnded):
+            self._lm_calls += rows_of(unit.sequence, ordinal, text, to_micros(unit.now))
         return event_text(ordinal, event.kind.value, text)
 
     def _write_registered(self) -> None:

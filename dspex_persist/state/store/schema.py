@@ -185,7 +185,7 @@ metadata_entries = Table(
     Column("version", NUMBER, primary_key=True),
 )
 
-# Filled by triggers.
+# Filled by triggers in a SQLite file, elsewhere by `LogWriter`.
 lm_calls = Table(
     "lm_calls",
     metadata,

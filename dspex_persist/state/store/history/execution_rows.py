@@ -13,7 +13,7 @@ from dspex_persist.state.values.json_text import stored_object
 _EXECUTIONS: Final = f"""
     SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt,
         began.actor, executions.began_sequence, began.created_at AS began_at, executions.ended_sequence,
-        ended.created_at AS ended_at, {ENDING} ->> '$.duration_us' AS duration_us,
+        ended.created_at AS ended_at, {ENDING} -> '$.duration_us' AS duration_us,
         executions.parent_id, executions.idempotency_key,
         {BEGINNING} -> '$.worker_id' AS worker_id,
         (SELECT count(*) FROM json_each({ENDING}, '$.reads')) AS reads,

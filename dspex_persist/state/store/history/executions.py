@@ -50,7 +50,7 @@ def _summary_of(row: Any) -> ExecutionSummary:
         nearest_time(row.began_at),
         row.ended_sequence,
         None if row.ended_at is None else nearest_time(row.ended_at),
-        row.duration_us,
+        read_json(row.duration_us),
         row.parent_id,
         row.idempotency_key,
         read_json(row.worker_id) or "",

@@ -8,7 +8,6 @@ from sqlalchemy import Connection
 from dspex_persist.clock import nearest_time
 from dspex_persist.state.audit import CommitEntry, CommitQuery, Cursor, Page, SessionEntry, SessionQuery, joined_reasons
 from dspex_persist.state.model import REASON
-from dspex_persist.state.store.history.execution_rows import pairs_in
 from dspex_persist.state.store.history.points import LAST_VERSION, of_session
 from dspex_persist.state.store.history.rows import Bounds, Conditions, page_of, rows_of_page, sound_document
 from dspex_persist.state.values.json_text import stored, stored_texts
@@ -28,10 +27,14 @@ _REASONS: Final = f"""
 _COMMITS: Final = f"""
     SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
         lower(hex(commits.hash)) AS hash,
-        (SELECT json_group_array(json_array(variables.name, versions.version)) FROM versions
-            JOIN variables ON variables.variable_key = versions.variable_key
-            WHERE versions.sequence = commits.sequence) AS versions,
-        (SELECT json_group_array(events.kind) FROM events WHERE events.sequence = commits.sequence) AS events,
+        (SELECT json_group_array(made) FROM (
+            SELECT versions.version || ' ' || variables.name AS made
+            FROM versions JOIN variables ON variables.variable_key = versions.variable_key
+            WHERE versions.sequence = commits.sequence ORDER BY versions.variable_key, versions.version
+        )) AS versions,
+        (SELECT json_group_array(kind) FROM (
+            SELECT kind FROM events WHERE events.sequence = commits.sequence ORDER BY ordinal
+        )) AS events,
         EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned,
         ({_REASONS}) AS reasons
     FROM commits JOIN sessions ON sessions.session_key = commits.session_key
@@ -69,11 +72,16 @@ def _commit_of(row: Any) -> CommitEntry:
         row.cause,
         nearest_time(row.created_at),
         row.hash,
-        pairs_in(json.loads(row.versions)),
+        tuple(map(_pair_in, json.loads(row.versions))),
         tuple(json.loads(row.events)),
         bool(row.pruned),
         joined_reasons(map(_text_of, json.loads(row.reasons))),
     )
+
+
+def _pair_in(made: str) -> tuple[str, int]:
+    version, _, name = made.partition(" ")
+    return name, int(version)
 
 
 def _text_of(reason: str) -> str:

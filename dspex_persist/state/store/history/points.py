@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
@@ -119,8 +119,8 @@ def session_keys(connection: Connection, session: str) -> list[int]:
 
 
 def _similar(connection: Connection, session: str) -> str:
-    rows = all_rows(connection, "SELECT DISTINCT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
-    return suggestion(session, [row[0] for row in rows])
+    rows = all_rows(connection, "SELECT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
+    return _suggestion(session, rows)
 
 
 def session_at(connection: Connection, session: str, sequence: int) -> int:
@@ -141,9 +141,13 @@ def variable_keys(connection: Connection, sessions: Sequence[int], variable: str
     if not rows:
         names = all_rows(
             connection,
-            f"SELECT DISTINCT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) "
+            f"SELECT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) "
             "ORDER BY variable_key DESC LIMIT 1000",
             *sessions,
         )
-        raise NotInHistoryError("variable", variable, suggestion(variable, [row[0] for row in names]))
+        raise NotInHistoryError("variable", variable, _suggestion(variable, names))
     return sorted(row[0] for row in rows)
+
+
+def _suggestion(wanted: str, rows: Sequence[Any]) -> str:
+    return suggestion(wanted, list(dict.fromkeys(row[0] for row in rows)))

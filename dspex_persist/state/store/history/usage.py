@@ -57,5 +57,5 @@ def usage_of(connection: Connection, query: LmUsageQuery, bounds: Bounds) -> lis
 
 def _order(query: LmUsageQuery) -> str:
     names = [_FIELDS[UsageBy(each)][0] for each in query.by]
-    days = [f"day {'DESC' if query.newest_first else ''}"] if UsageBy.DAY in query.by else []
-    return ", ".join((*days, "cost DESC", "total_tokens DESC", "calls DESC", *names))
+    days = [f"day {'DESC NULLS LAST' if query.newest_first else 'NULLS FIRST'}"] if UsageBy.DAY in query.by else []
+    return ", ".join((*days, "cost DESC NULLS LAST", "total_tokens DESC", "calls DESC", *names))
