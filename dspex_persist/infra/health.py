@@ -177,6 +177,8 @@ class _Exchange:
             if kind in (_SETTINGS, _PING) and not flags & _ACK:
                 self._connection.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
             elif kind == _DATA:
+                if len(message) > _FRAME_MAX_BYTES:
+                    raise NoAnswerError("its answer is not one of gRPC", "strange")
                 message += payload[1 : len(payload) - payload[0]] if flags & _PADDED else payload
                 if len(message) >= len(_NO_SERVICE) + _length_of(message):
                     return _status_in(message) == _SERVING
@@ -198,6 +200,9 @@ class _Exchange:
         return kind, flags, self._read(size_bytes)
 
     def _read(self, count: int) -> bytes:
+        # Also if there is always something to read.
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
         while len(self._received) < count:
             self._connection.settimeout(max(0.001, self._deadline - time.monotonic()))
             chunk = self._connection.recv(65_536)

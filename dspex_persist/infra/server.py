@@ -141,8 +141,8 @@ Admit: TypeAlias = Callable[[str, Context, "asyncio.Task[Any] | None"], Admissio
 """Admits a call of an rpc, or raises. For a stream, it gets the task, and may end the stream later: see `Admission`."""
 
 
-MayBeAdmitted: TypeAlias = Callable[[str, Sequence[Metadatum]], bool]
-"""Whether a call of an rpc with these headers may be admitted, as far as they say. `Admit` decides."""
+ReadsFirst: TypeAlias = Callable[[str, Sequence[Metadatum]], bool]
+"""Whether the request of a call may be read before the call is admitted, by the name of its rpc and its headers."""
 
 
 def admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -> None:
@@ -150,8 +150,8 @@ def admit_all(_rpc: str, _context: Context, _task: "asyncio.Task[Any] | None") -
     return
 
 
-def may_all(_rpc: str, _headers: Sequence[Metadatum]) -> bool:
-    """Say that everybody may be admitted."""
+def reads_all(_rpc: str, _headers: Sequence[Metadatum]) -> bool:
+    """Read all requests first, which takes less time."""
     return True
 
 
@@ -193,7 +193,7 @@ async def serve(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
     admit: Admit = admit_all,
-    may_be_admitted: MayBeAdmitted = may_all,
+    reads_first: ReadsFirst = reads_all,
     meter: CallMeter | None = None,
     spans: CallSpans | None = None,
     is_fit: Callable[[], bool] = lambda: True,
@@ -213,8 +213,8 @@ async def serve(
         belongs: Whether a late call belongs to a call in progress, which may be waiting for it, and so is accepted.
         admit: Called first for each call, also of health and reflection, with the full name of the rpc; what it raises
             refuses the call.
-        may_be_admitted: Asked before a request is read. Of calls that have no chance, it is not read: it may have
-            `max_message_bytes`, and strangers could send thousands at a time.
+        reads_first: Whether a request is read before `admit` is asked. It may have `max_message_bytes`, and strangers
+            could send thousands at a time.
         meter: Counts all calls, also those that are refused.
         spans: How calls are traced, but those of health and reflection, which others make all the time.
         is_fit: Whether the process can do its work; if not, health answers NOT_SERVING.
@@ -231,9 +231,9 @@ async def serve(
     calls, own_calls = _Calls(status_of, draining, belongs, admit), _Calls(status_of, admit=admit)
     server = grpc.aio.server(options=_channel_options(options))
     # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
-    handlers = [_Handlers(service, calls, may_be_admitted, meter, options.listen, spans) for service in services]
+    handlers = [_Handlers(service, calls, reads_first, meter, options.listen, spans) for service in services]
     handlers += [
-        _Handlers(service, own_calls, may_be_admitted, meter)
+        _Handlers(service, own_calls, reads_first, meter)
         for service in _own_services(options, services, draining, is_fit)
     ]
     server.add_generic_rpc_handlers(tuple(handlers))
@@ -520,13 +520,13 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
         self,
         service: Service,
         calls: _Calls,
-        may_be_admitted: MayBeAdmitted,
+        reads_first: ReadsFirst,
         meter: CallMeter | None,
         listen: str = "",
         spans: CallSpans | None = None,
     ) -> None:
         made = tracer()
-        self._may_be_admitted = may_be_admitted
+        self._reads_first = reads_first
         # By path: the name of the rpc, and two handlers. The second one reads no request before the call is admitted.
         self._rpcs: dict[str, tuple[str, Handler, Handler]] = {}
         for method in service.descriptor.methods:
@@ -543,7 +543,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
         if found is None:
             return None
         name, handler, unread = found
-        return handler if self._may_be_admitted(name, details.invocation_metadata) else unread
+        return handler if self._reads_first(name, details.invocation_metadata) else unread
 
 
 def _rpc_of(

@@ -80,7 +80,7 @@ class Bridge:
         self._note_denial = _counting(engine.denials.note, engine.meter)
         self._denials = Denials(self._note_denial)
         access = access_of(security, self._denials)
-        self._may_be_admitted = server.may_all if access is None else access.may_be_admitted
+        self._reads_first = server.reads_all if access is None else access.reads_first
         self._users, self._admit = self._admission(server.admit_all if access is None else access.admit)
         self._capabilities = None if security.tokens is None else Capabilities()
         if security.tokens is not None:
@@ -225,7 +225,7 @@ class Bridge:
             is_fit=lambda: self._engine.silent_s <= _STUCK_S,
             belongs=self._servicer.belongs,
             admit=self._admit,
-            may_be_admitted=self._may_be_admitted,
+            reads_first=self._reads_first,
             meter=calls,
             spans=OF_CLIENTS,
         )

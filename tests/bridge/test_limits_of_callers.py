@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from queue import Queue
 from typing import Any
 from unittest.mock import Mock
 
@@ -108,6 +109,30 @@ def test_a_client_that_may_not_wait_long_enough_says_what_to_do(served: ServedDa
             state.get_value("s", "x")
     assert raised.value.retryable
     assert 0 < raised.value.retry_in_s <= 1_800
+
+
+def test_a_call_whose_request_is_being_sent_is_in_progress(served: ServedDatabase, file: Path) -> None:
+    token = tokens.add(file, "slow-to-send", ["read"], {"inflight": "2"})
+    released, header = threading.Event(), (("authorization", f"Bearer {token}"),)
+    ended: Queue[Any] = Queue()
+
+    def nothing() -> Iterator[bytes]:
+        released.wait(within(20))
+        yield b""
+
+    with grpc.insecure_channel(served.target) as channel:
+        sending = channel.stream_unary("/snakepit.bridge.BridgeService/Ping")
+        calls = [sending.future(nothing(), metadata=header, timeout=within(20)) for _ in range(3)]
+        for each in calls:
+            each.add_done_callback(ended.put)
+        # The one that is too many is answered without its request.
+        assert (
+            ended.get(timeout=within(20))
+            .details()
+            .startswith("slow-to-send may make 2 calls in progress and makes more")
+        )
+        released.set()
+        assert sum(each.exception() is None for each in calls) == 2
 
 
 def test_calls_in_progress_are_counted_until_they_end(served: ServedDatabase, file: Path) -> None:

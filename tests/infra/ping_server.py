@@ -137,7 +137,7 @@ async def run(options: ServerOptions, *, admit_first: bool, read_within_s: float
         options,
         [Service(ping.DESCRIPTOR, pinger, read_within_s)],
         status_of=status_of,
-        may_be_admitted=lambda *_: not admit_first,
+        reads_first=lambda *_: not admit_first,
         on_ready=lambda port: print(f"GRPC_READY:{port}", flush=True),
         stop=stop,
         on_drain=pinger.drain,

@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -114,6 +114,36 @@ def test_what_answers_there_is_no_such_server(answer: bytes, text: str) -> None:
 def test_a_server_that_does_not_answer() -> None:
     with answering(SETTINGS, keep=True) as address:
         assert no_answer(address, timeout_s=0.05) == "slow: no answer within 0.05 s"
+
+
+@pytest.mark.parametrize("again", [frame(6, b"12345678", flags=1), frame(8, b"\0\0\0\1"), frame(0, b"\1\0", flags=8)])
+def test_a_server_that_goes_on_answering_something_else(again: bytes) -> None:
+    """The time is over although there is always something to read."""
+    with flooding(again) as address:
+        assert no_answer(address, timeout_s=0.1) == "slow: no answer within 0.1 s"
+
+
+def test_a_server_that_sends_an_answer_without_end() -> None:
+    with flooding(frame(0, b"\0\xff\xff\xff\xff" + b"x" * 16_000)) as address:
+        assert no_answer(address) == "strange: its answer is not one of gRPC"
+
+
+@contextmanager
+def flooding(again: bytes) -> Iterator[TcpAddress]:
+    """A server that sends the same to whoever connects, until the connection is closed."""
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(SETTINGS)
+            while True:
+                connection.sendall(again * 100)
+
+    with socket.create_server((HERE, 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield TcpAddress(HERE, listener.getsockname()[1])
+        thread.join()
 
 
 def test_nothing_listens_or_the_host_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

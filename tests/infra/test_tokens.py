@@ -111,6 +111,11 @@ def test_a_token_is_revoked_by_editing_the_file(path: Path) -> None:
     assert tokens.find("one") is None
 
 
+def test_a_file_as_other_systems_write_it(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + line("a", "read", "one").replace("\n", "\r\n").encode())
+    assert Tokens(path).find("one") == Identity("a", frozenset({"read"}))
+
+
 def test_a_file_that_the_system_did_not_open_is_read_by_the_next_call(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

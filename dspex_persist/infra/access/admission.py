@@ -88,7 +88,7 @@ class CallCounts:
             TooManyCallsError: It is one too many, and not counted.
         """
         rate, inflight = identity.allowance.rate, identity.allowance.inflight
-        if rate is None and inflight is None:
+        if not identity.allowance.counts_calls:
             return False
         now = self._now()
         calls = self._calls.get(identity.name)

@@ -73,6 +73,11 @@ class Allowance:
     sessions: int | None = None
     bytes: int | None = None
 
+    @property
+    def counts_calls(self) -> bool:
+        """Whether it limits calls."""
+        return self.rate is not None or self.inflight is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -329,7 +334,8 @@ def _text(path: Path) -> str:
         # A pipe in its place would otherwise be waited for.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             _check_access(path, os.fstat(file.fileno()))
-            return file.read().decode()
+            # Some editors begin files with a mark of the order of bytes.
+            return file.read().decode("utf-8-sig")
     except OSError as error:
         raise TokenFileError(str(path), f"cannot read it: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

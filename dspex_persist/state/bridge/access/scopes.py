@@ -177,8 +177,10 @@ class Access:
             self._look_later()
         return admission
 
-    def may_be_admitted(self, rpc: str, headers: Headers) -> bool:
-        """Return whether a call may be admitted, as far as its headers say: whether its request is worth reading.
+    def reads_first(self, rpc: str, headers: Headers) -> bool:
+        """Return whether the request of a call may be read before the call is admitted.
+
+        Not if it will be refused, nor if its caller has limits: what is being sent is in progress, and takes memory.
 
         Args:
             rpc: The full name of the rpc.
@@ -195,7 +197,9 @@ class Access:
             # Its certificate decides.
             return self._certified
         identity = tokens.look_up(digest_of(token))
-        return identity is not None and not identity.has_expired and (scope == _ANY or identity.may(scope))
+        if identity is None or identity.has_expired or identity.allowance.counts_calls:
+            return False
+        return scope == _ANY or identity.may(scope)
 
     def _ended(self, counted: Identity | None, admission: Admission) -> None:
         self._streams.pop(admission, None)
