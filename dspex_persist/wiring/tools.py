@@ -58,7 +58,7 @@ def plans_of(settings: Settings, here: Path) -> "list[PoolPlan]":
         named = {"size": f"workers ({flag_of('workers')})", "command": f"tools ({flag_of('tools')})"}
         plans.append(PoolPlan(OWN, command, options(own, settings.workers), settings=named))
     for name, pool in given.items():
-        if not pool.command:
+        if not pool.command or not pool.command[0]:
             raise SettingsError(f"pools.{name}.command", "name the command line that starts a worker")
         env = {**ENVIRONMENT, **pool.env}
         command = WorkerCommand(pool.command, env=env, cwd=here / (pool.cwd or ""), **timeouts(pool))

@@ -1,6 +1,7 @@
 """dspex-persist audit report and web: what they show, what they keep back, and how they look in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -522,6 +523,22 @@ def test_the_site_answers_to_this_machines_names_only(site: str) -> None:
         status, text = get(site, "history/v_commits.json", host=host)
         assert status == 403
         assert SESSION not in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@needs_datasette
+def test_the_site_answers_no_other_user_of_this_machine(site: str) -> None:
+    asking = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
+    answer = subprocess.run(
+        (sys.executable, "-c", asking, site),
+        user=65534,
+        group=65534,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert "HTTP Error 403: Forbidden" in answer.stderr
 
 
 @needs_datasette

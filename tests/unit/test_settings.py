@@ -337,3 +337,9 @@ def test_a_pool_works_where_the_server_was_started_or_below() -> None:
     pools: Any = {name: {"command": "x", **pool} for name, pool in given.items()}
     plans = plans_of(Settings(pools=pools), Path("/start"))
     assert [plan.command.cwd for plan in plans] == [Path("/far"), Path("/start/near"), Path("/start")]
+
+
+@pytest.mark.parametrize("command", [[], ["", "x"]])
+def test_a_pool_without_a_program_is_refused(command: list[str]) -> None:
+    with pytest.raises(SettingsError, match="name the command line that starts a worker"):
+        plans_of(Settings(pools={"old": {"command": command}}), Path("/"))

@@ -12,9 +12,11 @@ import uvicorn
 from datasette.app import Datasette
 from datasette.database import Database
 from datasette.plugins import pm
+from datasette.utils.asgi import Response
 
 from dspex_persist.audit.web.questions import DATABASE, METADATA
 from dspex_persist.audit.web.site import Site
+from dspex_persist.infra.access.peers import PeerUsers, can_tell_users
 from dspex_persist.infra.listen import ListenError
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.store.history import views
@@ -54,6 +56,28 @@ class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
         return {table: {"incoming": [], "outgoing": []} for table in await self.table_names()}
 
 
+class _OwnUser:
+    """Answers processes of the user of this one, and of root, where the system says whose they are.
+
+    Args:
+        site: The ASGI application that answers them.
+        port: The port to which they come.
+    """
+
+    def __init__(self, site: Any, port: int) -> None:
+        self._site = site
+        self._users = PeerUsers(_HOST, port) if can_tell_users() else None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and self._users is not None:
+            host, port = scope["client"] or ("", 0)
+            if not self._users.are_we(f"ipv4:{host}:{port}"):
+                await Response.text("this site answers its own user only", status=403).asgi_send(send)
+                return
+        await self._site(scope, receive, send)
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -68,9 +92,10 @@ class _Server(uvicorn.Server):
 def serve(path: Path, source: AuditSource, port: int, ready: Callable[[str], None]) -> None:
     """See `serve_website`."""
     with _listen(port) as listening:
-        url = f"http://{_HOST}:{listening.getsockname()[1]}/"
+        port = listening.getsockname()[1]
+        url = f"http://{_HOST}:{port}/"
         config = uvicorn.Config(
-            application(path, source),
+            _OwnUser(application(path, source), port),
             log_level="warning",
             access_log=False,
             lifespan="on",

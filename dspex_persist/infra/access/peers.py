@@ -23,6 +23,7 @@ _LOCAL, _REMOTE, _STATE, _UID = 1, 2, 3, 7
 _WORD: Final = 4
 _ESTABLISHED: Final = 1
 _IPV4: Final = 4
+_ROOT: Final = 0
 
 Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 Ends = tuple[Ip, int, Ip, int]
@@ -48,6 +49,10 @@ class PeerUsers:
         # A name may be one of several addresses, such as 127.0.0.1 and ::1.
         self._hosts = tuple(_resolved(host, port))
         self._ask = _asker() if ask is None else ask
+
+    def are_we(self, peer: str) -> bool:
+        """Return whether a connection is of a process of this process's user, or of root; see `user_of`."""
+        return self.user_of(peer) in (_ROOT, os.geteuid())
 
     def user_of(self, peer: str) -> int | None:
         """Return the id of the user whose process has a connection, or None if there is none within this machine.

@@ -1,7 +1,6 @@
 """Refuses calls from processes of other users of this machine."""
 
 import asyncio
-import os
 from typing import Any, Final
 
 from dspex_persist.infra.access.admission import Admission
@@ -10,7 +9,6 @@ from dspex_persist.infra.server import Admit, admit_all
 from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.errors import Hint, UnauthenticatedError
 
-_ROOT: Final = 0
 _MISSING: Final = "a process of the user of the server"
 
 
@@ -35,8 +33,7 @@ class SameUser:
 
     def admit(self, rpc: str, context: Any, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
         """Admit a call of an rpc, or raise `UnauthenticatedError`; see `Admit`."""
-        user = None if self._users is None else self._users.user_of(context.peer())
-        if user in (_ROOT, os.geteuid()):
+        if self._users is not None and self._users.are_we(context.peer()):
             return self._then(rpc, context, task)
         self._denials.note(rpc, context, _MISSING)
         raise UnauthenticatedError("the call comes from a process of another user").advising(Hint.SAME_USER)
