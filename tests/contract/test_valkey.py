@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
-import redis
 
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.shared import SharedGroups, SharedState
-from dspex_persist.state.tools.with_tools import WithTools
-from dspex_persist.state.valkey.valkey_log import ValkeyLog
+from dspex_persist.state.valkey.valkey_state import RedisState, ValkeyState
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.import_contract import ImportContract
+from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import (
     SMALL_LIMITS,
     ConcurrencyContract,
@@ -20,23 +20,32 @@ from dspex_persist.testing.provider_contract import (
     IdempotencyContract,
     LeaseContract,
     ProviderContract,
+    Reopen,
     SessionContract,
     VariableContract,
     WatchContract,
 )
+from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
 from tests.contract.test_shared import Alternating
 
 
-def open_servers(url: str, prefix: str, options: SessionOptions) -> list[SharedState]:
-    logs = (ValkeyLog(lambda: redis.Redis.from_url(url), prefix=prefix) for _ in range(2))
-    return [SharedState(SharedGroups(log, options)) for log in logs]
+def address(url: str, prefix: str) -> str:
+    return f"{url.replace('unix://', 'redis+unix://')}?prefix={prefix}"
 
 
 @pytest.fixture(scope="class")
 def alternating(request: pytest.FixtureRequest, valkey: str, valkey_prefix: str) -> Iterator[Alternating]:
-    with Alternating(open_servers(valkey, valkey_prefix, request.cls.options)) as provider:
+    url = address(valkey, valkey_prefix)
+    with Alternating([ValkeyState(url, request.cls.options) for _ in range(2)]) as provider:
+        yield provider
+
+
+@pytest.fixture(scope="class")
+def single(request: pytest.FixtureRequest, valkey: str, valkey_prefix: str) -> Iterator[RedisState]:
+    url = address(valkey, valkey_prefix)
+    with RedisState(url, request.cls.options, tools=CONTRACT_TOOLS) as provider, ValkeyState(url):
         yield provider
 
 
@@ -72,26 +81,61 @@ class TestLeasesOfTwoServers(Two, LeaseContract):
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
-@pytest.fixture(scope="class")
-def with_tools(valkey: str, valkey_prefix: str) -> Iterator[WithTools]:
-    engine, other = open_servers(valkey, valkey_prefix, SessionOptions())
-    with WithTools(engine, CONTRACT_TOOLS) as provider, other:
-        yield provider
+class One:
+    """One of two servers: the other one only follows."""
 
-
-class Tools:
-    # This engine keeps no recordings.
-    test_what_is_recorded_is_in_the_journal_however_it_ends = None
+    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
 
     @pytest.fixture
-    def provider(self, with_tools: WithTools) -> StateProvider:
-        return with_tools
+    def provider(self, single: RedisState) -> StateProvider:
+        return single
 
 
-class TestTransactions(Tools, TransactionContract):
-    pass
+class TestTransactions(One, OrderContract, TransactionContract):
+    options = SessionOptions()
 
 
 @pytest.mark.thorough
-class TestTools(Tools, ToolContract):
+class TestTools(One, ToolContract):
+    options = SessionOptions()
+
+
+class TestRecordings(One, RecordingContract, EndedRecordingContract):
+    options = SessionOptions()
+
+
+class TestImports(One, ImportContract):
     pass
+
+
+class Owner:
+    """A server that can be restarted while another one goes on."""
+
+    def __init__(self, url: str, options: SessionOptions) -> None:
+        self._open = lambda: RedisState(url, options)
+        self.provider = self._open()
+
+    def reopen(self) -> RedisState:
+        self.provider.close()
+        self.provider = self._open()
+        return self.provider
+
+
+class TestReopened(DurableContract, DurableLeaseContract):
+    options: ClassVar[SessionOptions] = SessionOptions(optimization_lease_s=DurableLeaseContract.lease_s)
+
+    @pytest.fixture
+    def owner(self, valkey: str, valkey_prefix: str) -> Iterator[Owner]:
+        url = address(valkey, valkey_prefix)
+        owner = Owner(url, self.options)
+        with ValkeyState(url):
+            yield owner
+        owner.provider.close()
+
+    @pytest.fixture
+    def provider(self, owner: Owner) -> StateProvider:
+        return owner.provider
+
+    @pytest.fixture
+    def reopened(self, owner: Owner) -> Reopen:
+        return owner.reopen

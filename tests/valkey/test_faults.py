@@ -1,6 +1,6 @@
 """What becomes of a commit if its answer is lost, or the store refuses it. Each proof finds a planted bug."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
-from dspex_persist.state.options import SessionOptions
-from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.shared import SharedGroups
 from dspex_persist.state.valkey import connection, valkey_log
 from dspex_persist.state.valkey.valkey_log import ValkeyLog
+from dspex_persist.state.valkey.valkey_state import ValkeyState
+from tests.valkey.conftest import Open
 from tests.valkey.proxy import Proxy
-
-Open = Callable[..., SharedState]
 
 
 @pytest.fixture
@@ -38,27 +37,6 @@ def proxy(valkey: str, tmp_path: Path) -> Iterator[Proxy]:
     proxy.close()
 
 
-@pytest.fixture
-def open_server(valkey: str, valkey_prefix: str) -> Iterator[Open]:
-    """Opens servers on one log; the sweeps and the polls of those do not come in between."""
-    servers: list[SharedState] = []
-
-    def open_one(url: str = valkey, **options: Any) -> SharedState:
-        log = ValkeyLog(lambda: redis.Redis.from_url(url), prefix=valkey_prefix, **options)
-        servers.append(SharedState(SharedGroups(log, SessionOptions()), sweep_interval_s=3600))
-        return servers[-1]
-
-    yield open_one
-    for each in servers:
-        each.close()
-
-
-@pytest.fixture
-def client(valkey: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(valkey) as client:
-        yield client
-
-
 def content(client: redis.Redis, prefix: str) -> dict[bytes, bytes | None]:
     """All that is stored, but for the leases of servers."""
     kept: Any = client
@@ -66,7 +44,7 @@ def content(client: redis.Redis, prefix: str) -> dict[bytes, bytes | None]:
     return {key: kept.dump(key) for key in names}
 
 
-def begin(server: SharedState, session: str) -> None:
+def begin(server: ValkeyState, session: str) -> None:
     server.initialize_session(session)
     server.register_variable(session, "x", "integer", 0)
 
@@ -74,7 +52,7 @@ def begin(server: SharedState, session: str) -> None:
 # An answer that is lost
 
 
-def versions_after(server: SharedState, proxy: Proxy, session: str, fault: Any) -> tuple[str, list[int]]:
+def versions_after(server: ValkeyState, proxy: Proxy, session: str, fault: Any) -> tuple[str, list[int]]:
     """What a caller is told whose write meets a fault, and the versions that there are then."""
     proxy.lose(fault)
     try:
@@ -114,7 +92,7 @@ def test_a_client_that_sends_again_would_be_noticed(
     assert (told, versions) == ("VersionConflictError", [1, 0]), "refused, they say, but it stands"
 
 
-def arrives_late(server: SharedState, other: SharedState, proxy: Proxy, session: str) -> list[int]:
+def arrives_late(server: ValkeyState, other: ValkeyState, proxy: Proxy, session: str) -> list[int]:
     """Have an append arrive after its caller was told that nothing was stored. Return the versions that there are."""
     begin(server, session)
     proxy.lose("held")
@@ -164,7 +142,7 @@ def test_the_function_checks_everything_before_it_writes(
     assert_refused_whole(open_server(), client, valkey_prefix)
 
 
-def assert_refused_whole(server: SharedState, client: redis.Redis, prefix: str) -> None:
+def assert_refused_whole(server: ValkeyState, client: redis.Redis, prefix: str) -> None:
     """Have one of the last keys that a commit writes be of another type."""
     begin(server, "mine")
     (key,) = client.scan_iter(f"{{{prefix}}}:q:*")

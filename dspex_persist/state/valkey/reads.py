@@ -41,14 +41,14 @@ class Reads:
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection = connection
-        self._client = connection.client
+        self.client = connection.client
         self._keys = keys
 
     def pipelined(self, commands: Iterable[Sequence[Any]]) -> Iterator[Any]:
         """Yield the answers to these commands, many of which are sent at once."""
         left = list(commands)
         for place in range(0, len(left), _AT_ONCE):
-            pipeline = self._client.pipeline(transaction=False)
+            pipeline = self.client.pipeline(transaction=False)
             for name, *words in left[place : place + _AT_ONCE]:
                 getattr(pipeline, name)(*words)
             yield from pipeline.execute()
@@ -111,12 +111,12 @@ class Reads:
 
     def first_of(self, session_id: str) -> int | None:
         """Return the first commit of the newest session that has had this id, live or ended; None if there is none."""
-        last = self._client.lindex(self._keys.lives(session_id), -1)
+        last = self.client.lindex(self._keys.lives(session_id), -1)
         return None if last is None else int(last)
 
     def owner_of(self, first: int) -> str:
         """Return whom a live session counts for; "" if it has ended."""
-        content = self._client.hget(self._keys.session(first), "session")
+        content = self.client.hget(self._keys.session(first), "session")
         return "" if content is None else codec.session_in(content).owner
 
     # Versions
@@ -153,7 +153,7 @@ class Reads:
         page = 8 if query.most_bytes is not None else _AT_ONCE
         while len(found) < query.limit:
             count = min(page, query.limit - len(found))
-            rows = self._client.xrevrange(name, highest, "-", count=count)
+            rows = self.client.xrevrange(name, highest, "-", count=count)
             found += (codec.version_in(row).version for _, row in rows)
             size_bytes = sum(version.size_bytes for version in found)
             if len(rows) < count or (query.most_bytes is not None and size_bytes >= query.most_bytes):
@@ -164,7 +164,7 @@ class Reads:
     def _find_id(self, state: SessionState, query: VersionQuery) -> str | None:
         """Return the id of the newest variable with this name, or with this id: names come first."""
         wanted, named = query.identifier, []
-        for variable_id, content in self._client.hgetall(self._keys.names(state.session.sequence)).items():
+        for variable_id, content in self.client.hgetall(self._keys.names(state.session.sequence)).items():
             key, name, since = json.loads(content)
             id_ = codec.text_in(variable_id)
             if wanted in (name, id_) and (query.as_of is None or since <= query.as_of):
@@ -176,7 +176,7 @@ class Reads:
         """Return the session's next commits, oldest first, or raise `UnavailableError`; see `LogStore`."""
         first = state.session.sequence
         with reading(state.session.id):
-            rows = self._client.xrange(self._keys.commits(first), f"({after}-0" if after else "-", "+", most_commits)
+            rows = self.client.xrange(self._keys.commits(first), f"({after}-0" if after else "-", "+", most_commits)
             commits = [codec.commit_in(row) for _, row in rows]
             pages, size_bytes = [], 0
             for commit in commits:
@@ -208,7 +208,7 @@ class Reads:
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """Return the outcome recorded under an idempotency key."""
         with reading(session_id):
-            content = self._client.hget(self._keys.outcomes(session_id), codec.utf8(key))
+            content = self.client.hget(self._keys.outcomes(session_id), codec.utf8(key))
             return None if content is None else codec.outcome_in(session_id, key, content)[0]
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
@@ -216,43 +216,43 @@ class Reads:
         if any(each.idempotency_key == key for each in state.executions.values()):
             return None
         with reading(state.session.id):
-            content = self._client.hget(self._keys.keyed(state.session.sequence), codec.utf8(key))
+            content = self.client.hget(self._keys.keyed(state.session.sequence), codec.utf8(key))
             return None if content is None else codec.ended_in(content)
 
     def began(self, first: int, execution_id: str) -> codec.Began | None:
         """Return how a running execution began."""
-        content = self._client.hget(self._keys.session(first), f"x:{execution_id}")
+        content = self.client.hget(self._keys.session(first), f"x:{execution_id}")
         return None if content is None else codec.began_in(content)
 
     def spent_by(self, first: int, tool: str) -> Spent:
         """Return what the LM calls of a tool have used in a session."""
-        content = self._client.hget(self._keys.spent(first), tool)
+        content = self.client.hget(self._keys.spent(first), tool)
         return NOTHING if content is None else codec.spent_in(content)
 
     def all_spent(self, first: int) -> Mapping[str, Spent]:
         """Return what the LM calls in a session have used, by tool."""
-        found = self._client.hgetall(self._keys.spent(first))
+        found = self.client.hgetall(self._keys.spent(first))
         return {codec.text_in(tool): codec.spent_in(content) for tool, content in found.items()}
 
     # All sessions
 
     def commit(self, first: int, sequence: int) -> codec.StoredCommit | None:
         """Return one commit of a session, or None."""
-        rows = self._client.xrange(self._keys.commits(first), f"{sequence}-0", f"{sequence}-0")
+        rows = self.client.xrange(self._keys.commits(first), f"{sequence}-0", f"{sequence}-0")
         return codec.commit_in(rows[0][1]) if rows else None
 
     def stored_by(self, identity: str) -> Mapping[int, int]:
         """Return the live sessions that an identity began, by their first commits, with their stored bytes."""
-        found = self._client.hgetall(self._keys.owned(identity))
+        found = self.client.hgetall(self._keys.owned(identity))
         return {int(first): int(size_bytes) for first, size_bytes in found.items()}
 
     def expired(self, now: datetime, limit: int) -> list[str]:
         """Return the ids of at most `limit` live sessions whose saved expiry is past and in which no tool runs."""
-        running = {json.loads(content)[0] for content in self._client.hvals(self._keys.running)}
+        running = {json.loads(content)[0] for content in self.client.hvals(self._keys.running)}
         found: list[str] = []
         skipped = 0
         while len(found) < limit:
-            firsts = self._client.zrangebyscore(self._keys.expiry, "-inf", to_micros(now), start=skipped, num=limit)
+            firsts = self.client.zrangebyscore(self._keys.expiry, "-inf", to_micros(now), start=skipped, num=limit)
             contents = self.pipelined(("hget", self._keys.session(int(first)), "session") for first in firsts)
             ids = (codec.session_in(content).session.id for content in contents if content is not None)
             found += (each for each in ids if each not in running)
@@ -264,7 +264,7 @@ class Reads:
     def old_outcomes(self, before: datetime, most: int) -> list[bytes]:
         """Return the members of `ages` for at most so many outcomes recorded before a time."""
         until = f"({to_micros(before)}"
-        return list(self._client.zrangebyscore(self._keys.ages, "-inf", until, start=0, num=most))
+        return list(self.client.zrangebyscore(self._keys.ages, "-inf", until, start=0, num=most))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dspex_persist.state.errors import (
     LimitExceededError,
     LostCommitsError,
     NewerSchemaError,
+    NotADatabaseError,
     OutcomeUnknownError,
     StorageError,
 )
@@ -89,11 +90,13 @@ class ValkeyLog(SharedLog):
         name: How errors name the store; without a password.
         prefix: What the keys begin with; see `Keys`.
         lease_s: See `SharedLog.lease_s`.
-        waits_for_disk: Whether each append waits until it is on disk (WAITAOF), because the store does not do so
-            by itself.
+        check: Raises `NotADatabaseError` if the settings of the store do not let it keep what it acknowledges. Returns
+            whether each append waits until it is on disk, because nobody may ask whether the store does so. Called
+            now, and whenever the lease is renewed.
 
     Raises:
         UnavailableError: The store cannot be reached.
+        NotADatabaseError: `check` raises it.
         NewerSchemaError: A newer release wrote it.
     """
 
@@ -107,7 +110,7 @@ class ValkeyLog(SharedLog):
         name: str = "the store",
         prefix: str = "dspex",
         lease_s: float = 15.0,
-        waits_for_disk: bool = False,
+        check: Callable[[Any], bool] = lambda _: False,
     ) -> None:
         self.name = name
         self.keys = Keys(prefix)
@@ -117,7 +120,8 @@ class ValkeyLog(SharedLog):
         self._notices: Any = connect()
         self.reads = Reads(self._reading, self.keys)
         self._lease_s = lease_s
-        self._waits_for_disk = waits_for_disk
+        self._check = check
+        self._refusal: NotADatabaseError | None = None
         self._server = uuid.uuid4().hex
         self._head = Head(0, GENESIS, EARLIEST, b"")
         self._token = ""
@@ -129,6 +133,7 @@ class ValkeyLog(SharedLog):
         self._closed = threading.Event()
         self._listener: threading.Thread | None = None
         with converted():
+            self._waits_for_disk = check(self._client)
             self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
             self._client.hsetnx(self.keys.head, "format", FORMAT)
             found = int(self._client.hget(self.keys.head, "format"))
@@ -211,6 +216,8 @@ class ValkeyLog(SharedLog):
 
     def _begin(self, wait: bool) -> News | None:
         """Compare the lease, let imports of others end, and return the news: in one round trip, as a rule."""
+        if self._refusal is not None:
+            raise StorageError(str(self._refusal))
         deadline = time.monotonic() + 2 * _TURN_S
         while True:
             pipeline = self._client.pipeline(transaction=False)
@@ -513,6 +520,20 @@ class ValkeyLog(SharedLog):
         answer = self._reading.call("renew", keys, self._server, self._epoch, self._lease_s)
         if answer == b"fenced":
             raise FencedError
+        self._look_at_settings()
+
+    def _look_at_settings(self) -> None:
+        """Refuse to write from now on if somebody has changed a setting that we rely on; or no longer."""
+        before = self._refusal
+        try:
+            self._waits_for_disk = self._check(self._client)
+            self._refusal = None
+        except NotADatabaseError as error:
+            self._refusal = error
+        if self._refusal is not None and before is None:
+            _logger.error("the store cannot be used any more", reason=self._refusal.reason)
+        elif self._refusal is None and before is not None:
+            _logger.warning("the store can be used again")
 
     @reported
     def fence(self) -> None:

@@ -1,0 +1,119 @@
+"""Stores whose settings lose what was acknowledged are refused, when a server begins and later."""
+
+from typing import Any
+
+import pytest
+import redis
+
+from dspex_persist.state.errors import NotADatabaseError, StorageError
+from dspex_persist.state.valkey.durability import StoreSettings
+from tests.engines import Valkey, wait_until
+from tests.valkey.conftest import Open
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("appendfsync", "everysec", "appendfsync is everysec, so that a power cut"),
+        ("appendfsync", "no", "appendfsync is no"),
+        ("no-appendfsync-on-rewrite", "yes", "no-appendfsync-on-rewrite is yes"),
+        ("maxmemory-policy", "allkeys-lru", "maxmemory-policy is allkeys-lru"),
+        ("appendonly", "no", "appendonly is no"),
+    ],
+)
+def test_settings_that_lose_what_was_acknowledged_are_refused(
+    open_own: Open, own_client: redis.Redis, name: str, value: str, reason: str
+) -> None:
+    own_client.config_set(name, value)
+    with pytest.raises(NotADatabaseError, match=reason):
+        open_own()
+
+
+def test_with_the_durability_normal_a_power_cut_may_lose_the_last_second(
+    open_own: Open, own_client: redis.Redis
+) -> None:
+    own_client.config_set("appendfsync", "everysec")
+    server = open_own(durability="normal")
+    server.initialize_session("s")
+    own_client.config_set("appendfsync", "no")
+    with pytest.raises(NotADatabaseError, match="set it to everysec or always"):
+        open_own(durability="normal")
+
+
+def test_a_setting_that_changes_meanwhile_stops_the_writes(open_own: Open, own_client: redis.Redis) -> None:
+    server = open_own(lease_s=0.2)
+    server.initialize_session("s")
+    own_client.config_set("appendfsync", "everysec")
+    wait_until(lambda: server._store._refusal is not None)
+    with pytest.raises(StorageError, match="appendfsync is everysec"):
+        server.initialize_session("t")
+    assert len(server.list_variables("s")) == 0
+    own_client.config_set("appendfsync", "always")
+    wait_until(lambda: server._store._refusal is None)
+    server.initialize_session("t")
+
+
+def test_a_replica_is_refused(own_valkey: Valkey, open_own: Open, own_client: redis.Redis) -> None:
+    own_client.replicaof("127.0.0.1", 1)
+    with pytest.raises(NotADatabaseError, match=r"it is a replica of 127\.0\.0\.1:1"):
+        open_own()
+
+
+class Told:
+    """A store that tells of itself what a test says."""
+
+    def __init__(self, config: Any = None, **facts: Any) -> None:
+        self._facts = {"redis_version": "7.2.4", "role": "master", "aof_enabled": 1, **facts}
+        self._config = config
+
+    def info(self) -> dict[str, Any]:
+        return self._facts
+
+    def config_get(self, *names: str) -> Any:
+        if self._config is None:
+            raise redis.ResponseError("unknown command 'CONFIG'")
+        return self._config
+
+
+def test_old_servers_and_clusters_are_refused() -> None:
+    settings = StoreSettings("redis://h")
+    with pytest.raises(NotADatabaseError, match=r"Redis 6\.2\.14"):
+        settings.check(Told(redis_version="6.2.14"))
+    with pytest.raises(NotADatabaseError, match="part of a cluster"):
+        settings.check(Told(cluster_enabled=1))
+
+
+def test_a_store_that_does_not_tell_its_settings_is_waited_for_or_refused() -> None:
+    assert StoreSettings("redis://h").check(Told()) is True
+    assert StoreSettings("redis://h", "normal").check(Told()) is False
+    with pytest.raises(NotADatabaseError, match="assume=durable"):
+        StoreSettings("redis://h").check(Told(redis_version="7.0.15"))
+    assert StoreSettings("redis://h", assumes_durable=True).check(Told(redis_version="7.0.15")) is False
+
+
+def test_each_append_waits_for_the_disk_if_nobody_may_ask_for_the_settings(
+    own_valkey: Valkey, open_own: Open, own_client: redis.Redis
+) -> None:
+    own_client.execute_command("ACL", "SETUSER", "default", "-config")
+    server = open_own()
+    assert server._store._waits_for_disk
+    server.initialize_session("s")
+    own_valkey.restart()
+    assert len(server.list_variables("s")) == 0
+
+
+# Memory that is full
+
+
+def test_a_full_memory_refuses_writes_and_nothing_else(open_own: Open, own_client: redis.Redis) -> None:
+    server = open_own()
+    server.initialize_session("s")
+    server.register_variable("s", "x", "integer", 1)
+    own_client.config_set("maxmemory", 1)
+    with pytest.raises(StorageError, match="maxmemory"):
+        server.set_variable("s", "x", 2)
+    assert server.get_variable("s", "x").value.json == "1"
+    server._store.renew()
+    assert [version.version for version in server.get_variable_history("s", "x")] == [0]
+    own_client.config_set("maxmemory", 0)
+    assert server.set_variable("s", "x", 2) == 1
