@@ -53,5 +53,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     main(sys.argv[1] if len(sys.argv) > 1 else "memory:")

@@ -26,6 +26,7 @@ from dspex_persist.state.abilities import Auditable, Transacts, new_recording_id
 from dspex_persist.state.audit import AuditSource, ExecutionDetail, ExecutionQuery, SessionQuery
 from dspex_persist.state.errors import (
     ExecutionEndedError,
+    LimitExceededError,
     NotInHistoryError,
     OutcomeUnknownError,
     ShuttingDownError,
@@ -117,10 +118,14 @@ class Past:
     Attributes:
         definitions: The definitions by their digests, oldest first.
         trials: The trials by their ids, in the order of their beginning.
+        numbers: The places of the trials in that order, by their ids.
+        news: The ids of trials about which something was read; whoever has looked at them removes them.
     """
 
     definitions: dict[str, Definition] = field(default_factory=dict)
     trials: dict[str, Known] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    news: list[str] = field(default_factory=list)
 
 
 class Journal:
@@ -134,6 +139,7 @@ class Journal:
         # A session that moves gets other numbers for its commits.
         self._read_from: StateProvider | None = None
         self._read_to = 0
+        self._running: set[str] = set()
 
     # Reading
 
@@ -148,11 +154,10 @@ class Journal:
         if provider is not self._read_from:
             self.past = Past()
             self._read_to = self._beginning(source)
+            self._running.clear()
             self._read_from = provider
-        for trial in [each for each in self.past.trials.values() if any(part.is_running for part in each.parts)]:
-            for part in trial.parts:
-                if part.is_running:
-                    self._take(source, part.execution_id)
+        for execution_id in tuple(self._running):
+            self._take(source, execution_id)
         query = ExecutionQuery(
             session=self._ctx.session_id, since=self._read_to, newest_first=False, metadata={STUDY: self._study}
         )
@@ -173,6 +178,7 @@ class Journal:
             detail = source.execution(execution_id)
         except NotInHistoryError:
             # It was pruned in this moment.
+            self._running.discard(execution_id)
             return
         if detail.summary.tool == STUDY:
             for entry in detail.recorded.get(STUDY, ()):
@@ -192,7 +198,10 @@ class Journal:
         part = _part_of(detail)
         others = [each for each in known.parts if each.execution_id != part.execution_id]
         parts = tuple(sorted((*others, part), key=lambda each: each.began_sequence))
+        self.past.numbers.setdefault(trial_id, len(self.past.trials))
         self.past.trials[trial_id] = replace(known, parts=parts)
+        self.past.news.append(trial_id)
+        (self._running.add if part.is_running else self._running.discard)(part.execution_id)
 
     # Writing
 
@@ -256,6 +265,7 @@ class OpenTrial:
         self._journal = journal
         self._metadata = metadata
         self._number = number
+        # What the current part has, as long as it may be lost with its server.
         self._entries: list[Mapping[str, Any]] = []
         self._lock = threading.Lock()
         self._part: abilities.Transaction | None = None
@@ -285,10 +295,15 @@ class OpenTrial:
     def park(self) -> None:
         """End the current part: the session is about to move. Whatever comes next begins another one."""
         with self._lock:
-            part, self._part = self._part, None
-            if part is not None:
-                with contextlib.suppress(ExecutionEndedError):
-                    part.commit()
+            self._keep()
+
+    def _keep(self) -> None:
+        """End the current part, with what was recorded in it."""
+        part, self._part = self._part, None
+        if part is not None:
+            with contextlib.suppress(ExecutionEndedError):
+                part.commit()
+                self._entries.clear()
 
     def _through_gate(self, call: Callable[[], R]) -> R:
         def locked() -> R:
@@ -314,6 +329,12 @@ class OpenTrial:
         except ExecutionEndedError:
             # Its server has ended, and interrupted it.
             self._part = None
+            self._again(self._begun).record(TRIAL, entry)
+        except LimitExceededError:
+            if not self._entries:
+                # It would not fit into any.
+                raise
+            self._keep()
             self._again(self._begun).record(TRIAL, entry)
         self._entries.append(entry)
 
@@ -345,7 +366,7 @@ class OpenTrial:
             try:
                 return call()
             except (UnavailableError, ShuttingDownError):
-                if not self._entries or time.monotonic() > deadline:
+                if not self.execution_id or time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_S)
 

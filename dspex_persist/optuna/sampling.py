@@ -74,11 +74,13 @@ class Sampling:
 
     def learn(self, past: Past) -> None:
         """Take in what others have told."""
-        told = [each for each in past.trials.values() if each.told is not None and each.id not in self._learnt]
-        for known in told:
-            self._learnt.add(known.id)
-            if known.id not in self.own:
-                self._add(known)
+        for trial_id in dict.fromkeys(past.news):
+            known = past.trials[trial_id]
+            if known.told is not None and trial_id not in self._learnt:
+                self._learnt.add(trial_id)
+                if trial_id not in self.own:
+                    self._add(known)
+        past.news.clear()
         if self._is_new and past.trials:
             # A sampler with a seed would begin with the values that it began with before.
             self._study.sampler.reseed_rng()

@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
 from dspex_persist.cognitive.context import Context
-from dspex_persist.cognitive.errors import StudyError
+from dspex_persist.cognitive.errors import ContextClosedError, StudyError
 from dspex_persist.cognitive.optimizing import OPTIMIZER
 from dspex_persist.cognitive.steps import Steps, Terms, ask, run, verb, work
 from dspex_persist.errors import DspexError
@@ -24,7 +24,7 @@ from dspex_persist.optuna.sampling import Sampling, checked_directions, float_of
 from dspex_persist.optuna.space import Choices, ConfigurationSpace
 from dspex_persist.optuna.trials import Trial, TrialRecord, Works, record_of
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
 
 Objective: TypeAlias = Callable[[Trial], Any]
 _ENDS: Final = {state.name.lower(): state for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)}
@@ -149,7 +149,7 @@ class Study(Works):
             self._sampling.drop(sampled)
             raise
         self._read()
-        trial = Trial(self._number_of(opened.id), params, sampled, opened, self._apply_trial)
+        trial = Trial(self._ctx, self._number_of(opened.id), params, sampled, opened, self._apply_trial)
         self._open[opened.id] = trial
         self._sampling.own.add(opened.id)
         return trial, retried
@@ -171,7 +171,7 @@ class Study(Works):
         return next(each.id for each in trials if each.retry_of == retried.id) == trial.id
 
     def _number_of(self, trial_id: str) -> int:
-        return list(self._journal.past.trials).index(trial_id)
+        return self._journal.past.numbers[trial_id]
 
     def _read(self) -> None:
         self._sampling.learn(self._journal.read())
@@ -380,7 +380,8 @@ class Study(Works):
     def _drop(self, trial: Trial, error: BaseException | None = None) -> None:
         with self._lock:
             self._open.pop(trial.id, None)
-            self._sampling.drop(trial._sampled)
+            if trial._told is None:
+                self._sampling.drop(trial._sampled)
             self._sampling.own.discard(trial.id)
             trial._opened.drop(error)
 
@@ -525,6 +526,13 @@ class Study(Works):
         yield from work(self._release)
 
     def _release(self) -> None:
+        try:
+            self._end_all()
+        except (ContextClosedError, EngineClosedError):
+            # All ends with that: the trials at once, the locks with their leases.
+            self._locks.forget()
+
+    def _end_all(self) -> None:
         with self._lock:
             for trial in list(self._open.values()):
                 self._drop(trial)

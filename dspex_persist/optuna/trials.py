@@ -1,6 +1,6 @@
 """Trials: those that run here, and what the journal says of all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import TrialState
 
+from dspex_persist.cognitive.context import Context
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Work, run_work, run_work_aio, verb, work
 from dspex_persist.optuna.journal import Known, OpenTrial, note_of, report_of
 from dspex_persist.state import arguments
@@ -110,7 +111,7 @@ class Applies(Protocol):
 class Trial(Works):
     """A trial that this process runs: the values to try. The session does not have them, unless `apply` writes them.
 
-        trial["temperature"]                    # a value
+        trial["temperature"]                    # a value to try; of other variables, what the session has
         trial.params                            # all of them
         trial.report(0.7, step=3)               # a value of the objective on the way
         trial.should_prune()                    # whether to give it up
@@ -121,13 +122,21 @@ class Trial(Works):
     """
 
     def __init__(
-        self, number: int, params: Mapping[str, Any], sampled: optuna.Trial, opened: OpenTrial, apply: Applies
+        self,
+        ctx: Context,
+        number: int,
+        params: Mapping[str, Any],
+        sampled: optuna.Trial,
+        opened: OpenTrial,
+        apply: Applies,
     ) -> None:
+        self._ctx = ctx
         self.number = number
         self.params: Mapping[str, Any] = MappingProxyType(dict(params))
         self._sampled = sampled
         self._opened = opened
         self._apply = apply
+        self._steps: set[int] = set()
         # What to keep in the journal, if that has failed.
         self._told: Mapping[str, Any] | None = None
 
@@ -147,13 +156,7 @@ class Trial(Works):
         return self._sampled.user_attrs
 
     def __getitem__(self, name: str) -> Any:
-        return self.params[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.params
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.params)
+        return self.params[name] if name in self.params else self._ctx[name]
 
     @verb
     def report(self, value: float, step: int) -> Steps[None]:
@@ -168,10 +171,11 @@ class Trial(Works):
         yield from work(self._report, value, step)
 
     def _report(self, value: float, step: int) -> None:
-        is_new = step not in self._sampled._cached_frozen_trial.intermediate_values
+        # It checks them, and warns of a step that was reported before.
         self._sampled.report(value, step)
-        if is_new:
+        if step not in self._steps:
             self._opened.record(report_of(int(step), float(value)))
+            self._steps.add(step)
 
     def should_prune(self) -> bool:
         """Return whether the pruner of the study would give the trial up, by what was reported.

@@ -69,6 +69,10 @@ def test_trials_are_executions_of_the_journal(ctx: Context, study_of: Callable[.
         trial = study.ask()
         trial.report(7.5, step=0)
         trial.set_user_attr("path", "a.bin")
+        ctx["other"] = 7
+        assert (trial["n"], trial["other"]) == (trial.params["n"], 7)
+        with pytest.raises(KeyError, match="nothing"):
+            trial["nothing"]
         told = study.tell(trial, 0.25)
         study.tell(study.ask(), state="fail")
     assert (told.number, told.state.name, told.value, told.actor) == (0, "COMPLETE", 0.25, "user:ann")
@@ -371,6 +375,10 @@ def test_a_closed_context_ends_its_studies(provider: StateProvider) -> None:
     with Context(f"s{next(_numbers)}", provider) as ctx:
         ctx.define("x", 0.5, constraints={"min": -1, "max": 1})
         study = ours.Study(ctx, ["x"])
+        trial = study.ask()
+    with pytest.raises(ContextClosedError):
+        study.tell(trial, 1.0)
+    study.close()
     with pytest.raises(ContextClosedError):
         study.ask()
     assert repr(study) == f"<Study 'study' of session '{ctx.session_id}'>"
@@ -382,3 +390,13 @@ def test_sessions_of_the_same_id_have_studies_of_their_own(ctx: Context, study_o
     with Context(ctx.session_id, ctx.backend.provider) as again:
         again.define("x", 0.5, constraints={"min": -1, "max": 1})
         assert ours.Study(again, ["x"]).trials == ()
+
+
+def test_a_trial_that_says_much_has_several_executions(ctx: Context) -> None:
+    with ours.Study(ctx, ["x"]) as study:
+        trial = study.ask()
+        for number in range(3):
+            trial.set_user_attr(f"note {number}", "a" * 400_000)
+        told = study.tell(trial, 1.0)
+    assert sorted(told.user_attrs) == ["note 0", "note 1", "note 2"]
+    assert (told.state.name, len(told.execution_ids)) == ("COMPLETE", 2)

@@ -160,7 +160,6 @@ def test_the_example_with_a_compiled_program(tmp_path: Path) -> None:
 def test_the_program_of_a_study_prints_what_its_page_says(tmp_path: Path) -> None:
     (program,) = [each for each in programs_of("docs/studies.md") if each.is_whole]
     assert "study.optimize" in program.text
-    # Optuna writes each trial to stderr.
     assert run(program.text, tmp_path) == program.output
 
 
