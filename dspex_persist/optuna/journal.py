@@ -14,20 +14,19 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from dspex_persist.cognitive.context import Context
 from dspex_persist.cognitive.steps import Terms
+from dspex_persist.optuna.reading import STUDY, Execution, Reader, reader_of
 from dspex_persist.state import abilities
-from dspex_persist.state.abilities import Auditable, Transacts, new_recording_id
-from dspex_persist.state.audit import AuditSource, ExecutionDetail, ExecutionQuery, SessionQuery
+from dspex_persist.state.abilities import Transacts, new_recording_id
 from dspex_persist.state.errors import (
     ExecutionEndedError,
     LimitExceededError,
-    NotInHistoryError,
     OutcomeUnknownError,
     ShuttingDownError,
     UnavailableError,
@@ -39,8 +38,7 @@ R = TypeVar("R")
 
 TRIAL: Final = "trial"
 """What the journal has as the tool of a trial, and the kind of what is recorded in it."""
-STUDY: Final = "study"
-"""The same for what the trials of a study have in common; and the key of metadata with the name of the study."""
+# The tool of the execution that has what trials have in common is STUDY, too.
 PARAMS, SPACE, RETRY_OF = "params", "space", "retry_of"
 """Keys of metadata: the values that are tried, as JSON; the digest of their space; the trial that is tried again."""
 _STATE, _PATIENCE_S, _PAUSE_S = "state", 30.0, 0.1
@@ -136,72 +134,44 @@ class Journal:
         self._ctx = ctx
         self._study = study
         self._terms = terms
-        # A session that moves gets other numbers for its commits.
+        self._reader: Reader | None = None
         self._read_from: StateProvider | None = None
-        self._read_to = 0
-        self._running: set[str] = set()
 
     # Reading
 
     def read(self) -> Past:
         """Read what is new, and return all."""
-        with self._ctx.audit() as source:
-            self._read(source)
+        provider = self._ctx._backend.provider
+        if self._reader is None or provider is not self._read_from:
+            # A session that moves gets other numbers for its commits.
+            self._reader, self._read_from = reader_of(self._ctx, self._study), provider
+            self.past = Past()
+        for execution in self._reader.read():
+            if execution.tool == STUDY:
+                self._take_definition(execution)
+            elif execution.tool == TRIAL and RECORDING_ID in execution.metadata:
+                self._take_trial(execution)
         return self.past
 
-    def _read(self, source: AuditSource) -> None:
-        provider = self._ctx._backend.provider
-        if provider is not self._read_from:
-            self.past = Past()
-            self._read_to = self._beginning(source)
-            self._running.clear()
-            self._read_from = provider
-        for execution_id in tuple(self._running):
-            self._take(source, execution_id)
-        query = ExecutionQuery(
-            session=self._ctx.session_id, since=self._read_to, newest_first=False, metadata={STUDY: self._study}
-        )
-        for summary in source.iterate(query):
-            # The id of a session may look like a pattern.
-            if summary.session_id == self._ctx.session_id:
-                self._take(source, summary.execution_id)
-            self._read_to = max(self._read_to, summary.began_sequence)
+    def _take_definition(self, execution: Execution) -> None:
+        for entry in execution.recorded.get(STUDY, ()):
+            digest = str(entry[SPACE])
+            self.past.definitions.pop(digest, None)
+            self.past.definitions[digest] = Definition(digest, tuple(entry["directions"]), entry["distributions"])
 
-    def _beginning(self, source: AuditSource) -> int:
-        """Return the commit before the first of the session: others may have had its id."""
-        session_id = self._ctx.session_id
-        entries = source.iterate(SessionQuery(session=session_id, live=True))
-        return next((each.started_sequence - 1 for each in entries if each.session_id == session_id), 0)
-
-    def _take(self, source: AuditSource, execution_id: str) -> None:
-        try:
-            detail = source.execution(execution_id)
-        except NotInHistoryError:
-            # It was pruned in this moment.
-            self._running.discard(execution_id)
-            return
-        if detail.summary.tool == STUDY:
-            for entry in detail.recorded.get(STUDY, ()):
-                digest = str(entry[SPACE])
-                self.past.definitions.pop(digest, None)
-                self.past.definitions[digest] = Definition(digest, tuple(entry["directions"]), entry["distributions"])
-        elif detail.summary.tool == TRIAL and RECORDING_ID in detail.metadata:
-            self._take_trial(detail)
-
-    def _take_trial(self, detail: ExecutionDetail) -> None:
-        metadata = detail.metadata
+    def _take_trial(self, execution: Execution) -> None:
+        metadata = execution.metadata
         trial_id = metadata[RECORDING_ID]
         known = self.past.trials.get(trial_id)
         if known is None:
             params = json.loads(metadata.get(PARAMS, "{}"))
             known = Known(trial_id, params, metadata.get(SPACE, ""), metadata.get(RETRY_OF, ""))
-        part = _part_of(detail)
+        part = _part_of(execution)
         others = [each for each in known.parts if each.execution_id != part.execution_id]
         parts = tuple(sorted((*others, part), key=lambda each: each.began_sequence))
         self.past.numbers.setdefault(trial_id, len(self.past.trials))
         self.past.trials[trial_id] = replace(known, parts=parts)
         self.past.news.append(trial_id)
-        (self._running.add if part.is_running else self._running.discard)(part.execution_id)
 
     # Writing
 
@@ -242,18 +212,9 @@ class Journal:
         transacts = Transacts.of(provider)
         return transacts.begin_recording(self._ctx.session_id, tool, metadata=metadata, origin=origin)
 
-    def check(self) -> None:
-        """Raise `UnsupportedError` if the backend of the session cannot have studies."""
-        provider = self._ctx._backend.provider
-        Transacts.of(provider)
-        Auditable.of(provider)
-
-    def _has(self, trial_id: str) -> bool:
-        """Whether the journal has the end of a trial."""
-        with self._ctx.audit() as source:
-            query = ExecutionQuery(session=self._ctx.session_id, metadata={RECORDING_ID: trial_id})
-            details = [source.execution(each.execution_id) for each in source.iterate(query)]
-        return any(_part_of(detail).told is not None for detail in details)
+    def _has_end_of(self, trial_id: str) -> bool:
+        known = self.read().trials.get(trial_id)
+        return known is not None and known.told is not None
 
 
 class OpenTrial:
@@ -353,7 +314,7 @@ class OpenTrial:
                 part.commit()
             except (ExecutionEndedError, OutcomeUnknownError):
                 self._part = None
-                if part.status == ExecutionStatus.COMMITTED or self._again(lambda: self._journal._has(self.id)):
+                if part.status == ExecutionStatus.COMMITTED or self._again(lambda: self._journal._has_end_of(self.id)):
                     return
                 part = self._again(self._begun)
             else:
@@ -398,37 +359,34 @@ def told_of(
     return entry
 
 
-def _part_of(detail: ExecutionDetail) -> Part:
+def _part_of(execution: Execution) -> Part:
     reports: dict[int, float] = {}
     notes: dict[str, Any] = {}
     told: Told | None = None
-    summary = detail.summary
-    for entry in _entries(detail):
+    for entry in execution.recorded.get(TRIAL, ()):
         if _STATE in entry:
-            objectives = entry.get("values")
-            sampler = entry.get("sampler", {})
-            told = Told(
-                summary.ended_sequence or 0,
-                entry[_STATE],
-                None if objectives is None else tuple(float(each) for each in objectives),
-                sampler.get("trial", {}),
-                sampler.get("study", {}),
-            )
+            told = _told_in(entry, execution.ended or 0)
         elif "step" in entry:
             reports[int(entry["step"])] = float(entry["value"])
         elif "note" in entry:
             notes[entry["note"]] = entry["value"]
-    is_running = summary.status is ExecutionStatus.RUNNING
-    began, ended = summary.began_at, summary.ended_at
     return Part(
-        summary.execution_id, is_running, summary.actor, summary.began_sequence, began, ended, reports, notes, told
+        execution.id,
+        execution.is_running,
+        execution.actor,
+        execution.began,
+        execution.began_at,
+        execution.ended_at,
+        reports,
+        notes,
+        told,
     )
 
 
-def _entries(detail: ExecutionDetail) -> Iterator[Mapping[str, Any]]:
-    for entry in detail.recorded.get(TRIAL, ()):
-        if isinstance(entry, Mapping):
-            yield entry
+def _told_in(entry: Mapping[str, Any], sequence: int) -> Told:
+    objectives, sampler = entry.get("values"), entry.get("sampler", {})
+    values = None if objectives is None else tuple(float(each) for each in objectives)
+    return Told(sequence, entry[_STATE], values, sampler.get("trial", {}), sampler.get("study", {}))
 
 
 def _number(value: float) -> float | str:

@@ -24,6 +24,7 @@ from dspex_persist.optuna.sampling import Sampling, checked_directions, float_of
 from dspex_persist.optuna.space import Choices, ConfigurationSpace
 from dspex_persist.optuna.trials import Trial, TrialRecord, Works, record_of
 from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.abilities import Transacts
 from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
 
 Objective: TypeAlias = Callable[[Trial], Any]
@@ -92,7 +93,7 @@ class Study(Works):
         self._is_stopped = self._in_block = False
         stated = checked_directions(direction, directions)
         self._journal = Journal(ctx, self.name, self._terms)
-        self._journal.check()
+        Transacts.of(ctx.backend.provider)
         past = self._journal.read()
         last = next(reversed(past.definitions.values()), None)
         if stated is not None and last is not None and stated != last.directions:

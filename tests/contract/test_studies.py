@@ -15,16 +15,18 @@ from dspex_persist.errors import (
     StudyError,
     VariableLockedError,
 )
+from dspex_persist.state.abilities import Recordable
 from dspex_persist.state.audit import ExecutionQuery
+from dspex_persist.state.distributed import DistributedState
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.testing.server import ServedDatabase
 from tests.late import Late
 
-optuna, ours = Late("optuna"), Late("dspex_persist.optuna")
+optuna, ours, reading = Late("optuna"), Late("dspex_persist.optuna"), Late("dspex_persist.optuna.reading")
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="module", params=["memory", "file", "server"])
+@pytest.fixture(scope="module", params=["memory", "file", "server", "postgresql"])
 def provider(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StateProvider]:
     path = tmp_path_factory.mktemp("studies") / "studied.db"
     if request.param == "memory":
@@ -33,6 +35,12 @@ def provider(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     elif request.param == "file":
         with WithTools(EmbeddedState(path)) as state:
             yield state
+    elif request.param == "postgresql":
+        databases = request.getfixturevalue("postgres")
+        url = databases.create()
+        with DistributedState(url) as state, DistributedState(url) as state.other:
+            yield state
+        databases.drop(url)
     else:
         with ServedDatabase(path) as served, connect(f"grpc://{served.target}") as state:
             yield state
@@ -54,6 +62,12 @@ def study_of(ctx: Context) -> Callable[..., Any]:
         return ours.Study(ctx, variables, **options)
 
     return study
+
+
+@pytest.fixture
+def other(provider: StateProvider) -> StateProvider:
+    """Another server on the same sessions, if there can be several."""
+    return getattr(provider, "other", provider)
 
 
 def squared(trial: Any) -> float:
@@ -278,16 +292,18 @@ def test_interrupted_trials(ctx: Context, study_of: Callable[..., Any]) -> None:
     assert study_of(None).best_trial.params == lost.params
 
 
-def test_two_processes_run_a_study_at_the_same_time(ctx: Context, provider: StateProvider) -> None:
+def test_two_processes_run_a_study_at_the_same_time(
+    ctx: Context, provider: StateProvider, other: StateProvider
+) -> None:
     """Each has a study of its own; only the journal connects them."""
 
-    def run() -> None:
+    def run(provider: StateProvider) -> None:
         with Context(ctx.session_id, provider) as own, ours.Study(own, ["x", "n"], name="shared") as study:
             study.optimize(squared, n_trials=12, in_all=True)
             told.append(study.trials)
 
     told: list[Any] = []
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(each,)) for each in (provider, other)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -300,10 +316,13 @@ def test_two_processes_run_a_study_at_the_same_time(ctx: Context, provider: Stat
     assert ctx.optimization("x") is None
 
 
-def test_an_interrupted_trial_is_tried_again_once(ctx: Context, study_of: Callable[..., Any]) -> None:
+def test_an_interrupted_trial_is_tried_again_once(
+    ctx: Context, study_of: Callable[..., Any], other: StateProvider
+) -> None:
     with study_of() as study:
         lost = study.ask()
-    first, second = study_of(None, requeue=True), study_of(None, requeue=True)
+    elsewhere = Context(ctx.session_id, other)
+    first, second = study_of(None, requeue=True), ours.Study(elsewhere, requeue=True)
     barrier = threading.Barrier(2)
     asked: list[Any] = []
 
@@ -400,3 +419,30 @@ def test_a_trial_that_says_much_has_several_executions(ctx: Context) -> None:
         told = study.tell(trial, 1.0)
     assert sorted(told.user_attrs) == ["note 0", "note 1", "note 2"]
     assert (told.state.name, len(told.execution_ids)) == ("COMPLETE", 2)
+
+
+def test_recordings_tell_the_same_as_audits(ctx: Context, study_of: Callable[..., Any]) -> None:
+    """What a study reads where there are no audits."""
+    readers = [
+        reading.AuditReader(ctx, "read"),
+        reading.RecordingReader(Recordable.of(ctx.backend.provider), ctx.session_id, "read"),
+    ]
+    with study_of(name="another") as another:
+        another.ask()
+    with study_of(name="read") as study:
+        study.optimize(squared, n_trials=2)
+        open_trials = [study.ask(), study.ask()]
+        told = [{each.id: each for each in reader.read()} for reader in readers]
+        study.tell(open_trials[0], 1.0)
+        told += [{each.id: each for each in reader.read()} for reader in readers]
+    told += [{each.id: each for each in reader.read()} for reader in readers]
+    facts = [[facts_of(each) for each in some.values()] for some in told]
+    assert facts[::2] == facts[1::2]
+    # The study itself, and its trials: two that have ended, and two that run.
+    assert [len(each) for each in facts[::2]] == [5, 1, 1]
+
+
+def facts_of(execution: Any) -> Any:
+    recorded = {kind: entries for kind, entries in execution.recorded.items() if entries}
+    metadata = dict(execution.metadata)
+    return execution.id, execution.tool, metadata, execution.actor, execution.is_running, execution.ended_at, recorded
