@@ -27,6 +27,7 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audi
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import (
+    CleanupSession,
     GetSession,
     GetVariable,
     ListVariables,
@@ -47,7 +48,7 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
 )
 from dspex_persist.state.lm_calls import LmUsageQuery
-from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
+from dspex_persist.state.model import Origin, RegisteredTool, ToolSpec, Value
 from dspex_persist.testing.server import ServedDatabase
 from tests.bridge.test_access import line
 from tests.bridge.worker import Worker, serving
@@ -902,6 +903,21 @@ def test_an_outcome_belongs_to_who_may_read_it(states: dict[str, BridgedState], 
     assert states["ann"].set_variable(session, "pub_own", 1, idempotency_key="write") == 1
     assert execute(states["bob"], session, 3, idempotency_key="key") == 6
     assert states["ann"].get_value(session, "secret") == 6
+
+
+def test_the_outcome_of_an_end_belongs_to_who_may_end_the_session(
+    states: dict[str, BridgedState], session: str
+) -> None:
+    """It is kept when all others of the session are deleted."""
+
+    def end(who: str) -> int:
+        return states[who].submit(CleanupSession(session), Origin(who, "test", idempotency_key="end")).result()
+
+    assert end("ann") == 3
+    assert [end("ann"), end("root")] == [3, 3]
+    assert end("eve") == 0, "as for a session that never began"
+    with pytest.raises(AccessDeniedError):
+        end("bob")
 
 
 def test_a_key_of_a_guest_may_be_as_long_as_one_of_the_owner(states: dict[str, BridgedState], session: str) -> None:

@@ -222,6 +222,7 @@ class InSession:
         session: The field of the request with the session.
         past: Whether all sessions that ever had this id count.
         always: Whether the session need not be seen: `check` decides.
+        ends: Whether it ends the session. Its outcome is kept under its idempotency key for whoever repeats it.
     """
 
     check: Check = _seen
@@ -229,6 +230,7 @@ class InSession:
     session: str = "session_id"
     past: bool = False
     always: bool = False
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +442,7 @@ def _may_read_rule(grants: Grants, expression: str) -> bool:
 _BRIDGE: Final[Mapping[str, Kind]] = {
     "Ping": OfServer(),
     "InitializeSession": InSession(_begin, _begun, always=True),
-    "CleanupSession": InSession(_all(May.WRITE)),
+    "CleanupSession": InSession(_all(May.WRITE), ends=True),
     "GetSession": InSession(shape=_summary),
     "Heartbeat": InSession(),
     "GetVariable": InSession(_variable(May.READ), _one),
@@ -536,6 +538,11 @@ class _Call:
     def names_execution(self) -> bool:
         """Whether a header names an execution."""
         return any(key in _OF_EXECUTION for key, _ in self._metadata)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether it has an idempotency key."""
+        return any(key.removesuffix(BINARY) == IDEMPOTENCY_KEY for key, _ in self._metadata)
 
     def put(self, header: str, text: str | None) -> None:
         """Set a header, or remove it."""
@@ -696,10 +703,11 @@ class Guard:
             call = self._read(rpc, context, identity)
             ask = Ask(name, identity, request, getattr(request, kind.session), *call.speaks_for, self._runner)
             ask.look(self._peek(ask.session_id) or await self._load(ask.session_id))
-            if ask.access is None and not kind.past and not kind.always and not watches:
+            past = kind.past or (kind.ends and ask.state is None and call.has_key)
+            if ask.access is None and not past and not kind.always and not watches:
                 # The usual case: the session has no rules.
                 return await self._again(rpc, kind, ask, call, await run(request, call), reads=reads)
-            if kind.past and not identity.may(ADMIN):
+            if past and not identity.may(ADMIN):
                 await self._look_back(ask)
             if not ask.grants.sees and not kind.always:
                 self._denials.note(rpc, context, "rule", ask.session_id)
@@ -860,7 +868,7 @@ def _check_place_of_rules(request: Any, most: int) -> None:
             raise InvalidArgumentError("metadata", reason)
 
 
-_ONE_LIFE: Final = ("RecordSession", "GetContentHash")
+_ONE_LIFE: Final = ("RecordSession", "GetContentHash", "CleanupSession")
 
 
 def _has(request: Any, field: str) -> bool:
