@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from dspex_persist.infra import server, streams
+from dspex_persist.infra.access.peers import listeners_at
 from dspex_persist.infra.access.tls import Certificates
 from dspex_persist.infra.channels import is_here
 from dspex_persist.infra.interrupts import interrupts
@@ -16,12 +17,15 @@ from dspex_persist.infra.listen import TLS_SCHEME, TcpAddress, UnixAddress, is_l
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End, loop_factory
 from dspex_persist.settings import SettingsError
+from dspex_persist.state.bridge.access.denials import Denials
+from dspex_persist.state.bridge.access.same_user import SameUser
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.status import status_of
 from dspex_persist.state.bridge.traced import OF_THE_SERVER
 from dspex_persist.state.bridge.workers.registered import RegisteredServicer
 from dspex_persist.state.bridge.workers.registering import Registrations
 from dspex_persist.state.bridge.workers.session import Callback
+from dspex_persist.state.denials import DenialLog
 from dspex_persist.state.limits import Limits
 
 if TYPE_CHECKING:
@@ -117,9 +121,16 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
     end = End(asyncio.get_running_loop())
     worker_id = options.worker_id or socket.gethostname()
     with Callback(options.url, timeout_s=_ANSWER_S, actor=f"worker:{worker_id}") as state:
+        users = _users_of(options.url, listen)
         servicer = RegisteredServicer(state, tools, threads=options.tool_threads, limits=options.limits)
         end.on_signals()
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def on_ready(port: int) -> None:
+            if users is not None:
+                users.serves(port)
+            ready.set_result(port)
+
         serving = asyncio.create_task(
             server.serve(
                 server.ServerOptions(
@@ -131,8 +142,9 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
                 ),
                 [server.Service(BRIDGE_SERVICE, servicer)],
                 status_of=status_of,
-                on_ready=ready.set_result,
+                on_ready=on_ready,
                 stop=end.stop,
+                admit=server.admit_all if users is None else users.admit,
                 spans=OF_THE_SERVER,
             )
         )
@@ -152,6 +164,19 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
             interrupts.take_from_loop()
             servicer.close()
         serving.result()
+
+
+def _users_of(url: str, listen: str) -> SameUser | None:
+    """Return what refuses the users of this machine who are neither ours nor the server's; None to refuse none.
+
+    Whoever can connect can run the tools. Where the server's user is not known, everybody on this machine can.
+    """
+    address, server_at = parse_listen(listen), target_of(url)
+    if not isinstance(address, TcpAddress) or not is_loopback(listen) or not is_here(server_at):
+        return None
+    called = parse_listen(server_at)
+    others = listeners_at(called.host, called.port) if isinstance(called, TcpAddress) else frozenset()
+    return SameUser(address.host, Denials(DenialLog().note), others=others) if others else None
 
 
 async def _until_stopped(serving: "asyncio.Task[None]", registrations: Registrations, port: int) -> None:

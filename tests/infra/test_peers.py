@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist.infra.access import peers
-from dspex_persist.infra.access.peers import ConnectionTables, Ends, PeerUsers, ask_kernel, can_tell_users
+from dspex_persist.infra.access.peers import ConnectionTables, Ends, PeerUsers, ask_kernel, can_tell_users, listeners_at
 
 needs_linux = pytest.mark.skipif(not can_tell_users(), reason="this system does not say whose a connection is")
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -66,6 +66,21 @@ def test_the_kernel_keeps_nothing_of_a_connection_that_is_over() -> None:
             # At once, without a last farewell: the next one to have the port may be anybody.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert users.user_of(peer) is None
+
+
+@needs_linux
+def test_who_listens_at_an_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert listeners_at("127.0.0.1", port) == {UID}
+        assert listeners_at("127.0.0.2", port) == frozenset()
+        with socket.create_connection(server.getsockname()) as client:
+            peer = "ipv4:{}:{}".format(*client.getsockname())
+            for others in ((), (UID + 1,)):
+                assert PeerUsers("127.0.0.1", port, others=others).are_we(peer)
+            assert not PeerUsers("127.0.0.1", port, ask=lambda _: UID + 1).are_we(peer)
+            assert PeerUsers("127.0.0.1", port, others=(UID + 1,), ask=lambda _: UID + 1).are_we(peer)
+    assert listeners_at("127.0.0.1", port) == frozenset()
 
 
 def test_tables_are_asked_where_the_kernel_may_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

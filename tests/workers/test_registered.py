@@ -19,6 +19,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import StateError, ToolFailedError
 from dspex_persist.state.model import ExecutionStatus, ToolSpec
 from dspex_persist.testing.server import ServedDatabase
+from tests.bridge.test_limits_of_callers import AS_ROOT, check_another_user_is_refused
 from tests.certificates import Authority
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
@@ -100,6 +101,11 @@ def test_it_does_nothing_after_its_callers_time(session: Context, provider: Brid
     late = tmp_path / "gate.late"
     wait_until(lambda: late.exists() and late.read_text(), "the tool has ended")
     assert (late.read_text(), session["a"]) == ("FAILED_PRECONDITION", 0)
+
+
+@AS_ROOT
+def test_it_runs_nothing_for_other_users_of_the_machine(worker: ServerProcess) -> None:
+    check_another_user_is_refused(f"127.0.0.1:{worker.port}")
 
 
 def test_what_is_listed(session: Context, provider: BridgedState, worker: ServerProcess) -> None:

@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -21,7 +21,7 @@ _KEPT_S: Final = 1.0
 _LOCAL, _REMOTE, _STATE, _UID = 1, 2, 3, 7
 """Columns of the tables."""
 _WORD: Final = 4
-_ESTABLISHED: Final = 1
+_ESTABLISHED, _LISTENING = 1, 10
 _IPV4: Final = 4
 _ROOT: Final = 0
 
@@ -41,18 +41,27 @@ class PeerUsers:
     Args:
         host: The address, or a name for it.
         port: The port.
+        others: Users that count as the one of this process, as root does.
         ask: Returns the user whose socket has both ends, or None; by default, it asks the system.
     """
 
-    def __init__(self, host: str, port: int, *, ask: Callable[[Ends], int | None] | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        others: Iterable[int] = (),
+        ask: Callable[[Ends], int | None] | None = None,
+    ) -> None:
         self._port = port
+        self._ours = frozenset((_ROOT, os.geteuid(), *others))
         # A name may be one of several addresses, such as 127.0.0.1 and ::1.
         self._hosts = tuple(_resolved(host, port))
         self._ask = _asker() if ask is None else ask
 
     def are_we(self, peer: str) -> bool:
-        """Return whether a connection is of a process of this process's user, or of root; see `user_of`."""
-        return self.user_of(peer) in (_ROOT, os.geteuid())
+        """Return whether a connection is of a process of one of our users; see `user_of`."""
+        return self.user_of(peer) in self._ours
 
     def user_of(self, peer: str) -> int | None:
         """Return the id of the user whose process has a connection, or None if there is none within this machine.
@@ -87,13 +96,14 @@ def _end_of(peer: str) -> tuple[Ip, int] | None:
 
 def _asker() -> Callable[[Ends], int | None]:
     try:
-        ask_kernel((_ANYONE, 0, _ANYONE, 0))
+        ask_kernel((_NOBODY[_IPV4], 0, _NOBODY[_IPV4], 0))
     except OSError:
         return ConnectionTables().user_of
     return ask_kernel
 
 
-_ANYONE: Final = ipaddress.IPv4Address(0)
+_NOBODY: Final[Mapping[int, Ip]] = {4: ipaddress.IPv4Address(0), 6: ipaddress.IPv6Address(0)}
+"""By the version of IP."""
 _BY_FAMILY: Final = 20
 _REQUEST: Final = 1
 _HEADER: Final = struct.Struct("=IHHII")
@@ -108,8 +118,21 @@ _ANSWER_BYTES: Final = 4096
 _PATIENCE_S: Final = 1.0
 
 
-def ask_kernel(ends: Ends) -> int | None:
+def listeners_at(host: str, port: int) -> frozenset[int]:
+    """Return the users whose processes listen at an address of this machine; none if the system does not say it."""
+    try:
+        found = {ask_kernel((each, port, _NOBODY[each.version], 0), _LISTENING) for each in _resolved(host, port)}
+    except OSError:
+        return frozenset()
+    return frozenset(user for user in found if user is not None)
+
+
+def ask_kernel(ends: Ends, state: int = _ESTABLISHED) -> int | None:
     """Return the user whose socket has these ends, or None if there is none (sock_diag of Linux).
+
+    Args:
+        ends: The ends.
+        state: The state of the socket.
 
     Raises:
         OSError: This process may not ask, or got no answer.
@@ -118,7 +141,7 @@ def ask_kernel(ends: Ends) -> int | None:
     family = socket.AF_INET if address.version == _IPV4 else socket.AF_INET6
     question = b"".join(
         (
-            _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _ESTABLISHED),
+            _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << state),
             _PORTS.pack(port, other_port),
             address.packed.ljust(16, b"\0"),
             other.packed.ljust(16, b"\0"),
@@ -130,7 +153,7 @@ def ask_kernel(ends: Ends) -> int | None:
         kernel.send(_HEADER.pack(_HEADER.size + len(question), _BY_FAMILY, _REQUEST, 1, 0) + question)
         answer = kernel.recv(_ANSWER_BYTES)
     # Without a connection, it finds a socket that listens, or one that is over and names no user.
-    if _HEADER.unpack_from(answer)[1] != _BY_FAMILY or answer[_STATE_AT] != _ESTABLISHED:
+    if _HEADER.unpack_from(answer)[1] != _BY_FAMILY or answer[_STATE_AT] != state:
         return None
     user: int = struct.unpack_from("=I", answer, _UID_AT)[0]
     return user

@@ -1,6 +1,7 @@
 """Refuses calls from processes of other users of this machine."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, Final
 
 from dspex_persist.infra.access.admission import Admission
@@ -19,17 +20,19 @@ class SameUser:
         host: Where the server listens, on this machine.
         denials: Notes the calls that are refused.
         then: Admits the others next.
+        others: Users whose processes are admitted, too.
     """
 
-    def __init__(self, host: str, denials: Denials, then: Admit = admit_all) -> None:
+    def __init__(self, host: str, denials: Denials, then: Admit = admit_all, *, others: Iterable[int] = ()) -> None:
         self._host = host
         self._denials = denials
         self._then = then
+        self._others = others
         self._users: PeerUsers | None = None
 
     def serves(self, port: int) -> None:
         """Take note of the port to which the calls come. Until then, all are refused."""
-        self._users = PeerUsers(self._host, port)
+        self._users = PeerUsers(self._host, port, others=self._others)
 
     def admit(self, rpc: str, context: Any, task: "asyncio.Task[Any] | None" = None) -> Admission | None:
         """Admit a call of an rpc, or raise `UnauthenticatedError`; see `Admit`."""
