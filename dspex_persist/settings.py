@@ -211,6 +211,11 @@ class Settings(LimitSettings):
         False,
         description="Refuse calls from processes of other users of this machine; for a `listen` on loopback, on Linux.",
     )
+    advertise: Annotated[str | None, BeforeValidator(_read_none)] = Field(
+        None,
+        description="The address at which others reach this server: errors on other servers of the same sessions name "
+        "it. By default that of `listen`.",
+    )
     durability: Literal["full", "normal"] = Field(
         "full",
         description="`full`: acknowledged writes survive a power cut. `normal`: faster, but they survive only a crash "

@@ -17,6 +17,10 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "another_session_id": "use another id for the new one (of an import: --as ID), or end that session first",
     "another_tool_name": "use another name",
     "begin_session": "it never began, or has ended: begin it first",
+    "call_its_server": (
+        "use the server that runs it; `dspex-persist serve --advertise HOST:PORT` on each server tells the others "
+        "where that is"
+    ),
     "call_less_often": "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
     "check_file": (
         "check it with `dspex-persist db check`, then open it again; to let several programs write, have them all "

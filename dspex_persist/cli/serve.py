@@ -98,6 +98,9 @@ SameUser = _option(
 MetricsListen = _option(
     _NETWORK, "--metrics-listen", "HOST:PORT", "none", "Serve metrics for Prometheus at http://HOST:PORT/metrics."
 )
+Advertise = _option(
+    _NETWORK, "--advertise", "HOST:PORT", "that of --listen", "The address at which others reach this server."
+)
 MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
 Reflection = _option(
     _NETWORK,
@@ -195,6 +198,7 @@ def serve(
     token_file: Annotated[str | None, TokenFile] = None,
     same_user: Annotated[bool | None, SameUser] = None,
     metrics_listen: Annotated[str | None, MetricsListen] = None,
+    advertise: Annotated[str | None, Advertise] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,
     audit_reveal: Annotated[bool | None, Reveal] = None,

@@ -212,7 +212,7 @@ class Groups(Generic[S_co]):
                 states = drafts.states.values()
                 touched = [state for state in states if state and state.lease and state.lease.is_unsaved()]
                 if units or touched:
-                    self.log.append(units, touched)
+                    self._append(units, touched)
         except (StorageError, UnavailableError) as error:
             return [Outcome(error=error) for _ in jobs]
         except OF_THE_STORE:
@@ -232,6 +232,9 @@ class Groups(Generic[S_co]):
             self._trace(jobs, len(units), at.now)
         self._publish(drafts, units)
         return results
+
+    def _append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
+        self.log.append(units, touched)
 
     def _trace(self, jobs: Sequence[Job], commits: int, began: datetime) -> None:
         """Make a span for each job of a group that wants to write, in the trace of that one."""

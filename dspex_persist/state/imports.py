@@ -73,6 +73,7 @@ class CheckedImport(SessionImport):
         options: The limits of the backend that imports it.
         session_id: The id of the new session; None to keep the recorded one.
         submit: Submits the command that imports the checked commits.
+        may_lead: Whether `write_ahead` may keep all others from writing until the end.
 
     Raises:
         RecordingError: Values were left out of the recording.
@@ -84,6 +85,8 @@ class CheckedImport(SessionImport):
         options: SessionOptions,
         session_id: str | None,
         submit: Callable[[ImportSession], "Future[ImportedSession]"],
+        *,
+        may_lead: bool = True,
     ) -> None:
         if header.masked:
             reason = "values of sensitive variables were left out of it, and an import needs them"
@@ -93,6 +96,7 @@ class CheckedImport(SessionImport):
         self._keeps_answers = self._session_id == header.session_id
         self._options = options
         self._submit = submit
+        self._may_lead = may_lead
         self._ahead: _Ahead | None = None
         self._in_all = header.commits
         self._drafts = Drafts(_Nothing())
@@ -132,7 +136,7 @@ class CheckedImport(SessionImport):
 
     def write_ahead(self) -> None:
         """See `SessionImport.write_ahead`. Answers that are left out are not written, and have to be checked before."""
-        if self._ahead is None and self._keeps_answers and self._content.commits == 0:
+        if self._may_lead and self._ahead is None and self._keeps_answers and self._content.commits == 0:
             self._ahead = _Ahead(self._session_id, self._submit)
 
     def check(self) -> None:

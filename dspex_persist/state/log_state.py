@@ -94,6 +94,9 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
     loops_lead = True
     """Whether an event loop may write a small group itself, because that takes no longer than other calls do."""
 
+    imports_lead = True
+    """Whether an import may have the log for itself for as long as its commits come."""
+
     def __init__(
         self,
         groups: Groups[LogStore],
@@ -255,7 +258,8 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         """See `Importable.begin_import`."""
         self.check_open()
         session_id = arguments.text("session_id", header.session_id if session_id is None else session_id)
-        return CheckedImport(header, self._groups.options, session_id, self._submit_import)
+        options = self._groups.options
+        return CheckedImport(header, options, session_id, self._submit_import, may_lead=self.imports_lead)
 
     def _submit_import(self, command: ImportSession) -> Future[ImportedSession]:
         feed = command.pages

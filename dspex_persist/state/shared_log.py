@@ -60,6 +60,16 @@ class SharedLog(LogStore):
     def tell(self) -> None:
         """Tell the other servers that there may be news. It does not block."""
 
+    def announce(self, address: str) -> None:
+        """Note the address at which clients reach this server, which `server_of` returns to the others; any thread."""
+
+    def server_of(self, execution_id: str) -> str | None:
+        """Return the address of the other server that runs an execution, or None if none does; any thread.
+
+        "" is the address of a server that has announced none. A log that does not override this finds none.
+        """
+        return None
+
     @property
     @abstractmethod
     def lease_s(self) -> float:

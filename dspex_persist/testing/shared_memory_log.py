@@ -30,6 +30,7 @@ class SharedMemory(MemoryLog):
         self.expiries: dict[int, datetime] = {}
         self.leases: dict[str, tuple[int, float]] = {}
         self.owners: dict[str, tuple[str, int]] = {}
+        self.addresses: dict[str, str] = {}
         self.listeners: list[Callable[[], None]] = []
 
     def copy_of(self, session_id: str) -> SessionState | None:
@@ -203,6 +204,17 @@ class SharedMemoryLog(SharedLog):
             if each is not getattr(self, "_on_news", None):
                 each()
 
+    def announce(self, address: str) -> None:
+        """See `SharedLog`."""
+        self._memory.addresses[self._id] = address
+
+    def server_of(self, execution_id: str) -> str | None:
+        """See `SharedLog`."""
+        server, epoch = self._memory.owners.get(execution_id, ("", 0))
+        if server in ("", self._id) or self._memory.leases.get(server, (0, 0.0))[0] != epoch:
+            return None
+        return self._memory.addresses.get(server, "")
+
     @property
     def lease_s(self) -> float:
         """See `SharedLog`."""
@@ -252,6 +264,7 @@ class SharedMemoryLog(SharedLog):
         """Leave: the log stays for the others."""
         with self._memory.turn:
             self._memory.leases.pop(self._id, None)
+            self._memory.addresses.pop(self._id, None)
 
 
 class _Snapshot(AbstractContextManager[Backing]):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspex_persist.infra.listen import ListenError, UnixAddress, is_loopback, parse_listen
+from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen
 from dspex_persist.settings import Settings, SettingsError, flag_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def security_of(settings: Settings) -> Security:
     security = Security(
         certificates_of(settings), _tokens_of(settings), _allowed_of(settings), _worker_tls_of(settings)
     )
+    _check_advertised(settings)
     _check_metrics(settings, has_tls=security.certificates is not None)
     return security
 
@@ -84,6 +85,18 @@ def _check_listen(settings: Settings, *, has_tls: bool) -> None:
             "that with --insecure"
         )
         raise SettingsError("listen", reason)
+
+
+def _check_advertised(settings: Settings) -> None:
+    """Refuse an address that leads nowhere."""
+    if settings.advertise is None:
+        return
+    try:
+        address = parse_listen(settings.advertise)
+    except ListenError as error:
+        raise SettingsError("advertise", f"{settings.advertise!r} is invalid: {error.reason}") from error
+    if isinstance(address, TcpAddress) and not address.port:
+        raise SettingsError("advertise", f"{settings.advertise!r} names no port, and others have to know it")
 
 
 def _check_metrics(settings: Settings, *, has_tls: bool) -> None:

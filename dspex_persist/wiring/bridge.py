@@ -236,7 +236,8 @@ class Bridge:
         spare_the_collector(had_tools=self._has_tools)
         scheme = "" if self._security.certificates is None else TLS_SCHEME
         address = f"{scheme}{self._listen.rpartition(':')[0]}:{port}" if port else self._listen
-        self._engine.announce(address)
+        advertised = self._settings.advertise
+        self._engine.announce(address if advertised is None else f"{scheme}{advertised}")
         self._life.serving(address, self._engine)
         self._ready.set()
         error = streams.print_line(f"GRPC_READY:{port}")

@@ -221,6 +221,8 @@ def test_the_url_of_a_server_with_tls_that_was_meant() -> None:
         ({"tls_cert": "missing", "tls_key": "KEY"}, "tls_cert", "missing: cannot read it"),
         ({"tls_cert": "CERT", "tls_key": "CERT"}, "tls_key", "has no private key"),
         ({"tls_cert": "CERT", "tls_key": "KEY", "client_ca": "missing"}, "client_ca", "missing: cannot read it"),
+        ({"advertise": "nowhere"}, "advertise", "expected HOST:PORT"),
+        ({"advertise": "10.0.0.7:0"}, "advertise", "names no port"),
         ({"worker_ca": "missing"}, "worker_ca", "missing: cannot read it"),
         ({"worker_cert": "CERT"}, "worker_cert", "go together: give both"),
         ({"worker_cert": "CERT", "worker_key": "CERT"}, "worker_key", "has no private key"),

@@ -17,7 +17,12 @@ from dspex_persist.state.bridge.headers import EXECUTION_ID, EXPECTED_VERSION, R
 from dspex_persist.state.bridge.incoming import Call, Context, RequestHeaders, fitting
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.commands import Command, SetVariable
-from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableReplacedError
+from dspex_persist.state.errors import (
+    ExecutionNotFoundError,
+    InvalidArgumentError,
+    StateError,
+    VariableReplacedError,
+)
 from dspex_persist.state.model import Origin
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.touched import is_transactional, may_block
@@ -86,11 +91,15 @@ class Calls:
         """Run the command of an rpc, and return the response with its result."""
         call = self._call(context)
         command = await self._command(rpc, request, call)
-        if rpc.first is not None:
-            call.first = await self._read(rpc.first(command), call)
-        result = None if rpc.instead is None else await self._read_instead(rpc.instead(command), command, call)
-        if result is None:
-            result = await (self._write(command, call) if command.writes else self._read(command, call))
+        try:
+            if rpc.first is not None:
+                call.first = await self._read(rpc.first(command), call)
+            result = None if rpc.instead is None else await self._read_instead(rpc.instead(command), command, call)
+            if result is None:
+                result = await (self._write(command, call) if command.writes else self._read(command, call))
+        except ExecutionNotFoundError as error:
+            await self._runner.check_elsewhere(error.execution_id)
+            raise
         if rpc.log is not None:
             rpc.log(self._log(rpc.name, command.session_id, call), command, result)
         response = rpc.response_of(result, call)

@@ -16,6 +16,10 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.ANOTHER_SESSION_ID: "use another id for the new one, or end that session first with CleanupSession",
     Hint.ANOTHER_TOOL_NAME: "use another name",
     Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with InitializeSession",
+    Hint.CALL_ITS_SERVER: (
+        f"send the call, with its {EXECUTION_ID}, to the server that runs it; `serve --advertise HOST:PORT` on each "
+        "server tells the others where that is"
+    ),
     Hint.CALL_LESS_OFTEN: "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
     Hint.CHECK_FILE: (
         "check it with `dspex-persist db check`, then start the server again; to let several programs write, have "

@@ -62,6 +62,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.SessionBusyError: StatusCode.ABORTED,
     errors.BudgetExceededError: StatusCode.RESOURCE_EXHAUSTED,
     errors.ExecutionNotFoundError: StatusCode.FAILED_PRECONDITION,
+    errors.ExecutionElsewhereError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.TransactionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionConflictError: StatusCode.ABORTED,

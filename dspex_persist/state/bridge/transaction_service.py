@@ -91,15 +91,15 @@ class TransactionRpcs:
             context.set_trailing_metadata(((EXECUTION_STATUS, status.value),))
 
     async def CommitTransaction(self, request: pb.CommitTransactionRequest, context: Context) -> Any:
-        return pb.CommitTransactionResponse(sequence=await self._opened(request.execution_id).commit())
+        return pb.CommitTransactionResponse(sequence=await (await self._opened(request.execution_id)).commit())
 
     async def AbortTransaction(self, request: pb.AbortTransactionRequest, context: Context) -> Any:
         failure = FAILURE.record_of(request.failure) if request.HasField("failure") else None
-        await self._opened(request.execution_id).abort(failure)
+        await (await self._opened(request.execution_id)).abort(failure)
         return pb.AbortTransactionResponse()
 
     async def RecordInputs(self, request: pb.RecordInputsRequest, context: Context) -> Any:
-        session = self._opened(request.execution_id).session
+        session = (await self._opened(request.execution_id)).session
         kind = checked_kind(request.kind)
         read = partial(_objects, list(request.entries_json), session.execution.overlay.unit.limits)
         is_long = sum(map(len, request.entries_json)) > values.LONG_JSON
@@ -112,14 +112,16 @@ class TransactionRpcs:
         return pb.RecordInputsResponse()
 
     async def CheckBudget(self, request: pb.CheckBudgetRequest, context: Context) -> Any:
-        session = self._opened(request.execution_id).session
+        session = (await self._opened(request.execution_id)).session
         # It may have to read the journal.
         await asyncio.to_thread(session.check_budgets)
         return pb.CheckBudgetResponse()
 
-    def _opened(self, execution_id: str) -> OpenTransaction:
+    async def _opened(self, execution_id: str) -> OpenTransaction:
         opened = self._open.get(execution_id)
         if opened is None:
+            if isinstance(self._transacting, WithTools):
+                await self._transacting.runner.check_elsewhere(execution_id)
             raise ExecutionNotFoundError(execution_id)
         return opened
 

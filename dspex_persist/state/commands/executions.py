@@ -27,6 +27,7 @@ from dspex_persist.state.model import (
     OF_RECORDINGS,
     REASON,
     TRACE_ID,
+    TRANSACTION,
     Concurrency,
     Conflict,
     ExecutionStatus,
@@ -62,6 +63,7 @@ class Begun:
         recorded: The earlier execution with the same key if it has committed.
         running: The earlier execution with the same key if it is running.
         concurrency: What the session demands, if it is more than the request says; the execution has not begun then.
+        busy: An execution of another server that has the turn; this one has not begun then.
     """
 
     execution_id: str
@@ -73,6 +75,7 @@ class Begun:
     recorded: JournalEntry | None = None
     running: JournalEntry | None = None
     concurrency: Concurrency | None = None
+    busy: JournalEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ class BeginExecution(Command[Begun]):
 
     `worker_id`: the worker that runs it; "" for the server itself. `retry_of`: the previous execution for the same
     request, which ended as a conflict. `concurrency`: what the caller has seen to. `trace_id`: the trace that it is a
-    part of.
+    part of. `turns`: how each tool of this server runs, if the execution has its turn here and other servers may run
+    tools in the session; None if there is nothing to wait for.
     """
 
     tool: str
@@ -95,6 +99,7 @@ class BeginExecution(Command[Begun]):
     retry_of: str | None = None
     concurrency: Concurrency = Concurrency.OPTIMISTIC
     trace_id: str = ""
+    turns: Mapping[str, Concurrency] | None = None
 
     writes: ClassVar[bool] = True
 
@@ -115,7 +120,25 @@ class BeginExecution(Command[Begun]):
             demanded = Concurrency.strictest(self.concurrency, Concurrency(stated))
             if demanded is not self.concurrency:
                 return Begun("", uow.sequence, uow.limits, uow.optimization_lease_s, concurrency=demanded)
+        busy = self._busy(state, Concurrency(stated) if stated is not None else None)
+        if busy is not None:
+            return Begun("", uow.sequence, uow.limits, uow.optimization_lease_s, busy=busy)
         return self._begin(uow, fingerprint)
+
+    def _busy(self, state: SessionState, stated: Concurrency | None) -> JournalEntry | None:
+        """Return a running execution that takes turns, too: here this one is the first, so it is of another server."""
+        if self.turns is None:
+            return None
+        turns = {TRANSACTION: None, **self.turns}
+        for tool in state.tools.values():
+            turns.setdefault(tool.spec.name, tool.spec.concurrency)
+        for entry in state.executions.values():
+            # What is no tool is a recording, which takes no turns.
+            if entry.parent_id is None and entry.tool in turns:
+                strictest = Concurrency.strictest(turns[entry.tool], stated)
+                if strictest is not Concurrency.OPTIMISTIC:
+                    return entry
+        return None
 
     @property
     def is_small(self) -> bool:
@@ -138,7 +161,7 @@ class BeginExecution(Command[Begun]):
     def _request(self) -> dict[str, Any]:
         request = Command._request(self)
         # They say nothing about what is asked for.
-        del request["concurrency"], request["trace_id"]
+        del request["concurrency"], request["trace_id"], request["turns"]
         return request
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:

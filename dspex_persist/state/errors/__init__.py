@@ -51,6 +51,7 @@ from dspex_persist.state.errors.sessions import SessionNotFoundError as SessionN
 from dspex_persist.state.errors.sessions import SessionPrunedError as SessionPrunedError
 from dspex_persist.state.errors.tools import BudgetExceededError as BudgetExceededError
 from dspex_persist.state.errors.tools import ExecutionConflictError as ExecutionConflictError
+from dspex_persist.state.errors.tools import ExecutionElsewhereError as ExecutionElsewhereError
 from dspex_persist.state.errors.tools import ExecutionEndedError as ExecutionEndedError
 from dspex_persist.state.errors.tools import ExecutionNotFoundError as ExecutionNotFoundError
 from dspex_persist.state.errors.tools import MissingVariablesError as MissingVariablesError

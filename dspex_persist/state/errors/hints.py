@@ -16,6 +16,7 @@ class Hint(StrEnum):
     ANOTHER_TOOL_NAME = "another_tool_name"
     ASK_OWNER = "ask_owner"
     BEGIN_SESSION = "begin_session"
+    CALL_ITS_SERVER = "call_its_server"
     CALL_LESS_OFTEN = "call_less_often"
     CHECK_FILE = "check_file"
     """Another program has written to the file while it was open."""
@@ -95,6 +96,10 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
     Hint.ANOTHER_TOOL_NAME: "register it under another name",
     Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with Context(...) or initialize_session",
+    Hint.CALL_ITS_SERVER: (
+        "use it through the server that runs it, connect('grpc://HOST:PORT'); the setting advertise of each server "
+        "tells the others where that is"
+    ),
     Hint.CALL_LESS_OFTEN: "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
     Hint.CHECK_FILE: (
         f"check it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "

@@ -88,6 +88,21 @@ class ExecutionNotFoundError(StateError):
 
 
 @dataclass(eq=False)
+class ExecutionElsewhereError(StateError):
+    """The execution runs on another server of the same sessions, which has its snapshot and what it has written.
+
+    Attributes:
+        execution_id: The execution.
+        address: Where clients reach that server; "" if it has not said.
+    """
+
+    template = "execution {execution_id!q} runs on another server{address!o:, %}"
+    advice = Hint.CALL_ITS_SERVER
+    execution_id: str
+    address: str
+
+
+@dataclass(eq=False)
 class ExecutionEndedError(StateError):
     """The execution has ended: its code can no longer read or write."""
 

@@ -1,11 +1,12 @@
 """SharedGroups: the sessions of a shared log, as far as this server has them in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from dspex_persist import clock
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
+from dspex_persist.state.events import ExecutionBegan
 from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups, Job, Outcome
 from dspex_persist.state.log_store import FencedError, MovedError, News
 from dspex_persist.state.meter import Meter
@@ -35,6 +36,7 @@ class SharedGroups(Groups[SharedLog]):
     Attributes:
         on_known: Called on the writing thread with `known` when that has changed.
         on_away: Called on the writing thread with the error when the log could not be followed.
+        on_ended: Called on the writing thread with the ids of sessions that other servers have ended.
         on_fenced: Called on the writing thread after other servers have taken this one for dead. Its executions are
             being interrupted; it has another lease now.
     """
@@ -51,9 +53,13 @@ class SharedGroups(Groups[SharedLog]):
         self._known = log.sequence
         self.on_known: Callable[[int], None] = _nothing
         self.on_away: Callable[[StateError], None] = _nothing
+        self.on_ended: Callable[[Collection[str]], None] = _nothing
         self.on_fenced: Callable[[], None] = lambda: None
         self.server_meter = server_meter
         self._is_away = self._is_fenced = False
+        # The executions that the last group begins, by session; and those that may have begun, as nobody can tell.
+        self._begins: list[tuple[str, str]] = []
+        self._doubtful: list[tuple[str, str]] = []
         self._told = log.sequence
         self._away: tuple[type[Exception], ...] = (*_AWAY, *log.driver_errors)
         super().__init__(log, options, cache_size_bytes=cache_size_bytes, meter=meter)
@@ -73,6 +79,7 @@ class SharedGroups(Groups[SharedLog]):
                     self.server_meter.repeated()
                 continue
             except OutcomeUnknownError as error:
+                self._doubtful += self._begins
                 self._forget()
                 return [Outcome(error=error) for _ in jobs]
             except FencedError:
@@ -84,6 +91,16 @@ class SharedGroups(Groups[SharedLog]):
             return outcomes
         reason = f"other servers have overtaken it {_MOST_ATTEMPTS} times"
         return [Outcome(error=StorageError(reason)) for _ in jobs]
+
+    def _append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
+        self._begins = [
+            (unit.state.session.id, event.execution_id)
+            for unit in units
+            if unit.state is not None
+            for event in unit.events
+            if isinstance(event, ExecutionBegan)
+        ]
+        super()._append(units, touched)
 
     def _refuse_writes(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Refuse the writes of a server that was taken for dead: they may come from executions that are over."""
@@ -142,6 +159,8 @@ class SharedGroups(Groups[SharedLog]):
             self.quotas.forget()
         self._told = max(self._told, news.sequence)
         self._advance(news.sequence)
+        if news.ended and news.changed is not None:
+            self.on_ended([news.changed[first] for first in news.ended])
 
     def _catch_up(self, first: int, session_id: str, news: News) -> None:
         state = self._cache.find(session_id)
@@ -217,15 +236,27 @@ class SharedGroups(Groups[SharedLog]):
         """See `Groups.sweep`. It also interrupts the executions of servers that have died."""
         try:
             self.log.fence()
-            self._stale = dict(self.log.unfinished())
-            if self._stale and self.server_meter is not None:
-                self.server_meter.found_orphans(sum(map(len, self._stale.values())))
-            return super().sweep()
+            doubts = len(self._doubtful)
+            self._stale = self._find_orphans()
+            swept = super().sweep()
+            if not self._stale:
+                del self._doubtful[:doubts]
+            return swept
         except FencedError:
             self._begin_anew()
         except self._away as error:
             _logger.debug("not swept", reason=str(error))
         return 0
+
+    def _find_orphans(self) -> dict[str, Sequence[str]]:
+        """Return the executions that nobody runs, by session."""
+        orphans = dict(self.log.unfinished())
+        if orphans and self.server_meter is not None:
+            self.server_meter.found_orphans(sum(map(len, orphans.values())))
+        # Whoever asked for one of these was told that nobody knows.
+        for session_id, execution_id in self._doubtful:
+            orphans[session_id] = (*orphans.get(session_id, ()), execution_id)
+        return orphans
 
 
 def _nothing(_: object) -> None:

@@ -1,6 +1,6 @@
 """SharedState: the engine of one of several servers on one log."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import ClassVar, Final, TypeVar, Unpack
 
@@ -13,6 +13,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import EngineClosedError, InternalError, OutcomeUnknownError, StateError
 from dspex_persist.state.log_state import OnLoop
 from dspex_persist.state.model import Origin
+from dspex_persist.state.peers import Peers
 from dspex_persist.state.provider import Who, fault_of
 from dspex_persist.state.served import DENIALS_KEPT, ServedEngine
 from dspex_persist.state.shared.barrier import Barrier
@@ -26,7 +27,7 @@ SWEEP_S: Final = 5.0
 """How often a server looks for expired sessions, and for servers that have died."""
 
 
-class SharedState(ServedEngine):
+class SharedState(ServedEngine, Peers):
     """One of several servers on one log: reads values from memory, once it has made sure that they are current.
 
     A write is a group of the shared log. A read passes the `Barrier` first, and looks its session up afterwards. No
@@ -47,7 +48,7 @@ class SharedState(ServedEngine):
     """
 
     gives: ClassVar[tuple[str, ...]] = ("distributed",)
-    loops_lead = False
+    loops_lead = imports_lead = False
 
     def __init__(
         self,
@@ -68,8 +69,11 @@ class SharedState(ServedEngine):
             denials_kept=denials_kept,
         )
         self._shared = groups
+        self._fenced: tuple[Callable[[], None], ...] = ()
+        self._ended: tuple[Callable[[Collection[str]], None], ...] = ()
         meter = groups.server_meter
         self._barrier = Barrier(groups.log.head, self._writer.check_soon, groups.known, meter)
+        groups.on_fenced, groups.on_ended = self._on_fenced, self._on_ended
         groups.on_known, groups.on_away = self._barrier.learnt, self._barrier.away
         # The writer may have followed the others since.
         self._barrier.learnt(groups.known)
@@ -123,7 +127,32 @@ class SharedState(ServedEngine):
         """See `StateProvider.on_loop`."""
         return SharedOnLoop(self, mailbox)
 
-    # The lease of this server
+    # The other servers
+
+    def announce(self, address: str) -> None:
+        """Tell the other servers at which address clients reach this one."""
+        self._shared.log.announce(address)
+
+    def server_of(self, execution_id: str) -> str | None:
+        """See `Peers.server_of`."""
+        self.check_open()
+        return self._shared.log.server_of(execution_id)
+
+    def on_fenced(self, callback: Callable[[], None]) -> None:
+        """See `Peers.on_fenced`."""
+        self._fenced = (*self._fenced, callback)
+
+    def on_ended(self, callback: Callable[[Collection[str]], None]) -> None:
+        """See `Peers.on_ended`."""
+        self._ended = (*self._ended, callback)
+
+    def _on_ended(self, session_ids: Collection[str]) -> None:
+        for callback in self._ended:
+            callback(session_ids)
+
+    def _on_fenced(self) -> None:
+        for callback in self._fenced:
+            callback()
 
     def _on_lease_lost(self) -> None:
         self._shared.lose_lease()

@@ -14,11 +14,13 @@ from dspex_persist.state.errors import (
     ExecutionConflictError,
     ExecutionEndedError,
     InternalError,
+    OutcomeUnknownError,
     QueueFullError,
     SessionNotFoundError,
     StateError,
     StorageError,
     ToolInterruptedError,
+    UnavailableError,
 )
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
@@ -35,6 +37,8 @@ from dspex_persist.state.tools.session import ToolSession
 from dspex_persist.state.tools.spending import Spending
 
 SESSION_ENDED: Final = "the session ended while the tool ran; nothing was written"
+SEEMED_DEAD: Final = "other servers took this one for dead while the tool ran; nothing was written"
+_ENDED: Final = "the session ended while the tool ran, or its server seemed dead to others; nothing was written"
 _RETRY_S: Final = 5.0
 
 
@@ -46,8 +50,12 @@ class Endings:
             not as given up by its client.
     """
 
-    def __init__(self, store: Submits, home: Home, spending: Spending, meter: Meter | None = None) -> None:
+    def __init__(
+        self, store: Submits, home: Home, spending: Spending, meter: Meter | None = None, *, is_shared: bool = False
+    ) -> None:
         self._meter = meter
+        # What may be recorded later. A log that others share can be away, and come back.
+        self._later = (StorageError, QueueFullError, *((UnavailableError, OutcomeUnknownError) if is_shared else ()))
         self._store = store
         self._home = home
         self._spending = spending
@@ -88,8 +96,8 @@ class Endings:
             else:
                 reply.add_done_callback(functools.partial(self._note_refusal, session, verdict))
             raise
-        except (SessionNotFoundError, ExecutionEndedError):
-            error = ToolInterruptedError(session.execution_id, SESSION_ENDED)
+        except (SessionNotFoundError, ExecutionEndedError) as refusal:
+            error = _interruption(session.execution_id, refusal, raised)
             session.execution.correct(ExecutionStatus.INTERRUPTED.value)
             self._note_end(session, None)
             self.count(session, replace(verdict, status=ExecutionStatus.INTERRUPTED))
@@ -141,7 +149,7 @@ class Endings:
 
         def settled(future: "Future[Verdict]") -> None:
             error = None if future.cancelled() else future.exception()
-            if isinstance(error, StorageError | QueueFullError):
+            if isinstance(error, self._later):
                 again = functools.partial(self.record, command, origin, session)
                 self._home.mailbox.post(lambda: self._home.loop.call_later(_RETRY_S, again))
             elif isinstance(error, InternalError) and command != _bare(command):
@@ -165,13 +173,22 @@ class Endings:
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
-        if isinstance(error, StorageError | QueueFullError | InternalError):
+        if isinstance(error, (*self._later, InternalError)):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             self.count(session, failed)
             command = session.execution.finish(failed)
             self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin, session)
         else:
             self._note_end(session, None)
+
+
+def _interruption(execution_id: str, refusal: StateError, raised: BaseException | None) -> ToolInterruptedError:
+    """Return the error for the caller of an execution that had ended before its code did."""
+    if isinstance(raised, ToolInterruptedError):
+        return raised
+    # An execution also ends without its session, if its server was taken for dead.
+    reason = SESSION_ENDED if isinstance(refusal, SessionNotFoundError) else _ENDED
+    return ToolInterruptedError(execution_id, reason)
 
 
 def _bare(command: commands.FinishExecution) -> commands.FinishExecution:

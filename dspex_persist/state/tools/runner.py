@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import random
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +25,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Verdict
 from dspex_persist.state.errors import (
     EngineClosedError,
+    ExecutionElsewhereError,
     ExecutionEndedError,
     ExecutionNotFoundError,
     IdempotencyConflictError,
@@ -54,10 +55,11 @@ from dspex_persist.state.model import (
     ToolSpec,
     Value,
 )
+from dspex_persist.state.peers import Peers
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools import traced
 from dspex_persist.state.tools.chunks import Emit, Outlet
-from dspex_persist.state.tools.endings import SESSION_ENDED, Endings
+from dspex_persist.state.tools.endings import SEEMED_DEAD, SESSION_ENDED, Endings
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
@@ -78,6 +80,7 @@ R = TypeVar("R")
 _MOST_DEPTH: Final = 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _JOIN_PAUSE_S: Final = 0.02
+_LONGEST_LOOK_S: Final = 0.25
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
 _MOST_NAMED: Final = 20
@@ -109,6 +112,7 @@ class ToolRunner:
         budget: What the recorded LM calls of each session may use.
         meter: Counts executions and LM calls; None not to count.
         pools: Pools whose workers may have tools that they register only when they are called for a session.
+        peers: The other servers of the sessions; None if there are none.
 
     Attributes:
         tools: The tools of this process, by name.
@@ -126,6 +130,7 @@ class ToolRunner:
         budget: Budget = NO_BUDGET,
         meter: Meter | None = None,
         pools: Iterable[Asked] = (),
+        peers: Peers | None = None,
     ) -> None:
         self._meter = meter
         self.of_pools = ToolsOfPools(pools, limits.tools_per_session)
@@ -137,13 +142,18 @@ class ToolRunner:
         self._home = home
         if meter is not None:
             self.spending.meter = meter
-        self._endings = Endings(store, home, self.spending, meter)
+        self._endings = Endings(store, home, self.spending, meter, is_shared=peers is not None)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code still runs.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._turns = Turns(limits.queued_executions)
         self._count = 0
+        self._peers = peers
+        self._tool_turns = {name: tool.spec.concurrency or Concurrency.OPTIMISTIC for name, tool in tools.items()}
+        if peers is not None:
+            peers.on_fenced(lambda: home.mailbox.post(self._interrupt))
+            peers.on_ended(self._end_sessions)
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
         """Run a coroutine of the runner on its home loop; callable from any thread."""
@@ -186,6 +196,39 @@ class ToolRunner:
         """Return the session of a running execution; raises as `find` does."""
         return self._session_of(execution_id)
 
+    async def seek(self, execution_id: str) -> ToolSession:
+        """Return the session of a running execution, or say where it runs.
+
+        Raises:
+            ExecutionElsewhereError: Another server runs it.
+            ExecutionNotFoundError: No such execution is running.
+        """
+        session = self._running.get(execution_id)
+        if session is None:
+            await self.check_elsewhere(execution_id)
+        return self._session_of(execution_id)
+
+    async def check_elsewhere(self, execution_id: str) -> None:
+        """Raise `ExecutionElsewhereError` if another server runs an execution."""
+        if self._peers is None:
+            return
+        look = functools.partial(self._peers.server_of, execution_id)
+        address = await self._home.on_thread(look, "dspex-persist-server-of")
+        if address is not None:
+            raise ExecutionElsewhereError(execution_id, address)
+
+    def _end_sessions(self, session_ids: Collection[str]) -> None:
+        for session_id in session_ids:
+            if self.has_executions(session_id):
+                with contextlib.suppress(EngineClosedError):
+                    self.start(self.end_executions(session_id))
+
+    def _interrupt(self) -> None:
+        """Stop the code of all executions, none of which can write anything any more."""
+        for session in tuple(self._running.values()):
+            if session.execution.parent is None:
+                self._end_now(session, SEEMED_DEAD)
+
     def is_running(self, execution_id: str) -> bool:
         """Whether `find` would find it."""
         return execution_id in self._running
@@ -218,11 +261,16 @@ class ToolRunner:
         running = [session for session in self._running.values() if session.session_id == session_id]
         for session in running:
             # What it has called ends with it.
-            if session.execution.parent is None and not await self._is_running(session) and session.limit is not None:
-                # Unless its time is up at this moment.
-                with contextlib.suppress(RuntimeError):
-                    session.limit.reschedule(self._home.loop.time())
-                    session.is_over = True
+            if session.execution.parent is None and not await self._is_running(session):
+                self._end_now(session, SESSION_ENDED)
+
+    def _end_now(self, session: ToolSession, reason: str) -> None:
+        """Have the code of an execution, if it still runs, end as if its time were up."""
+        if session.limit is not None:
+            # Unless its time is up at this moment.
+            with contextlib.suppress(RuntimeError):
+                session.limit.reschedule(self._home.loop.time())
+                session.over_because = reason
 
     def drain(self) -> None:
         """Count executions cancelled from now on as interrupted by the server, not as given up by the client."""
@@ -276,7 +324,7 @@ class ToolRunner:
         _check_depth(current_session.get())
         self._count += 1
         request = self._timed(request)
-        place = self._turns.place(request, current_session.get())
+        place = self._turns.place(request, current_session.get(), asker_id)
         if tool is not None and not tool.takes_turns:
             # In no line, and no session demands more than that.
             place.concurrency = Concurrency.REJECT
@@ -321,9 +369,10 @@ class ToolRunner:
 
         Raises:
             ExecutionNotFoundError: No such execution is running.
+            ExecutionElsewhereError: Another server runs it.
             ExecutionEndedError: It ended before the tool did.
         """
-        parent = self._session_of(execution_id)
+        parent = await self.seek(execution_id)
         parent.execution.check_is_of(request.session_id)
         try:
             result = await self._execute_joined(parent, request)
@@ -432,11 +481,15 @@ class ToolRunner:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
         retry_of = None
         while True:
-            begun = await self._begin(request, tool, attempt, retry_of=retry_of, concurrency=place.concurrency)
+            begun = await self._begin(request, tool, attempt, retry_of=retry_of, place=place)
             if begun.concurrency is not None:
                 # The session demands more than the tool does.
                 place.join(begun.concurrency)
                 await place.turn()
+                continue
+            if begun.busy is not None:
+                place.check_waits_for(begun.busy)
+                await self._await_end(request, begun.busy.id, "it has not had its turn")
                 continue
             if begun.recorded is not None:
                 if self._meter is not None:
@@ -446,7 +499,7 @@ class ToolRunner:
                 joined = await self._join(begun.running.id, request)
                 if joined is not None and joined.status not in _REPEATABLE:
                     return joined
-                joins += 1
+                joins += self._peers is None
                 if joins > _MOST_JOINS:
                     raise UnavailableError(
                         f"execution {begun.running.id} has this key and has not been cleared away yet"
@@ -467,8 +520,11 @@ class ToolRunner:
         """Wait for a running execution and return its outcome, or None if the request has to begin again."""
         running = self._running.get(execution_id)
         if running is None or running.done is None:
-            # It is just ending, or its client is just leaving; the store knows which in a moment.
-            await asyncio.sleep(_JOIN_PAUSE_S)
+            if self._peers is None:
+                # It is just ending, or its client is just leaving; the store knows which in a moment.
+                await asyncio.sleep(_JOIN_PAUSE_S)
+            else:
+                await self._await_end(request, execution_id, "it runs already under this key, and has not ended")
             return None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(request.until):
@@ -477,6 +533,24 @@ class ToolRunner:
         reason = f"it runs already under this key, and has not ended in the {most_s:.3g} s that its caller waits"
         raise ToolTimedOutError(execution_id, reason)
 
+    async def _await_end(self, request: ToolRequest, execution_id: str, reason: str) -> None:
+        """Wait until an execution of another server has ended, within the deadline of a request.
+
+        Raises:
+            ToolTimedOutError: The deadline has passed, for a reason that begins like this one.
+        """
+        pause_s = _JOIN_PAUSE_S
+        while True:
+            state = await self._submit(commands.ReadState(request.session_id), request.origin)
+            if execution_id not in state.executions:
+                return
+            left_s = pause_s if request.until is None else request.until - self._home.loop.time()
+            if left_s <= 0:
+                waited = f"in the {request.timeout_s:.3g} s that its caller waits"
+                raise ToolTimedOutError("", f"{reason} {waited}: {execution_id} is running on another server")
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.5, _LONGEST_LOOK_S)
+
     async def _begin(
         self,
         request: ToolRequest,
@@ -484,8 +558,9 @@ class ToolRunner:
         attempt: int,
         parent: Execution | None = None,
         retry_of: str | None = None,
-        concurrency: Concurrency = Concurrency.OPTIMISTIC,
+        place: Place | None = None,
     ) -> Begun:
+        has_turn = place is not None and place.has_turn and self._peers is not None
         command = commands.BeginExecution(
             request.session_id,
             request.tool,
@@ -497,8 +572,9 @@ class ToolRunner:
             request.idempotency_key if parent is None else None,
             tool.worker_id,
             retry_of,
-            concurrency,
+            place.concurrency if place is not None else Concurrency.OPTIMISTIC,
             tracing.trace_id(),
+            self._tools_turns() if has_turn else None,
         )
         origin = request.origin
         if origin.idempotency_key is not None:
@@ -519,6 +595,13 @@ class ToolRunner:
         finally:
             # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del reply
+
+    def _tools_turns(self) -> Mapping[str, Concurrency]:
+        """Return how each tool of this process, and of its pools, runs. The tools of the other servers are the same."""
+        if not self.of_pools.known:
+            return self._tool_turns
+        of_pools = {name: tool.spec.concurrency for name, tool in self.of_pools.known.items()}
+        return {name: turns or Concurrency.OPTIMISTIC for name, turns in of_pools.items()} | self._tool_turns
 
     def _abandon(self, command: commands.BeginExecution, origin: Origin, reply: Reply[Begun]) -> None:
         if reply.cancelled() or reply.exception() is not None or reply.result().snapshot is None:
@@ -580,7 +663,7 @@ class ToolRunner:
             raised, failure = raised_of(error)
             broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
-            if session.is_over:
+            if session.over_because:
                 status = ExecutionStatus.INTERRUPTED
             verdict = session.verdict(status, failure=failure)
             try:
@@ -691,8 +774,8 @@ class ToolRunner:
             session.limit = None
             del limit
         # Raised outside the `except`, for the same reason as in `_bind`.
-        if session.is_over:
-            raise ToolInterruptedError(session.execution_id, SESSION_ENDED)
+        if session.over_because:
+            raise ToolInterruptedError(session.execution_id, session.over_because)
         whose, most_s = "", own_s
         if timeout_s != own_s:
             whose, most_s = ", which is how long its caller waits", request.timeout_s

@@ -157,9 +157,9 @@ class ToolSession:
         self.outlet = request.outlet
         # Set by the runner: how long the code may take, and the outcome for those that wait for it.
         self.timeout_s: float | None = None
-        # ... and what ends it before, and whether that was the end of its session.
+        # ... and what ends it before, and why it did; "" if it was only the time.
         self.limit: asyncio.Timeout | None = None
-        self.is_over = False
+        self.over_because = ""
         # ... and its place in a trace, if there is one.
         self.place: Place | None = None
         self.done: asyncio.Future[ToolOutcome | None] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from dspex_persist.state.errors import SessionBusyError, ToolTimedOutError, quote
-from dspex_persist.state.model import Concurrency
+from dspex_persist.state.model import Concurrency, JournalEntry
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.session import ToolSession
 
@@ -26,14 +26,15 @@ class Turns:
         self.most = most
         self._lines: dict[str, deque[Place]] = {}
 
-    def place(self, request: ToolRequest, asker: ToolSession | None) -> "Place":
+    def place(self, request: ToolRequest, asker: ToolSession | None, asker_id: str | None = None) -> "Place":
         """Return the place of a request, which is in no line yet.
 
         Args:
             request: The request.
             asker: The session of the execution whose code makes the request, if a tool's code does.
+            asker_id: The execution that has said so; it may run on another server.
         """
-        return Place(self, request, asker)
+        return Place(self, request, asker, asker_id)
 
     def line(self, session_id: str) -> "deque[Place]":
         """Return the line of a session."""
@@ -52,12 +53,15 @@ class Place:
         execution_id: The current attempt, once it has begun.
     """
 
-    def __init__(self, turns: Turns, request: ToolRequest, asker: ToolSession | None) -> None:
+    def __init__(
+        self, turns: Turns, request: ToolRequest, asker: ToolSession | None, asker_id: str | None = None
+    ) -> None:
         self.request = request
         self.concurrency = Concurrency.OPTIMISTIC
         self.execution_id = ""
         self._turns = turns
         self._asker = asker
+        self._asker_id = asker_id
         self._line: deque[Place] | None = None
         self._is_first: asyncio.Future[None] | None = None
 
@@ -98,6 +102,25 @@ class Place:
             raise SessionBusyError(request.session_id, reason)
         if len(line) > self._turns.most:
             reason = f"{len(line) - 1} executions wait for {first} already (setting queued_executions)"
+            raise SessionBusyError(request.session_id, reason)
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether it is the first in its line."""
+        return self._line is not None and self._line[0] is self
+
+    def check_waits_for(self, busy: JournalEntry) -> None:
+        """Check that the request may wait for an execution of another server that has the turn of the session there.
+
+        Raises:
+            SessionBusyError: It does not wait, or would wait for its own caller.
+        """
+        request, first = self.request, f"{quote(busy.tool)} (execution {busy.id}, on another server)"
+        if busy.id == self._asker_id:
+            reason = f"{first} has called this and waits for it; call it as a part of that execution instead"
+            raise SessionBusyError(request.session_id, reason)
+        if self.concurrency is Concurrency.REJECT:
+            reason = f"{first} is running, and {quote(request.tool)} does not run at the same time"
             raise SessionBusyError(request.session_id, reason)
 
     async def turn(self) -> None:

@@ -37,6 +37,7 @@ from dspex_persist.state.model import (
     ToolSpec,
 )
 from dspex_persist.state.options import check_count
+from dspex_persist.state.peers import Peers
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider, SubmitHere, Who, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
@@ -113,6 +114,7 @@ class WithTools(Around, StreamsTools, Transacts):
             budget=budget,
             meter=meter,
             pools=(pools or {}).values(),
+            peers=provider if isinstance(provider, Peers) else None,
         )
         self._can_execute = bool(self.runner.tools) or remote is not None
         # The commands that do not simply go to the provider.

@@ -34,6 +34,7 @@ class Keys:
         self.ages = root + "ages"
         self.servers = root + "servers"
         self.leases = root + "leases"
+        self.addresses = root + "addresses"
         self.turn = root + "turn"
         self.staged = root + "staged"
         self.news = root + "news"

@@ -498,6 +498,24 @@ class ValkeyLog(SharedLog):
         """See `SharedLog`."""
         return self._lease_s
 
+    @reported
+    def announce(self, address: str) -> None:
+        """See `SharedLog`."""
+        self._client.hset(self.keys.addresses, self._server, codec.utf8(address))
+
+    @reported
+    def server_of(self, execution_id: str) -> str | None:
+        """See `SharedLog`."""
+        content = self._client.hget(self.keys.running, codec.utf8(execution_id))
+        if content is None:
+            return None
+        _, server, epoch = json.loads(content)
+        token = self._client.hget(self.keys.servers, server)
+        if server == self._server or token is None or token.partition(b".")[0].decode() != epoch:
+            return None
+        address = self._client.hget(self.keys.addresses, server)
+        return "" if address is None else codec.text_in(address)
+
     @property
     def _epoch(self) -> str:
         return self._token.partition(".")[0]
@@ -540,6 +558,7 @@ class ValkeyLog(SharedLog):
         """See `SharedLog`."""
         for server in self._reading.call("fence", (self.keys.servers, self.keys.leases)):
             _logger.warning("a server has not renewed its lease", server=server.decode())
+            self._client.hdel(self.keys.addresses, server)
 
     @reported
     def unfinished(self) -> Mapping[str, Sequence[str]]:
@@ -579,6 +598,7 @@ class ValkeyLog(SharedLog):
         with contextlib.suppress(redis.RedisError):
             self._client.hdel(self.keys.servers, self._server)
             self._client.zrem(self.keys.leases, self._server)
+            self._client.hdel(self.keys.addresses, self._server)
             # Wakes the listener, which is to end.
             self._client.publish(self.keys.news, "")
         self.abandon()

@@ -732,6 +732,9 @@ class Guard:
     async def _again(self, rpc: str, kind: InSession, ask: Ask, call: "_Call", response: Any, *, reads: bool) -> Any:
         """Return a response, without what may not be read. The rules may have changed while the call was answered."""
         now = self._peek(ask.session_id) if reads else None
+        if now is None and reads and ask.state is not None:
+            # It has left memory, perhaps because another server has changed it.
+            now = await self._load(ask.session_id)
         if now is not None and now.session is not ask.session:
             ask.look(now)
             if not ask.grants.sees and not kind.always:

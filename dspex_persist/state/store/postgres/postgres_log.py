@@ -261,6 +261,15 @@ class PostgresLog(_Stored, SharedLog):
         """See `SharedLog`."""
         self._notices.tell()
 
+    def announce(self, address: str) -> None:
+        """See `SharedLog`."""
+        self._lease.address = address.replace("\0", "")
+
+    def server_of(self, execution_id: str) -> str | None:
+        """See `SharedLog`."""
+        with snapshot(self.readers) as connection:
+            return servers.server_of(connection, execution_id, self._lease.server_id)
+
     @property
     def lease_s(self) -> float:
         """See `SharedLog`."""

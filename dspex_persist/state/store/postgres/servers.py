@@ -14,10 +14,13 @@ from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.unit_of_work import UnitOfWork
 
 _REGISTER: Final = """
-    INSERT INTO servers (server_id, epoch, renewed_at, lease_s) VALUES (%s, 1, clock_timestamp(), %s)
-    ON CONFLICT (server_id) DO UPDATE SET epoch = servers.epoch + 1, renewed_at = clock_timestamp() RETURNING epoch
+    INSERT INTO servers (server_id, epoch, renewed_at, lease_s, address) VALUES (%s, 1, clock_timestamp(), %s, %s)
+    ON CONFLICT (server_id) DO UPDATE
+    SET epoch = servers.epoch + 1, renewed_at = clock_timestamp(), address = EXCLUDED.address RETURNING epoch
 """
-_RENEW: Final = "UPDATE servers SET renewed_at = clock_timestamp() WHERE server_id = %s AND epoch = %s RETURNING 1"
+_RENEW: Final = """
+    UPDATE servers SET renewed_at = clock_timestamp(), address = %s WHERE server_id = %s AND epoch = %s RETURNING 1
+"""
 _FENCE: Final = """
     UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'
     WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
@@ -34,6 +37,12 @@ _ORPHANS: Final = text("""
     ORDER BY executions.began_sequence
 """)
 
+_SERVER: Final = text("""
+    SELECT servers.address FROM execution_servers
+    JOIN executions USING (began_sequence) JOIN servers USING (server_id, epoch)
+    WHERE began_sequence = :began AND execution_id = :execution_id AND server_id <> :server_id
+""")
+
 
 class Lease:
     """The lease of this server. All times are those of the database's clock.
@@ -45,6 +54,7 @@ class Lease:
 
     Attributes:
         epoch: How often it has begun one; its commits carry this number.
+        address: Where clients reach this server; others know it from the next renewal on.
     """
 
     def __init__(self, database: Database, server_id: str, lease_s: float) -> None:
@@ -52,12 +62,13 @@ class Lease:
         self.server_id = server_id
         self.lease_s = lease_s
         self.epoch = 0
+        self.address = ""
         # Renewed on a connection of its own, which waits for no group.
         self._connection: psycopg.Connection[Any] | None = None
 
     def register(self, connection: "psycopg.Connection[Any]") -> None:
         """Begin a lease, the first or another one."""
-        row = connection.execute(_REGISTER, (self.server_id, self.lease_s)).fetchone()
+        row = connection.execute(_REGISTER, (self.server_id, self.lease_s, self.address)).fetchone()
         assert row is not None, "it returns the row"
         self.epoch = row[0]
 
@@ -66,7 +77,8 @@ class Lease:
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = self._database.connect()
-            if self._connection.execute(_RENEW, (self.server_id, self.epoch)).fetchone() is None:
+            renewal = self._connection.execute(_RENEW, (self.address, self.server_id, self.epoch))
+            if renewal.fetchone() is None:
                 raise FencedError
         except psycopg.Error as error:
             if self._connection is not None:
@@ -108,3 +120,14 @@ def orphans(connection: Connection) -> Mapping[str, Sequence[str]]:
     for session_id, execution_id in connection.execute(_ORPHANS):
         found[session_id] = (*found.get(session_id, ()), execution_id)
     return found
+
+
+def server_of(connection: Connection, execution_id: str, server_id: str) -> str | None:
+    """Return the address of the server that runs an execution; None if none does, or the one with this id."""
+    try:
+        began = began_sequence(execution_id)
+    except (ValueError, IndexError):
+        return None
+    row = {"began": began, "execution_id": execution_id, "server_id": server_id}
+    address: str | None = None if "\0" in execution_id else connection.execute(_SERVER, row).scalar()
+    return address
