@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import redis
 
-from dspex_persist.state.errors import NotADatabaseError, StorageError
+from dspex_persist.state.errors import NotADatabaseError, StorageError, UnavailableError
 from dspex_persist.state.valkey.durability import StoreSettings
+from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.engines import Valkey, wait_until
 from tests.valkey.conftest import Open
 
@@ -100,6 +101,20 @@ def test_each_append_waits_for_the_disk_if_nobody_may_ask_for_the_settings(
     server.initialize_session("s")
     own_valkey.restart()
     assert len(server.list_variables("s")) == 0
+
+
+def test_a_user_with_few_rights_is_enough(own_valkey: Valkey, own_client: redis.Redis) -> None:
+    rights = ["+@all", "-@dangerous", "+info", "+config|get", "~{few}:*", "&{few}:*"]
+    own_client.execute_command("ACL", "SETUSER", "ada", "on", ">s3cret", *rights)
+    url = own_valkey.url().replace("unix://", "redis+unix://ada:s3cret@")
+    with ValkeyState(f"{url}?prefix=few") as server, ValkeyState(f"{url}?prefix=few") as other:
+        assert "s3cret" not in server.url
+        server.initialize_session("s")
+        server.register_variable("s", "x", "integer", 1)
+        assert other.set_variable("s", "x", 2) == 1
+        server.cleanup_session("s")
+    with pytest.raises(UnavailableError, match=r"NOPERM|permission"):
+        ValkeyState(f"{url}?prefix=other")
 
 
 # Memory that is full

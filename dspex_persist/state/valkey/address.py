@@ -8,6 +8,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 
+from dspex_persist.addresses import shown
 from dspex_persist.spelling import quote
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.valkey.connection import TIMEOUT_S
@@ -26,7 +27,6 @@ _KIND_OF: Final = {
 _OF_TLS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OURS: Final = ("prefix", "assume")
 _CONNECT_S: Final = 5.0
-_USER: Final = re.compile(r"(://[^:@/?#]*):.*@", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,6 @@ def _place(name: str, kind: str, parts: SplitResult, given: Mapping[str, str]) -
     if kind == _TLS:
         options |= {"ssl": True} | {each: given[each] for each in _OF_TLS if each in given}
     return options
-
-
-def shown(url: str) -> str:
-    """Return a URL without its password, also one that is misspelled."""
-    return _USER.sub(r"\1:***@", url)
 
 
 def _number(name: str, text: str) -> int:

@@ -13,6 +13,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.errors import DamagedSessionError, StateError
+from dspex_persist.state.fold import fold_version
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.log_store import affected
 from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Value, VariableVersion
@@ -27,6 +28,8 @@ _logger: Final = get_logger(__name__)
 _AT_ONCE: Final = 500
 """So many commands are sent at once at most."""
 _PAGE_BYTES: Final = 4 * 1024 * 1024
+_MOST_ADVANCED: Final = 50
+"""After more commits of others, a session is loaded anew."""
 
 
 class Reads:
@@ -186,6 +189,23 @@ class Reads:
                 size_bytes += sum(change.variable.value.size_bytes for change in changes)
                 pages.append(CommitChanges(commit.sequence, changes, affected(state, commit.sequence, changes)))
         return pages
+
+    def advance(self, state: SessionState, until: int) -> SessionState | None:
+        """Return a session as of a later commit, if there are only few commits in between, and none has events."""
+        first = state.session.sequence
+        with reading(state.session.id):
+            name = self._keys.commits(first)
+            rows = self.client.xrange(name, f"({state.sequence}-0", f"{until}-0", count=_MOST_ADVANCED + 1)
+            if len(rows) > _MOST_ADVANCED or any(row[b"e"] != b"[]" for _, row in rows):
+                return None
+            after = state.copy()
+            commits = [codec.commit_in(row) for _, row in rows]
+            for stored in self.versions(first, (pair for commit in commits for pair in commit.versions)):
+                if stored is None:
+                    return None
+                fold_version(after, stored.version, [])
+            after.sequence = commits[-1].sequence if commits else state.sequence
+        return after
 
     def _changes_in(self, commit: codec.StoredCommit) -> Iterator[Change]:
         keys = self._keys

@@ -1,0 +1,61 @@
+"""Reading what a store has, without being one of its servers. It creates and changes nothing, but for its functions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dspex_persist.state.errors import NotADatabaseError
+from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.valkey.address import Address
+from dspex_persist.state.valkey.connection import Connection, converted
+from dspex_persist.state.valkey.keys import Keys
+from dspex_persist.state.valkey.reads import Reads
+from dspex_persist.state.valkey.recordings import Recordings
+from dspex_persist.state.valkey.verify import Problem, Verification
+
+
+@contextmanager
+def open_reads(url: str) -> Iterator[tuple[Reads, Keys]]:
+    """Have a connection for reading. A replica will do, too.
+
+    Raises:
+        InvalidArgumentError: The address is invalid.
+        UnavailableError: The store cannot be reached.
+        NotADatabaseError: It has no log with this prefix.
+    """
+    address = Address.of(url)
+    keys, connection = Keys(address.prefix), Connection(address.client(), retries=1)
+    try:
+        with converted():
+            if not connection.client.exists(keys.head):
+                raise NotADatabaseError(address.name, f"it has no sessions under the prefix {address.prefix}")
+        yield Reads(connection, keys), keys
+    finally:
+        connection.close()
+
+
+@contextmanager
+def open_recording(
+    url: str, session_id: str, *, started: int | None = None, reveal: bool = False
+) -> Iterator[tuple[Header, Iterator[RecordedCommit]]]:
+    """Open the log of a session; see `Recordable.record` for the arguments, and `open_reads` for the errors."""
+    with open_reads(url) as (reads, keys):
+        yield Recordings(reads, keys).record(session_id, started=started, reveal=reveal, after=0)
+
+
+def verify(url: str, progress: Callable[[int, int], object] = lambda _, __: None) -> tuple[int, tuple[Problem, ...]]:
+    """Check all that a store has of a log, while servers go on.
+
+    Args:
+        url: The address, as for `ValkeyState`.
+        progress: Called now and then with how many commits were checked, and how many there are.
+
+    Returns:
+        How many commits were checked, and what is wrong.
+
+    Raises:
+        OpenError: See `open_reads`, also for the others.
+    """
+    with open_reads(url) as (reads, keys), converted():
+        verification = Verification(reads, keys, progress)
+        problems = tuple(verification.problems())
+    return verification.commits, problems
