@@ -15,6 +15,7 @@ import grpc
 from dspex_persist.infra.access.tls import CallerFiles, TlsError
 from dspex_persist.infra.channels import Options, channel_options
 from dspex_persist.infra.circuit import Circuit, OpenCircuitError
+from dspex_persist.infra.listen import grpc_name
 from dspex_persist.infra.logs import get_logger
 
 A = TypeVar("A")
@@ -65,7 +66,7 @@ class Channel:
         self._connect_timeout_s = connect_timeout_s
         options = _options(target, connect_timeout_s)
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=options)
+            self._channel = grpc.aio.insecure_channel(grpc_name(target), options=options)
         else:
             self._channel = grpc.aio.secure_channel(target, _credentials(tls), options=options)
         self.stub = service.stub(self._channel)

@@ -9,6 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from dspex_persist.errors import DspexError
 
@@ -87,6 +88,11 @@ def target_of(address: str) -> str:
     if address.startswith("grpc+unix:"):
         return f"unix:{re.sub('^//(?=/)', '', address.removeprefix('grpc+unix:'))}"
     return address.removeprefix("grpc://").removeprefix(TLS_SCHEME)
+
+
+def grpc_name(target: str) -> str:
+    """Return a target as gRPC wants it: as a URL, in which `%`, `?` and `#` of a path would mean something else."""
+    return f"unix:{quote(os.fsencode(target.removeprefix('unix:')))}" if target.startswith("unix:") else target
 
 
 def is_loopback(listen: str) -> bool:

@@ -33,6 +33,7 @@ from dspex_persist.infra.listen import (
     ListenError,
     TcpAddress,
     UnixAddress,
+    grpc_name,
     is_loopback,
     parse_listen,
     prepare,
@@ -344,7 +345,7 @@ def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
     # With a chmod afterwards, any user could connect for a moment.
     previous = os.umask(0o177)
     try:
-        server.add_insecure_port(str(address))
+        server.add_insecure_port(grpc_name(str(address)))
     finally:
         os.umask(previous)
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import dspex_persist
+from dspex_persist.infra.health import serves
+from dspex_persist.infra.listen import UnixAddress
+from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.audit import HistoryQuery
 from dspex_persist.state.bridged import Breaker, BridgedState
 from dspex_persist.state.commands import GetVariable
@@ -30,6 +35,18 @@ def served(tmp_path: Path) -> Iterator[ServedDatabase]:
 def written(state: BridgedState) -> None:
     state.initialize_session("s")
     state.register_variable("s", "x", "integer", 0)
+
+
+@pytest.mark.parametrize("name", ["a%20b.sock", "ü?b#c.sock"])
+def test_a_socket_of_any_name_is_where_it_is_named(name: str, tmp_path: Path) -> None:
+    """gRPC would take the path for a part of a URL."""
+    path = tmp_path / name
+    command = (sys.executable, "-m", "dspex_persist", "serve", "--db", "a.db", "--listen", f"unix:{path}")
+    with ServerProcess.start(command, cwd=tmp_path):
+        assert path.is_socket()
+        assert serves(UnixAddress(str(path)), None, within(20))
+        with dspex_persist.connect(f"grpc+unix:{path}") as state:
+            state.initialize_session("s")
 
 
 def test_calls_go_on_over_a_restart_without_the_program_noticing(served: ServedDatabase) -> None:

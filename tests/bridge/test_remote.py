@@ -92,11 +92,11 @@ async def failure(tools: RemoteTools, call: RemoteCall) -> RemoteToolError:
 # --- Requests and results ---
 
 
-@pytest.mark.parametrize("unix", [False, True])
-def test_a_call_reaches_the_worker_complete_and_returns_its_result(unix: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unix", ["", "worker.sock", "a%20worker?.sock"])
+def test_a_call_reaches_the_worker_complete_and_returns_its_result(unix: str, tmp_path: Path) -> None:
     async def test() -> None:
         worker = Worker()
-        listen = f"unix:{tmp_path / 'worker.sock'}" if unix else "127.0.0.1:0"
+        listen = f"unix:{tmp_path / unix}" if unix else "127.0.0.1:0"
         async with serving(worker, listen) as address, remote_tools() as tools:
             parameters = {"rate": Value("0.5"), "vector": Value('{"shape":[2],"type":"tensor"}', b"\0\1")}
             call = call_of("greet", address, parameters=parameters, metadata={"k": "é"})

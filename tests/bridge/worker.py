@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from dspex_persist.infra.listen import grpc_name
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
@@ -146,7 +147,7 @@ async def serving(
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((_handlers(worker, leave_out),))
     secure = credentials is not None
-    port = server.add_secure_port(listen, credentials) if secure else server.add_insecure_port(listen)
+    port = server.add_secure_port(listen, credentials) if secure else server.add_insecure_port(grpc_name(listen))
     await server.start()
     try:
         yield listen if listen.startswith("unix:") else f"{'grpcs://' if secure else ''}127.0.0.1:{port}"

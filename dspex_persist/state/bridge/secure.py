@@ -13,7 +13,7 @@ import grpc
 
 from dspex_persist.infra.access.tls import TlsError, read_authorities, read_pair
 from dspex_persist.infra.channels import Options, channel_options, is_here
-from dspex_persist.infra.listen import TLS_SCHEME, target_of
+from dspex_persist.infra.listen import TLS_SCHEME, grpc_name, target_of
 from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.state.errors import InvalidArgumentError, quote
 
@@ -77,7 +77,7 @@ class Peer:
         """Return a channel with these options, in addition to the usual ones."""
         options = [*channel_options(self.target), *options]
         if self.credentials is None:
-            channel = grpc.insecure_channel(self.target, options=options)
+            channel = grpc.insecure_channel(grpc_name(self.target), options=options)
         else:
             channel = grpc.secure_channel(self.target, self.credentials, options=options)
         return channel if self.token is None else _WithToken(channel, self.token)

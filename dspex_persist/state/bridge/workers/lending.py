@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import grpc
 
 from dspex_persist.infra.channels import channel_options
+from dspex_persist.infra.listen import grpc_name
 from dspex_persist.infra.tracing import Attributes
 from dspex_persist.infra.workers import errors as pool_errors
 from dspex_persist.infra.workers.leases import Contact, Lease
@@ -101,7 +102,7 @@ class WorkerContact(Contact, Running):
     async def connect(self, address: str) -> None:
         """See `Contact`."""
         options = [*channel_options(address, proxies=False), ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = grpc.aio.insecure_channel(grpc_name(address), options=options)
         self.stub = BridgeServiceStub(self._channel)
 
     async def ping(self) -> None:
