@@ -172,3 +172,12 @@ def test_an_invalid_default_is_refused_by_name(content: bytes) -> None:
     parameter = pb.ParameterSpec(name="p", type="list", default_value=default)
     with pytest.raises(InvalidArgumentError, match="default_value: of parameter 'p' of tool 't'"):
         codec.registered_tool(pb.ToolRegistration(name="t", parameters=[parameter]), "worker")
+
+
+def test_an_address_that_is_none_is_named() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        codec.registered_tool(pb.ToolRegistration(name="t", metadata={"address": "http://a:1"}), "worker")
+    assert str(caught.value) == (
+        "invalid metadata: address of tool 't': 'http://a:1': expected HOST:PORT, [IPv6]:PORT or unix:PATH; it is "
+        "HOST:PORT, grpcs://HOST:PORT or unix:PATH"
+    )

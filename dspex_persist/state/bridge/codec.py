@@ -436,7 +436,7 @@ def registered_tool(registration: pb.ToolRegistration, worker_id: str, limits: L
             parse_callee(address)
         except ListenError as error:
             forms = "HOST:PORT, grpcs://HOST:PORT or unix:PATH"
-            reason = f"{_ADDRESS} of tool {quote(registration.name)}: {error}; it is {forms}"
+            reason = f"{_ADDRESS} of tool {quote(registration.name)}: {quote(address)}: {error.reason}; it is {forms}"
             raise InvalidArgumentError("metadata", reason) from error
     parameters = _parameters_of(registration.name, registration.parameters, limits)
     spec = ToolSpec(
