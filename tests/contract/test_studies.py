@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,10 @@ from dspex_persist.errors import (
     VariableLockedError,
 )
 from dspex_persist.state.abilities import Recordable
-from dspex_persist.state.audit import ExecutionQuery
 from dspex_persist.state.distributed import DistributedState
+from dspex_persist.state.events import ExecutionEnded
 from dspex_persist.state.tools.with_tools import WithTools
+from dspex_persist.state.valkey.valkey_state import RedisState
 from dspex_persist.testing.server import ServedDatabase
 from tests.late import Late
 
@@ -26,7 +28,10 @@ optuna, ours, reading = Late("optuna"), Late("dspex_persist.optuna"), Late("dspe
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="module", params=["memory", "file", "server", "postgresql"])
+FILE = pytest.param("file", marks=pytest.mark.thorough)  # the server has one
+
+
+@pytest.fixture(scope="module", params=["memory", FILE, "server", "postgresql", "valkey"])
 def provider(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StateProvider]:
     path = tmp_path_factory.mktemp("studies") / "studied.db"
     if request.param == "memory":
@@ -41,6 +46,11 @@ def provider(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         with DistributedState(url) as state, DistributedState(url) as state.other:
             yield state
         databases.drop(url)
+    elif request.param == "valkey":
+        server = request.getfixturevalue("valkey").replace("unix://", "redis+unix://")
+        url = f"{server}?prefix=t{uuid.uuid4().hex}"
+        with RedisState(url) as state, RedisState(url) as state.other:
+            yield state
     else:
         with ServedDatabase(path) as served, connect(f"grpc://{served.target}") as state:
             yield state
@@ -92,13 +102,12 @@ def test_trials_are_executions_of_the_journal(ctx: Context, study_of: Callable[.
     assert (told.number, told.state.name, told.value, told.actor) == (0, "COMPLETE", 0.25, "user:ann")
     assert (told.params, told.intermediate_values, told.user_attrs) == (trial.params, {0: 7.5}, {"path": "a.bin"})
     assert [each.number for each in study.trials] == [0, 1]
-    query = ExecutionQuery(session=ctx.session_id, metadata={"study": "tuning"}, newest_first=False)
-    with ctx.audit() as audit:
-        found = list(audit.iterate(query))
-        detail = audit.execution(told.execution_ids[0])
-    assert [(each.tool, each.actor) for each in found] == [("study", "user:ann"), *[("trial", "user:ann")] * 2]
-    assert detail.summary.execution_id == trial.execution_id
-    assert detail.recorded["trial"][-1] == {"state": "complete", "number": 0, "values": [0.25]}
+    found = list(reading.reader_of(ctx, "tuning").read())
+    ended = {each.id: each for each in found}.values()
+    assert [(each.tool, each.actor) for each in ended] == [("study", "user:ann"), *[("trial", "user:ann")] * 2]
+    (first,) = [each for each in ended if each.id == trial.execution_id]
+    assert told.execution_ids == (first.id,)
+    assert first.recorded["trial"][-1] == {"state": "complete", "number": 0, "values": [0.25]}
     assert ctx.get_many("x", "n", "mood") == {"x": 0.5, "n": 3, "mood": "calm"}
 
 
@@ -244,11 +253,11 @@ def test_failed_trials(study_of: Callable[..., Any], ctx: Context) -> None:
     study.optimize(objective, n_trials=5, catch=(RuntimeError, InvalidArgumentError))
     assert states_of(study) == ["FAIL", "FAIL", "FAIL", "FAIL", "COMPLETE"]
     assert study.trials[4].value == float("inf")
-    with ctx.audit() as audit:
-        failed = audit.execution(study.trials[0].execution_ids[0])
-    assert failed.failure is not None
-    assert (failed.failure.type, failed.failure.message) == ("RuntimeError", "no model")
-    assert "no model" in failed.failure.traceback
+    _, commits = Recordable.of(ctx.backend.provider).record(ctx.session_id)
+    ends = [event for commit in commits for event in commit.read_events() if isinstance(event, ExecutionEnded)]
+    (first, _) = [each.failure for each in ends if each.failure is not None]
+    assert (first.type, first.message) == ("RuntimeError", "no model")
+    assert "no model" in first.traceback
 
 
 def test_what_cannot_be_told(study_of: Callable[..., Any]) -> None:
@@ -424,7 +433,7 @@ def test_a_trial_that_says_much_has_several_executions(ctx: Context) -> None:
 def test_recordings_tell_the_same_as_audits(ctx: Context, study_of: Callable[..., Any]) -> None:
     """What a study reads where there are no audits."""
     readers = [
-        reading.AuditReader(ctx, "read"),
+        reading.reader_of(ctx, "read"),
         reading.RecordingReader(Recordable.of(ctx.backend.provider), ctx.session_id, "read"),
     ]
     with study_of(name="another") as another:

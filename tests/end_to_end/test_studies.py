@@ -17,7 +17,7 @@ from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
 from tests.late import Late
 
-ours = Late("dspex_persist.optuna")
+optuna, ours = Late("optuna"), Late("dspex_persist.optuna")
 PROGRAM = """
 import os, signal, sys
 import optuna
@@ -25,23 +25,16 @@ import dspex_persist
 from dspex_persist.optuna import Study
 
 def objective(trial):
-    if trial.number == int(sys.argv[2]):
+    if trial.number == 2:
         trial.report(1.0, 0)
         os.kill(os.getpid(), signal.SIGKILL)
     return trial["x"]
 
 with dspex_persist.Context("s", sys.argv[1]) as ctx:
     ctx.define("x", 0.5, constraints={"min": 0, "max": 1})
-    with Study(ctx, ["x"], name="killed", sampler=optuna.samplers.RandomSampler(seed=1), requeue=True) as study:
-        study.optimize(objective, n_trials=5, in_all=True)
-        study.apply_best()
+    with Study(ctx, ["x"], name="killed", sampler=optuna.samplers.RandomSampler(seed=1)) as study:
+        study.optimize(objective, n_trials=5)
 """
-
-
-def run(place: str, killed_at: int) -> int:
-    """Run the program, which kills itself in a trial; returns its exit code."""
-    argv = [sys.executable, "-c", PROGRAM, place, str(killed_at)]
-    return subprocess.run(argv, check=False, cwd=ROOT, env=environment(), timeout=within(60)).returncode
 
 
 @pytest.fixture
@@ -57,7 +50,9 @@ def states_of(study: Any) -> list[str]:
 @pytest.mark.parametrize("kind", ["file", "server"])
 def test_a_study_whose_process_is_killed_goes_on(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     place = str(tmp_path / "s.db") if kind == "file" else request.getfixturevalue("served").url
-    assert run(place, killed_at=2) == -signal.SIGKILL
+    argv = [sys.executable, "-c", PROGRAM, place]
+    killed = subprocess.run(argv, check=False, cwd=ROOT, env=environment(), timeout=within(60))
+    assert killed.returncode == -signal.SIGKILL
     with Context("s", place, create=False) as ctx:
         study = ours.Study(ctx, name="killed")
         deadline = time.monotonic() + within(20)
@@ -69,9 +64,11 @@ def test_a_study_whose_process_is_killed_goes_on(kind: str, tmp_path: Path, requ
         assert study.trials[2].intermediate_values == ({} if kind == "file" else {0: 1.0})
         # The lock ends with its lease; the study may go on before.
         assert ctx.optimization("x") is not None
-    assert run(place, killed_at=-1) == 0
+    sampler = optuna.samplers.RandomSampler(seed=1)
     with Context("s", place, create=False) as ctx:
-        study = ours.Study(ctx, name="killed")
+        with ours.Study(ctx, name="killed", requeue=True, sampler=sampler) as study:
+            study.optimize(lambda trial: trial["x"], n_trials=5, in_all=True)
+            study.apply_best()
         assert states_of(study) == ["COMPLETE", "COMPLETE", "FAIL", *["COMPLETE"] * 3]
         lost, retried = study.trials[2:4]
         assert (retried.params, retried.retry_of) == (lost.params, lost.id)
