@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dspex_persist.errors import DspexError
+from dspex_persist.extras import how_to_install
 from dspex_persist.spelling import quote
 
 
@@ -54,7 +55,7 @@ class DspyMissingError(DspexError):
     """LM calls are to be recorded or played, or programs saved or loaded, without DSPy."""
 
     def __str__(self) -> str:
-        return "this needs DSPy, which is not installed: pip install 'dspex-persist[dspy]'"
+        return f"this needs DSPy, which is not installed: {how_to_install('dspy')}"
 
 
 @dataclass(eq=False)

@@ -106,7 +106,9 @@ def dspex_clock() -> "Iterator[Clock]":
     try:
         from freezegun import freeze_time
     except ImportError:
-        pytest.fail("the fixture dspex_clock needs freezegun: pip install 'dspex-persist[test]'", pytrace=False)
+        from dspex_persist.extras import how_to_install
+
+        pytest.fail(f"the fixture dspex_clock needs freezegun: {how_to_install('test')}", pytrace=False)
     with freeze_time(real_asyncio=True, ignore=list(_REAL_TIME)) as frozen:
         yield frozen
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dspex_persist.extras import how_to_install
 from dspex_persist.infra.listen import ListenError, TcpAddress, UnixAddress, is_loopback, parse_listen
 from dspex_persist.settings import Settings, SettingsError, flag_of
 
@@ -124,7 +125,7 @@ def _check_metrics(settings: Settings, *, has_tls: bool) -> None:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
-        reason = "metrics need prometheus-client, which is not installed: pip install 'dspex-persist[metrics]'"
+        reason = f"metrics need prometheus-client, which is not installed: {how_to_install('metrics')}"
         raise SettingsError("metrics_listen", reason) from None
 
 

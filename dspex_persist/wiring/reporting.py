@@ -5,6 +5,7 @@ import logging
 import os
 from typing import Final
 
+from dspex_persist.extras import how_to_install
 from dspex_persist.infra.logs import quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 
@@ -19,7 +20,7 @@ def traced(settings: Settings) -> contextlib.AbstractContextManager[object]:
     try:
         from dspex_persist import otel
     except ImportError as error:
-        reason = "it needs OpenTelemetry, which is not installed: pip install 'dspex-persist[otel]'"
+        reason = f"it needs OpenTelemetry, which is not installed: {how_to_install('otel')}"
         raise SettingsError("otel", reason) from error
     from dspex_persist import __version__
 

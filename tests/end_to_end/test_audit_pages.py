@@ -24,6 +24,7 @@ import dspex_persist
 from dspex_persist import cli
 from dspex_persist.audit import ExecutionQuery, HistoryQuery
 from dspex_persist.audit.report import Bounds, gather, render
+from dspex_persist.extras import how_to_install
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
@@ -619,7 +620,8 @@ def test_without_the_extra_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasette", None)
     result = shell.run("web", "--db", path, cwd=path.parent)
-    sentence = "the website needs Datasette, which is not installed: pip install 'dspex-persist[web]'"
+    sentence = "the website needs Datasette, which is not installed: "
+    sentence += how_to_install("web")
     assert result == (FAILED, "", f"error: {sentence}\n")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dspex_persist.extras import how_to_install
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
 from tests.end_to_end.keys import SECRET
@@ -165,11 +166,11 @@ def test_without_dspy_nothing_can_be_recorded(no_dspy: dict[str, str], tmp_path:
     refused = run(no_dspy, tmp_path, *arguments)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: setting record_lm")
-    assert "pip install 'dspex-persist[dspy]'" in refused.stderr
+    assert how_to_install("dspy") in refused.stderr
     (tmp_path / "shop.py").write_text(
         "from dspex_persist import tool\n\n@tool(record_lm=True)\ndef ask() -> None:\n    '''Ask.'''\n"
     )
     refused = run(no_dspy, tmp_path, "-m", "dspex_persist", "tools", "list", "--tools", "shop")
     assert refused.returncode == 2
     assert "shop.ask cannot be a tool: record_lm" in refused.stderr
-    assert "pip install 'dspex-persist[dspy]'" in refused.stderr
+    assert how_to_install("dspy") in refused.stderr

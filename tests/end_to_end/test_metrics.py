@@ -19,6 +19,7 @@ import yaml
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dspex_persist.extras import how_to_install
 from dspex_persist.infra.access.tokens import add
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.bridged import BridgedState
@@ -419,7 +420,7 @@ def test_without_the_extra_the_error_says_how_to_install_it(tmp_path: Path, monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "dspex_persist.infra.exposition", raising=False)
-    with pytest.raises(SettingsError, match=r"pip install 'dspex-persist\[metrics\]'"):
+    with pytest.raises(SettingsError, match=re.escape(how_to_install("metrics"))):
         serve(Settings(db=tmp_path / "a.db", metrics_listen="127.0.0.1:0"))
 
 

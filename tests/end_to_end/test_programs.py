@@ -15,6 +15,7 @@ import pytest
 
 from dspex_persist import Context, open_audit
 from dspex_persist.cli import completing
+from dspex_persist.extras import how_to_install
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.replay import replay
 from dspex_persist.state.errors import ToolFailedError
@@ -300,7 +301,7 @@ def test_the_commands_need_no_dspy(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, "")
     done = python("-c", "import dspex_persist as d; d.Context('s').programs", PYTHONPATH=path)
-    assert "pip install 'dspex-persist[dspy]'" in done.stderr
+    assert how_to_install("dspy") in done.stderr
 
 
 def test_sensitive_programs_are_masked(tmp_path: Path, run: Callable[..., Result]) -> None:  # noqa: F811

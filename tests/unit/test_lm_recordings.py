@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dspex_persist import Context, ToolContext, tool
+from dspex_persist.extras import how_to_install
 from dspex_persist.state import errors
 from dspex_persist.state.abilities import Recordable
 from tests.deadline import within
@@ -487,7 +489,7 @@ def test_without_dspy_and_with_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) 
     from dspex_persist.settings import SettingsError
 
     monkeypatch.setattr("dspex_persist.cognitive.context.find_spec", lambda _: None)
-    with pytest.raises(DspyMissingError, match=r"dspex-persist\[dspy\]"):
+    with pytest.raises(DspyMissingError, match=re.escape(how_to_install("dspy"))):
         Context("s", record_lm=True)
     monkeypatch.setenv("DSPEX_PERSIST_RECORD_LM", "maybe")
     with pytest.raises(SettingsError, match="neither true nor false"):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dspex_persist.errors import DspexError
+from dspex_persist.extras import how_to_install
 from dspex_persist.state.audit import AuditSource
 
 
@@ -14,7 +15,7 @@ class NoWebsiteError(DspexError):
     """Datasette, which the website needs, is not installed."""
 
     def __str__(self) -> str:
-        return "the website needs Datasette, which is not installed: pip install 'dspex-persist[web]'"
+        return f"the website needs Datasette, which is not installed: {how_to_install('web')}"
 
 
 def serve_website(path: Path, source: AuditSource, port: int, ready: Callable[[str], None]) -> None:
