@@ -55,9 +55,13 @@ class AsyncEngine:
 
 
 class Stuck:
-    """An engine that never answers."""
+    """An engine that never answers. `asked` is set when it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
 
     async def complete(self, request: Any) -> Any:
+        self.asked.set()
         await asyncio.get_running_loop().create_future()
         raise AssertionError("never called")
 

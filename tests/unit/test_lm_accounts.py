@@ -184,9 +184,13 @@ def test_failed_and_cancelled_calls_have_their_times() -> None:
             failing("hello")
 
     async def give_up() -> None:
-        lm = dspy.LM("test/m", engine=Engine(), async_engine=Stuck(), cache=False)
+        stuck = Stuck()
+        lm = dspy.LM("test/m", engine=Engine(), async_engine=stuck, cache=False)
+        call = asyncio.create_task(lm.acall("hello"))
+        # Only then is it sure that the call has begun, and lasts as long as it is waited for.
+        await stuck.asked.wait()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(lm.acall("hello"), 0.01)
+            await asyncio.wait_for(call, 0.01)
 
     def interrupt() -> None:
         class Interrupted(dspy.BaseLM):  # type: ignore[misc]
