@@ -120,7 +120,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check
 
 types: .venv/.installed-dev
-	$(BIN)/mypy --strict dspex_persist migrations examples
+	$(BIN)/mypy --strict dspex_persist migrations examples benchmarks
 
 imports: .venv/.installed-dev
 	$(BIN)/lint-imports

@@ -22,6 +22,7 @@ from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.cognitive.tools import tool
 from dspex_persist.replay import load, replay
+from dspex_persist.state.abilities import Recordable
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable, SetVariables
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import PrunePolicy
@@ -220,7 +221,7 @@ def _replay(plan: Plan, path: Path) -> Row:
         provider.initialize_session("s")
         for _ in range(count):
             provider.execute_tool("s", "noop")
-        recording = load(provider.record("s"))
+        recording = load(Recordable.of(provider).record("s"))
     rates: list[float] = []
     for _ in range(plan.linear_rounds):
         began = time.perf_counter()

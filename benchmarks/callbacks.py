@@ -65,7 +65,11 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
     """Measure the backends in turn."""
     with ExitStack() as stack:
         server = stack.enter_context(start_server(folder / "called_served.db"))
-        places = {"local": "local", "embedded": folder / "called.db", "bridged": f"grpc://127.0.0.1:{server.port}"}
+        places: dict[str, str | Path] = {
+            "local": "local",
+            "embedded": folder / "called.db",
+            "bridged": f"grpc://127.0.0.1:{server.port}",
+        }
         crowds = {}
         for key, place in places.items():
             ctx = stack.enter_context(Context("bench-callbacks", place))

@@ -111,10 +111,10 @@ def _bound(key: str, what: str, backend: str | Path, target: Target) -> Iterator
 
 
 @contextmanager
-def _recorded(key: str, what: str, backend: str | Path, **budget: int) -> Iterator[_Subject]:
+def _recorded(key: str, what: str, backend: str | Path, *, max_tokens: int | None = None) -> Iterator[_Subject]:
     from dspex_persist.dspy import recorded_calls
 
-    with Context(f"bench-{key}", backend, **budget) as ctx:
+    with Context(f"bench-{key}", backend, max_tokens=max_tokens) as ctx:
         # In a context of its own, in which the calls of the other subjects are not recorded.
         inside, recording = copy_context(), ctx.recording()
         inside.run(recording.__enter__)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from dspex_persist.cognitive.backends import BackendView
 from dspex_persist.opening import open_history
@@ -23,7 +23,7 @@ _DATABASE: Final = b"SQLite format 3\x00"
 _PREFIX: Final = "rec_"
 
 
-class HasBackend:
+class HasBackend(Protocol):
     """A context, by what is used of it."""
 
     backend: BackendView
