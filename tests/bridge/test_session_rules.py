@@ -21,7 +21,8 @@ import dspex_persist
 from dspex_persist.infra.access.tokens import CALLER, Identity
 from dspex_persist.state.access import ACCESS, OWNER, AccessRule, access_control
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
-from dspex_persist.state.bridge.access.guard import KIND_OF, Guard, InSession, OfServer
+from dspex_persist.state.bridge.access.guard import Guard
+from dspex_persist.state.bridge.access.kinds import KIND_OF, InSession, OfServer
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
