@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from bisect import insort
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Generic, Self
 
@@ -29,16 +29,15 @@ from dspex_persist.infra.workers.errors import (
     with_output,
 )
 from dspex_persist.infra.workers.failures import FailuresInARow
-from dspex_persist.infra.workers.leases import C, Contact, E, Lease, Loan, Member, Waiter, count_waiting
+from dspex_persist.infra.workers.homes import Homes
+from dspex_persist.infra.workers.leases import C, E, Lease, Loan, Member, Waiter, count_waiting
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
+from dspex_persist.infra.workers.starting import Starter
 from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
-from dspex_persist.infra.workers.worker import Worker, WorkerCommand, WorkerStartError
+from dspex_persist.infra.workers.worker import WorkerCommand, WorkerStartError
 
-_KEYS_MOST: Final = 10_000
 _MEMORY_POLL_S: Final = 1.0
-# How long closing what belongs to a worker may take.
-_CLOSE_S: Final = 10.0
 
 _logger: Final = get_logger(__name__)
 
@@ -75,15 +74,15 @@ class WorkerPool(Generic[C]):
         self.name = name
         self._settings = settings or {}
         self.options = options or PoolOptions()
-        self._command = command
-        self._contact = contact
-        self._run = run
+        self._starter = Starter(
+            name, command, contact, run, self._settings, lambda end: self._keep_task(self._ending, end)
+        )
         self._logger = _logger.bind(pool=name)
         self._state = "new"
         self._members: dict[str, Member[C]] = {}
         # By the time of their return: the last one is the warmest.
         self._idle: dict[str, Member[C]] = {}
-        self._homes: OrderedDict[str, Member[C]] = OrderedDict()
+        self._homes = Homes[C]()
         self._waiters: list[Waiter[C]] = []
         self._numbers = 0
         self._keepers: set[asyncio.Task[None]] = set()
@@ -211,9 +210,7 @@ class WorkerPool(Generic[C]):
 
     def forget(self, key: str) -> None:
         """Forget which worker had an affinity key."""
-        member = self._homes.pop(key, None)
-        if member is not None:
-            member.keys.discard(key)
+        if self._homes.forget(key):
             self._dispatch()
 
     def error(self, kind: Callable[..., E], *fields: object) -> E:
@@ -276,7 +273,7 @@ class WorkerPool(Generic[C]):
         self._idle.pop(member.worker.id, None)
         self._counts["requests"] += 1
         if key is not None and parent is None:
-            self._bind(key, member)
+            self._homes.bind(key, member)
         return lease
 
     async def _wait(self, waiter: Waiter[C], deadline: float | None, timeout_s: float | None) -> Member[C]:
@@ -284,7 +281,7 @@ class WorkerPool(Generic[C]):
         queue_s = self.options.queue_timeout_s
         if waiter.parent is not None:
             # It may need a spare, whose start takes longer than a worker that is to become free.
-            queue_s += self._command.ready_timeout_s
+            queue_s += self._starter.command.ready_timeout_s
         until = self._time() + queue_s
         if deadline is not None and deadline < until:
             until, queue_s = deadline, timeout_s or 0.0
@@ -330,7 +327,7 @@ class WorkerPool(Generic[C]):
         if alike >= self.options.queue_size:
             self._counts["saturated"] += 1
             raise self.error(PoolSaturatedError, self.options.size, alike)
-        home = self._homes.get(waiter.key or "")
+        home = self._homes.find(waiter.key)
         if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
             self._counts["saturated"] += 1
             raise self.error(WorkerBusyError, home.worker.id)
@@ -349,7 +346,7 @@ class WorkerPool(Generic[C]):
 
     def _pick(self, waiter: Waiter[C]) -> Member[C] | None:
         """The idle worker for a call, if there is one; no spare."""
-        home = self._homes.get(waiter.key) if waiter.key is not None else None
+        home = self._homes.find(waiter.key)
         if home is not None:
             if home.worker.id in self._idle:
                 return home
@@ -385,16 +382,6 @@ class WorkerPool(Generic[C]):
         for waiter in waiters:
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
-
-    def _bind(self, key: str, member: Member[C]) -> None:
-        before = self._homes.pop(key, None)
-        if before is not None:
-            before.keys.discard(key)
-        self._homes[key] = member
-        member.keys.add(key)
-        if len(self._homes) > _KEYS_MOST:
-            oldest, its = self._homes.popitem(last=False)
-            its.keys.discard(oldest)
 
     # --- Returning
 
@@ -504,40 +491,18 @@ class WorkerPool(Generic[C]):
         finally:
             self._remove(member)
             # Its successor need not wait for its end.
-            self._keep_task(self._ending, self._end(member.worker, member.contact))
+            self._keep_task(self._ending, self._starter.end(member.worker, member.contact))
 
     async def _begin(self, *, spare: bool) -> Member[C]:
-        worker_id = f"{self.name}-{self._run.new_number()}"
-        contact = self._contact(worker_id)
-        worker: Worker | None = None
         began = self._time()
-        try:
-            async with asyncio.timeout(self._command.ready_timeout_s):
-                placeholders = await contact.open()
-                worker = Worker(self._command, self._run, worker_id, placeholders)
-                await self._get_ready(worker, contact)
-        except BaseException as error:
-            self._keep_task(self._ending, self._end(worker, contact))
-            if isinstance(error, WorkerStartError | asyncio.CancelledError):
-                raise
-            if worker is None and isinstance(error, Exception):
-                raise WorkerStartError(worker_id, f"what it needs cannot be opened: {error}") from error
-            tail = "" if worker is None else worker.tail
-            if isinstance(error, TimeoutError):
-                setting = setting_of(self.name, "ready_timeout_s", self._settings)
-                limit = f"within {self._command.ready_timeout_s:g} s ({setting})"
-                what = "said that it is ready, but did not answer" if worker and worker.address else "was not ready"
-                raise WorkerStartError(worker_id, f"it {what} {limit}", tail) from error
-            if isinstance(error, Exception):
-                raise WorkerStartError(worker_id, f"it does not answer as it should: {error}", tail) from error
-            raise
+        worker, contact = await self._starter.start()
         member = Member(worker, contact, spare=spare, began=began, now=self._time())
         worker.exited.add_done_callback(lambda _: self._exited(member))
-        self._members[worker_id] = self._idle[worker_id] = member
+        self._members[worker.id] = self._idle[worker.id] = member
         self._counts["started"] += 1
         self._logger.info(
             "a worker is ready",
-            worker=worker_id,
+            worker=worker.id,
             pid=worker.pid,
             address=worker.address,
             took_s=round(self._time() - began, 3),
@@ -545,19 +510,6 @@ class WorkerPool(Generic[C]):
         )
         asyncio.get_running_loop().call_later(self.options.stable_s, self._stayed, member)
         return member
-
-    async def _get_ready(self, worker: Worker, contact: C) -> None:
-        address = await worker.ready()
-        talking = asyncio.ensure_future(_talk(contact, address))
-        either: set[asyncio.Future[Any]] = {talking, worker.exited}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if worker.has_exited:
-                raise WorkerStartError(worker.id, worker.ending, worker.tail)
-            await talking
-        finally:
-            talking.cancel()
-            await asyncio.gather(talking, return_exceptions=True)
 
     def _exited(self, member: Member[C]) -> None:
         if member.over.done():
@@ -581,22 +533,9 @@ class WorkerPool(Generic[C]):
         member.leave("the pool is closed")
         self._members.pop(member.worker.id, None)
         self._idle.pop(member.worker.id, None)
-        for key in member.keys:
-            self._homes.pop(key, None)
-        member.keys.clear()
+        self._homes.remove(member)
         self._refuse_waiters()
         self._dispatch()
-
-    async def _end(self, worker: Worker | None, contact: C) -> None:
-        try:
-            if worker is not None:
-                await worker.stop()
-        finally:
-            try:
-                async with asyncio.timeout(_CLOSE_S):
-                    await contact.close()
-            except Exception as error:
-                self._logger.error("closing what belongs to a worker failed", exc_info=error)
 
     def _start_failed(self, error: WorkerStartError, began: float) -> None:
         self._counts["start_failures"] += 1
@@ -745,11 +684,6 @@ class WorkerPool(Generic[C]):
     @staticmethod
     def _time() -> float:
         return asyncio.get_running_loop().time()
-
-
-async def _talk(contact: Contact, address: str) -> None:
-    await contact.connect(address)
-    await contact.ping()
 
 
 def _regular(members: Iterable[Member[C]]) -> list[Member[C]]:
