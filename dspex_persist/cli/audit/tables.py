@@ -104,7 +104,7 @@ def commit_columns(look: Renderer, query: CommitQuery) -> list[Column[CommitEntr
         Column("cause", lambda row: cause_text(row.cause), least=8),
         Column("what", _commit_text, least=12, most=200),
         Column("why", lambda row: plain(row.reason or ""), least=6, most=80, is_rare=True),
-        Column("hash", lambda row: row.hash[:12], least=12),
+        Column("hash", lambda row: row.hash[:12], least=12, is_rare=True),
     ]
     left_out = {"session"} if _is_one(query.session) else set()
     left_out |= {"hash"} if look.is_narrow else set()
