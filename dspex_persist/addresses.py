@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-EXTRA_OF: Final = {"postgresql": "postgresql", "postgres": "postgresql"}
-"""The schemes of their URLs, and the extra of this package that each needs."""
+FORM_OF: Final = {"postgresql": "postgresql://USER@HOST/DATABASE"}
+"""The schemes of their URLs, each with the form of such a URL. The extra of this package that a scheme needs has its
+name."""
+_SYNONYMS: Final = {"postgres": "postgresql"}
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _USER: Final = re.compile(r"(://[^:@/?#]*):.*@", re.DOTALL)
 _SECRET: Final = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
@@ -16,24 +18,27 @@ class DatabaseUrl:
     """The URL of a database. As a text it has no password, so that it can be in errors and logs.
 
     Attributes:
+        scheme: What it begins with: a key of `FORM_OF`.
         url: All of it: only for whoever connects.
     """
 
+    scheme: str
     url: str = field(repr=False)
 
     def __str__(self) -> str:
         return shown(self.url)
 
-    @property
-    def scheme(self) -> str:
-        """What it begins with."""
-        return self.url.partition(":")[0].lower()
-
 
 def database_url(text: str) -> DatabaseUrl | None:
     """Return the URL of a database; None if the text is something else."""
+    scheme = scheme_of(text)
+    return DatabaseUrl(scheme, text) if scheme in FORM_OF else None
+
+
+def scheme_of(text: str) -> str | None:
+    """Return what a URL begins with; None if the text is no URL."""
     match = _SCHEME.match(text)
-    return DatabaseUrl(text) if match is not None and match[1].lower() in EXTRA_OF else None
+    return None if match is None else _SYNONYMS.get(match[1].lower(), match[1].lower())
 
 
 def shown(url: str) -> str:

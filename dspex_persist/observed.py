@@ -17,8 +17,8 @@ from dspex_persist.infra.metrics import Asker, CallMeter, Family, Kind, Sample, 
 from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.denials import NoteDenial, Refused
-from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.meter import Meter
+from dspex_persist.state.served import ServedEngine
 from dspex_persist.state.tools.runner import ToolRunner
 
 Source = Callable[[], Iterator[Family] | Sequence[Family]]
@@ -84,7 +84,7 @@ class Observed:
 
     def __init__(
         self,
-        engine: SqliteState,
+        engine: ServedEngine,
         *,
         meter: Meter,
         calls: CallMeter,
@@ -236,7 +236,11 @@ class Observed:
 
     def _of_file(self) -> Iterator[Family]:
         now = self._engine.file_figures()
+        if now is None:
+            return
         yield gauge("dspex_persist_live_sessions", "Sessions that have not ended.", now.live_sessions)
-        yield gauge("dspex_persist_database_bytes", "The size of the file.", now.size)
-        yield gauge("dspex_persist_wal_bytes", "The size of its write-ahead log.", now.wal)
-        yield gauge("dspex_persist_disk_free_bytes", "What is free on its disk.", now.free)
+        yield gauge("dspex_persist_database_bytes", "The size of the database.", now.size)
+        if now.wal is not None:
+            yield gauge("dspex_persist_wal_bytes", "The size of its write-ahead log.", now.wal)
+        if now.free is not None:
+            yield gauge("dspex_persist_disk_free_bytes", "What is free on its disk.", now.free)

@@ -14,6 +14,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    InstanceOf,
     TypeAdapter,
     ValidationError,
 )
@@ -25,6 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from dspex_persist.addresses import FORM_OF, DatabaseUrl, database_url, scheme_of, shown
 from dspex_persist.opening import ENV_PREFIX as ENV_PREFIX
 from dspex_persist.sources import CONFIG_VARIABLE as CONFIG_VARIABLE
 from dspex_persist.sources import DATABASE, LISTEN, find_file, read_file
@@ -39,7 +41,21 @@ _SHOWN_LENGTH: Final = 60
 _MISSPELLING: Final = 0.8
 
 
-def _read_path(path: Path) -> Path:
+def _read_url(value: object) -> object:
+    """Read the URL of a database; the path of a file is read as such."""
+    if not isinstance(value, str) or (scheme := scheme_of(value)) is None:
+        return value
+    if scheme == "sqlite" and value.lower().startswith("sqlite:///"):
+        return value[len("sqlite:///") :]
+    url = database_url(value)
+    if url is None:
+        raise ValueError(f"it must be the path of a file, or {' or '.join(FORM_OF.values())}")
+    return url
+
+
+def _read_path(path: Path | DatabaseUrl) -> Path | DatabaseUrl:
+    if isinstance(path, DatabaseUrl):
+        return path
     if str(path) in (".", "memory:", ":memory:"):
         raise ValueError("it must be the path of a file: sessions are always kept on disk")
     try:
@@ -80,7 +96,7 @@ def _expand(path: Path) -> Path:
 
 
 FilePath = Annotated[Path, AfterValidator(_expand)]
-DatabasePath = Annotated[Path, AfterValidator(_read_path)]
+Database = Annotated[Path | InstanceOf[DatabaseUrl], BeforeValidator(_read_url), AfterValidator(_read_path)]
 # At most 31 years, so that adding it to a time never exceeds the range of dates and timeouts.
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, le=1e9, allow_inf_nan=False)]
 Amount = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -182,7 +198,11 @@ class Settings(LimitSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
-    db: DatabasePath = Field(Path(DATABASE), description="The database file; created if missing.")
+    db: Database = Field(
+        Path(DATABASE),
+        description="The database: a file, created if missing, or `postgresql://USER@HOST/DATABASE?schema=NAME` for "
+        "several servers (docs/postgresql.md; needs the extra `[postgresql]`).",
+    )
     listen: str = Field(
         LISTEN,
         description="The address to listen on: `HOST:PORT` (port 0: any free port), `[IPv6]:PORT` or `unix:PATH`.",
@@ -460,16 +480,16 @@ def _explain(error: ValidationError, sources: Iterable[_Source]) -> SettingsErro
     """The first error, as a sentence."""
     first = error.errors(include_url=False)[0]
     setting = str(first["loc"][0]) if first["loc"] else "?"
-    shown = repr(str(first["input"]))
-    if len(shown) > _SHOWN_LENGTH:
-        shown = f"{shown[:_SHOWN_LENGTH]}...'"
+    given = repr(shown(str(first["input"])))
+    if len(given) > _SHOWN_LENGTH:
+        given = f"{given[:_SHOWN_LENGTH]}...'"
     place = next((source.place_of(setting) for source in sources if setting in source.values), "")
     if len(first["loc"]) > 1 and setting == "pools":
         setting = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         if first["type"] == "extra_forbidden":
             possible = ", ".join(sorted(PoolSettings.model_fields))
             return SettingsError(setting, f"there is no such setting; a pool has {possible}", place)
-    return SettingsError(setting, f"{shown} is invalid: {_sentence(first['type'], first['msg'])}", place)
+    return SettingsError(setting, f"{given} is invalid: {_sentence(first['type'], first['msg'])}", place)
 
 
 def _sentence(kind: str, message: str) -> str:

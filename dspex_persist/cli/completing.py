@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
+from dspex_persist.addresses import DatabaseUrl, database_url
+
 if TYPE_CHECKING:
     from dspex_persist.state.abilities import StreamsTools
 
 _TIMEOUT_S: Final = 1.0
 _MOST: Final = 200
-_BY_DEFAULT: Final = Path("sessions.db")
+_BY_DEFAULT: Final = "sessions.db"
 # As in `cognitive.programs.documents`, whose import takes too long.
 _PROGRAMS: Final = "programs/"
 _CONFIG: Final = Path("dspex-persist.toml")
@@ -91,7 +93,10 @@ def _offered(
     with suppress(Exception), redirect_stderr(io.StringIO()):
         # In some commands the server is an option of another name.
         target = ctx.params.get("target") or ctx.params.get("server")
-        found = of_server(_url_of(target)) if target else of_file(_database_of(ctx.params.get("db")))
+        if target:
+            found = of_server(_url_of(target))
+        elif isinstance(place := _database_of(ctx.params.get("db")), Path):
+            found = of_file(place)
     # Clients choose the names: a terminal would obey control characters.
     return [name for name in found if name.startswith(incomplete) and name.isprintable()][:_MOST]
 
@@ -102,8 +107,10 @@ def _url_of(target: str) -> str:
     return url_of(target)
 
 
-def _database_of(given: Path | None) -> Path:
+def _database_of(given: str | None) -> Path | DatabaseUrl:
     """Return what `places.database_of` returns; importing the settings takes as long as all the rest."""
+    if given is not None and (url := database_url(given)) is not None:
+        return url
     if given is not None:
         # The shell has not expanded what is being typed.
         return Path(os.path.expandvars(given)).expanduser()
@@ -111,7 +118,8 @@ def _database_of(given: Path | None) -> Path:
         from dspex_persist.cli.places import database_of
 
         return database_of(None)
-    return Path(os.environ.get("DSPEX_PERSIST_DB") or _BY_DEFAULT)
+    named = os.environ.get("DSPEX_PERSIST_DB") or _BY_DEFAULT
+    return database_url(named) or Path(named)
 
 
 def _sessions_of_server(url: str) -> list[str]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.cli.groups import Jobs, Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, new_table, one_line, say
-from dspex_persist.cli.places import Db, Server, database_of, server_of
+from dspex_persist.cli.places import Db, Server, database_of, file_of, refuse_missing, server_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.model import PrunePolicy
     from dspex_persist.state.store import maintenance
     from dspex_persist.state.store.verify import Problem
+    from dspex_persist.wiring.places import Address
 
 EXIT_PROBLEMS: Final = 3
 """The check found problems."""
@@ -64,7 +66,7 @@ def check(db: Db = None, jobs: Jobs = None, as_json: Json = False) -> None:
     """Check the file."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, progress: maintenance.check(path, progress, jobs), show_check)
+    _report(db, "check", as_json, lambda path, progress: maintenance.check(path, progress, jobs), show_check)
 
 
 @app.command(help="Show the revision of the schema, and whether it is this release's.")
@@ -72,7 +74,7 @@ def current(db: Db = None, as_json: Json = False) -> None:
     """Show the revision."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, _: maintenance.current(path), _show_current)
+    _report(db, "current", as_json, lambda path, _: maintenance.current(path), _show_current)
 
 
 @app.command(
@@ -85,7 +87,7 @@ def upgrade(db: Db = None, as_json: Json = False) -> None:
     """Upgrade the schema."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, _: maintenance.upgrade(path), _show_upgrade)
+    _report(db, "upgrade", as_json, lambda path, _: maintenance.upgrade(path), _show_upgrade)
 
 
 @app.command(
@@ -106,7 +108,7 @@ def backup(
     """Back the file up."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, progress: maintenance.backup(path, target, progress), _show_backup)
+    _report(db, "backup", as_json, lambda path, progress: maintenance.backup(path, target, progress), _show_backup)
 
 
 @app.command(
@@ -133,7 +135,7 @@ def restore(
     """Put a backup in place."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, progress: maintenance.restore(backup, path, progress), _show_restore)
+    _report(db, "restore", as_json, lambda path, progress: maintenance.restore(backup, path, progress), _show_restore)
 
 
 @app.command(help="Show what takes up space: tables, indexes, the largest sessions and variables.")
@@ -141,7 +143,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
     """Measure the file."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, lambda path, _: maintenance.stats(path), _show_stats)
+    _report(db, "stats", as_json, lambda path, _: maintenance.stats(path), _show_stats)
 
 
 @app.command(
@@ -192,12 +194,14 @@ def prune(
 
     policy = _policy(keep_versions, older_than, ended_sessions, session)
     url = server_of(target, db)
-    if target is not None and url is not None:
-        name, server = target, url
-        _tell(as_json, lambda progress: _prune_server(name, server, policy, confirm, progress), _show_prune_of_server)
+    place = database_of(db) if url is None else url
+    if not isinstance(place, Path):
+        name = target or str(place)
+        _tell(as_json, lambda progress: _prune_shared(name, place, policy, confirm, progress), _show_prune_of_server)
         return
     _report(
         db,
+        "prune",
         as_json,
         lambda path, progress: maintenance.prune(path, policy, confirm=confirm, progress=progress),
         _show_prune,
@@ -206,7 +210,7 @@ def prune(
 
 @dataclass(frozen=True, slots=True)
 class ServerPrunedReport:
-    """What a server pruned, or would prune if it was not `confirmed`."""
+    """What was pruned by a server, or in a database of several, or would be if it was not `confirmed`."""
 
     target: str
     confirmed: bool
@@ -218,14 +222,16 @@ class ServerPrunedReport:
     duration_s: float
 
 
-def _prune_server(
-    target: str, url: str, policy: "PrunePolicy", confirm: bool, progress: Progress
+def _prune_shared(
+    target: str, place: "Address", policy: "PrunePolicy", confirm: bool, progress: Progress
 ) -> ServerPrunedReport:
     from dspex_persist.state.abilities import Prunable
     from dspex_persist.wiring.connecting import connect
 
     started = time.monotonic()
-    with connect(url) as server:
+    if isinstance(place, DatabaseUrl):
+        refuse_missing(place)
+    with connect(place) as server:
         report = Prunable.of(server).prune(policy, confirm=confirm, progress=progress)
     return ServerPrunedReport(target, **asdict(report), duration_s=time.monotonic() - started)
 
@@ -267,12 +273,14 @@ def vacuum(db: Db = None, as_json: Json = False) -> None:
     """Shrink the file."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, maintenance.vacuum, _show_vacuum)
+    _report(db, "vacuum", as_json, maintenance.vacuum, _show_vacuum)
 
 
-def _report(db: Path | None, as_json: bool, work: Callable[[Path, Progress], R], show: Callable[[R], None]) -> None:
-    """Do the work on a file and print its report."""
-    _tell(as_json, lambda progress: work(database_of(db), progress), show)
+def _report(
+    db: str | None, command: str, as_json: bool, work: Callable[[Path, Progress], R], show: Callable[[R], None]
+) -> None:
+    """Do the work of a command on a file and print its report."""
+    _tell(as_json, lambda progress: work(file_of(db, f"db {command}"), progress), show)
 
 
 def _tell(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:

@@ -1,30 +1,67 @@
-"""The options that name a database file or a server."""
+"""The options that name a database or a server."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
+from dspex_persist.addresses import DatabaseUrl
+
 Db = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--db",
-        metavar="PATH",
+        metavar="PATH|URL",
         show_default=False,
-        # Opening the file reports why it cannot be read, and what to do.
-        readable=False,
-        help="The database file. [dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]",
+        help=(
+            "The database: a file, or a URL such as postgresql://USER@HOST/DATABASE. "
+            "[dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]"
+        ),
     ),
 ]
+_SERVERS: Final = ("grpc:", "grpcs:", "grpc+unix:")
+_INSTEAD: Final = {
+    "postgresql": {
+        "db backup": "pg_dump copies such a database while its servers run",
+        "db restore": "while no server runs, pg_restore or psql brings back what pg_dump has written",
+        "db vacuum": "PostgreSQL does so by itself (autovacuum); VACUUM FULL returns space to the disk",
+        "db stats": "pg_total_relation_size tells the size of its tables, and \\dt+ of psql lists them",
+        "db current": "its table alembic_version has the revision of the schema",
+        "db upgrade": "the first server of a new release that starts upgrades it: make a copy with pg_dump before",
+    }
+}
+_OF_FILES: Final = "session export and session import --db FILE bring its sessions into a file"
 
 
-def database_of(given: Path | None) -> Path:
-    """Return the file that `--db` names, or else the one that `serve` would use."""
+def database_of(given: str | None) -> Path | DatabaseUrl:
+    """Return the database that `--db` names, or else the one that `serve` would use."""
     from dspex_persist.settings import load_settings
 
-    if given is not None and given.parts and given.parts[0] in ("grpc:", "grpcs:", "grpc+unix:"):
-        raise typer.BadParameter(f"--db names a file, not a server such as {given}; use --target if the command has it")
+    if given is not None and given.lower().startswith(_SERVERS):
+        reason = f"--db names a database, not a server such as {given}; use --target if the command has it"
+        raise typer.BadParameter(reason)
     return load_settings({"db": given}).db
+
+
+def file_of(given: str | None, command: str) -> Path:
+    """Return the file that `--db` names, or the one that `serve` would use, for a command that needs a file."""
+    place = database_of(given)
+    if isinstance(place, DatabaseUrl):
+        instead = _INSTEAD.get(place.scheme, {}).get(command, _OF_FILES)
+        raise typer.BadParameter(f"{command} is for files, not for {place}: {instead}")
+    return place
+
+
+def refuse_missing(place: Path | DatabaseUrl) -> None:
+    """Raise `OpenError` for a database that does not exist: opening it would create it."""
+    if isinstance(place, DatabaseUrl):
+        from dspex_persist.wiring.databases import database_at
+
+        database_at(place).check_there()
+    else:
+        from dspex_persist.state.store import maintenance
+
+        maintenance.current(place)
 
 
 def expanded(path: Path) -> Path:
@@ -47,12 +84,12 @@ Server = Annotated[
 ]
 
 
-def server_of(target: str | None, db: Path | None) -> str | None:
+def server_of(target: str | None, db: str | None) -> str | None:
     """Return the URL of the server that `--target` names, or None without it; refuses `--db` together with it."""
     if target is None:
         return None
     if db is not None:
-        raise typer.BadParameter("--db names a file and --target a server: give one of them")
+        raise typer.BadParameter("--db names a database and --target a server: give one of them")
     return url_of(target)
 
 

@@ -10,7 +10,7 @@ import typer
 from dspex_persist.cli.groups import Json
 from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
-from dspex_persist.cli.places import expanded
+from dspex_persist.cli.places import database_of, expanded
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -66,8 +66,12 @@ class Mode(StrEnum):
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="The recording; with --db the id of the session.")]
 Db = Annotated[
-    Path | None,
-    typer.Option("--db", metavar="PATH", help="Replay a session of this database, which is only read."),
+    str | None,
+    typer.Option(
+        "--db",
+        metavar="PATH|URL",
+        help="Replay a session of this database, which is only read.",
+    ),
 ]
 Reveal = Annotated[
     bool,
@@ -153,18 +157,18 @@ def _check_usage(mode: Mode, choice: dict[str, Any], reveals_a_file: bool) -> No
             raise SettingsError(name, "--mode state runs no tools and reads the whole log", f"flag --{name}")
 
 
-def _recording(source: str, db: Path | None, reveal: bool) -> "Recording":
+def _recording(source: str, db: str | None, reveal: bool) -> "Recording":
     from dspex_persist.replay import load
 
     if db is None:
         return load(expanded(Path(source)))
     from dspex_persist.wiring.recordings import open_recording
 
-    with open_recording(expanded(db), source, reveal=reveal) as read:
+    with open_recording(database_of(db), source, reveal=reveal) as read:
         return load(read)
 
 
-def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
+def _replay_state(source: str, db: str | None, reveal: bool) -> "ReplayReport":
     from dspex_persist.replay import replay_state
 
     if db is None:
@@ -173,14 +177,14 @@ def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
     from dspex_persist.wiring.connecting import open_audit
     from dspex_persist.wiring.recordings import open_recording
 
-    with open_audit(expanded(db), reveal=reveal) as audit:
+    with open_audit(database_of(db), reveal=reveal) as audit:
         for _ in range(_MOST_LOOKS):
             recording = _recording(source, db, reveal)
             if recording.has_ended:
                 return replay_state(recording, limits=_limits())
             stored = audit.state(source)
             # If a server has written in the meantime, the two differ.
-            with open_recording(expanded(db), source) as (header, _):
+            with open_recording(database_of(db), source) as (header, _):
                 grown = header.commits > len(recording.commits)
             if not grown:
                 return replay_state(recording, stored, limits=_limits())

@@ -17,6 +17,7 @@ EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "dspex-persist serve\n\n"
     "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
+    "dspex-persist serve --db postgresql://shop@db.internal/sessions --listen 127.0.0.1:50051\n\n"
     "dspex-persist serve --listen 127.0.0.1:0 --limit watchers=500\n\n"
     "dspex-persist serve --tools shop.tools --tools shop.reports:daily\n\n"
     "dspex-persist serve --tools shop.tools --workers 4\n\n"
@@ -37,7 +38,13 @@ _DATABASE, _NETWORK, _SESSIONS, _TOOLS, _LOGS = (
     "Settings and logs",
 )
 
-Db = _option(_DATABASE, "--db", "PATH", "sessions.db", "The database file; created if missing.")
+Db = _option(
+    _DATABASE,
+    "--db",
+    "PATH|URL",
+    "sessions.db",
+    "The database: a file, created if missing, or postgresql://USER@HOST/DATABASE, which several servers may share.",
+)
 Durability = _option(
     _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."
 )

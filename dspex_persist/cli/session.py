@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, TypeVar, cast
 
 import typer
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.cli import completing
 from dspex_persist.cli.audit import options
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
-from dspex_persist.cli.places import Db, Server, database_of, expanded, server_of
+from dspex_persist.cli.places import Db, Server, database_of, expanded, refuse_missing, server_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -115,7 +116,6 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a session."""
-    from dspex_persist.state.store import maintenance
     from dspex_persist.state.store.maintenance import transfer
     from dspex_persist.wiring.recordings import open_recording
 
@@ -124,15 +124,15 @@ def export(
     target, url = _target_of(output, as_test, tools or []), server_of(server, db)
 
     def write(to: Path | TextIO, progress: Progress) -> transfer.ExportReport:
-        if url is None:
-            path = database_of(db)
-            return transfer.export_session(path, session, to, started=started, reveal=reveal, progress=progress)
-        with open_recording(url, session, started=started, reveal=reveal) as (header, commits):
-            return transfer.export_recording(url, header, commits, to, progress=progress)
+        place = url or database_of(db)
+        if isinstance(place, Path):
+            return transfer.export_session(place, session, to, started=started, reveal=reveal, progress=progress)
+        with open_recording(place, session, started=started, reveal=reveal) as (header, commits):
+            return transfer.export_recording(str(place), header, commits, to, progress=progress)
 
     def work(progress: Progress) -> transfer.ExportReport:
         if as_test is not None and url is None:
-            maintenance.refuse_files_of(database_of(db), as_test, "as_test")
+            _refuse_files_of(database_of(db), as_test)
         _refuse_unknown_tools(tools or [])
         with _stdout() if target is None else nullcontext(target) as to:
             report = write(to, progress)
@@ -147,6 +147,13 @@ def export(
             say(f"{as_test}: the test that replays it; run it with: pytest {as_test}")
 
     carry_out(as_json, work, show)
+
+
+def _refuse_files_of(place: Path | DatabaseUrl, as_test: Path) -> None:
+    from dspex_persist.state.store import maintenance
+
+    if isinstance(place, Path):
+        maintenance.refuse_files_of(place, as_test, "as_test")
 
 
 def _write_test(test: Path, report: "ExportReport", tools: Sequence[str]) -> None:
@@ -324,7 +331,6 @@ def fork(
     """Fork a session."""
     from dspex_persist.settings import load_settings
     from dspex_persist.state.abilities import Forkable
-    from dspex_persist.state.store import maintenance
     from dspex_persist.wiring.connecting import connect
     from dspex_persist.wiring.limits import limits_of
 
@@ -334,7 +340,7 @@ def fork(
         if url is not None:
             return connect(url)
         path, settings = database_of(db), load_settings()
-        maintenance.current(path)  # Refuses a missing file, which the engine would create.
+        refuse_missing(path)
         return connect(path, limits=limits_of(settings), session_ttl_s=settings.session_ttl_s)
 
     def work(_: Progress) -> dict[str, Any]:
@@ -342,7 +348,13 @@ def fork(
         with opened() as state:
             variables = len(Forkable.of(state).fork_session(session, new, at).variables)
             forked_at = int(state.get_session(new).metadata["forked_at"])
-        return {"path": path, "session_id": new, "forked_from": session, "forked_at": forked_at, "variables": variables}
+        return {
+            "path": str(path),
+            "session_id": new,
+            "forked_from": session,
+            "forked_at": forked_at,
+            "variables": variables,
+        }
 
     def show(report: dict[str, Any]) -> None:
         what = f"{counted(report['variables'], 'variable')} of {session} as of commit {report['forked_at']}"

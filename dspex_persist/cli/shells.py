@@ -19,7 +19,7 @@ VARIABLE: Final = "_DSPEX_PERSIST_COMPLETE"
 """Set to `source_SHELL`, the program prints the script; to `complete_SHELL`, offers."""
 _LINE, _REPLACED, _WORDS = "_DSPEX_PERSIST_LINE", "_DSPEX_PERSIST_REPLACED", "_DSPEX_PERSIST_WORDS"
 _BETWEEN: Final = "\x1f"
-_OF_FILES: Final = ("BACKUP", "DIR", "FILE", "PATH", "TARGET")
+_OF_FILES: Final = ("BACKUP", "DIR", "FILE", "PATH", "PATH|URL", "TARGET")
 """How the help calls values that are files."""
 _FILES: Final = "files"
 """The first line of an answer, if the shell is to offer files; otherwise it is empty."""

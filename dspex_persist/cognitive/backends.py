@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
+from dspex_persist.addresses import shown
 from dspex_persist.cognitive.carried import CarriedTools
 from dspex_persist.cognitive.steps import DEFAULT, Terms
 from dspex_persist.infra import forks
@@ -315,7 +316,7 @@ class Backend:
 
     @property
     def kind(self) -> str:
-        """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
+        """What it is: "local" (memory), "embedded" (a file, or a database that servers share), "bridged" (a server)."""
         capabilities = self.capabilities
         if "remote" in capabilities:
             return BRIDGED
@@ -329,7 +330,7 @@ class Backend:
     def use(self, provider: StateProvider, *, url: str, move: "Move") -> None:
         """Be on another provider from now on, which the context closes; the caller holds the gate."""
         self.provider, self.is_owned, self._on_loop = provider, True, None
-        self.url = url or provider.url
+        self.url = shown(url) or provider.url
         self._moves = (*self._moves, move)
         for follower in tuple(self.followers):
             follower.follow()
@@ -443,7 +444,7 @@ class BackendView:
 
     @property
     def kind(self) -> str:
-        """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
+        """What it is: "local" (memory), "embedded" (a file, or a database that servers share), "bridged" (a server)."""
         return self._backend.kind
 
     @property

@@ -15,10 +15,13 @@ from dspex_persist.state.around import (
     RestoresAround,
 )
 from dspex_persist.state.log_state import default_actor
-from dspex_persist.state.options import SessionOptions, check_count, check_seconds
-from dspex_persist.state.shared import SWEEP_S, SharedGroups, SharedState
+from dspex_persist.state.meter import FileFigures, Meter
+from dspex_persist.state.options import check_count, check_seconds
+from dspex_persist.state.shared import SWEEP_S, ServerMeter, SharedGroups, SharedState
 from dspex_persist.state.store.history.provided import StoredPast
+from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.postgres.postgres_log import LEASE_S, PostgresLog
+from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
@@ -28,13 +31,14 @@ class PostgresState(SharedState, StoredPast, Durable):
 
     Args:
         url: The database, postgresql://USER@HOST:PORT/DATABASE?schema=NAME, or what else libpq takes.
-        options: Limits and TTLs.
+        options: Durability, limits, TTLs and retention.
         sweep_interval_s: How often expired sessions are ended, old outcomes deleted, and servers looked for that have
             died, in seconds.
         lease_s: After how many seconds without a sign of life the other servers take this one for dead.
         on_fatal: Called if the database has lost commits, or because of a bug. No more calls are possible then; a
             server should exit.
         actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
+        meter: Counts what happens; None not to count.
 
     Raises:
         InvalidArgumentError: The URL or an option is invalid.
@@ -45,29 +49,67 @@ class PostgresState(SharedState, StoredPast, Durable):
     def __init__(
         self,
         url: str,
-        options: SessionOptions | None = None,
+        options: StoreOptions | None = None,
         *,
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
+        meter: Meter | None = None,
     ) -> None:
         # Before anything is opened.
         check_seconds("sweep_interval_s", sweep_interval_s)
         check_seconds("lease_s", lease_s)
         default_actor(actor)
-        self._store = PostgresLog(url, lease_s=lease_s)
+        options = options or StoreOptions()
+        self._store = PostgresLog(url, durability=options.durability, lease_s=lease_s)
         self._past = self._store.readers
         self._pruning = threading.Lock()
-        groups = SharedGroups(self._store, options)
-        super().__init__(
-            groups, name=self._store.name, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal, actor=actor
+        self._retention = Retention(
+            options,
+            lambda policy, progress: self.prune(policy, confirm=True, progress=progress),
+            self._store.size_bytes,
         )
+        try:
+            groups = SharedGroups(
+                self._store,
+                options,
+                cache_size_bytes=options.cache_size_bytes,
+                meter=meter,
+                server_meter=None if meter is None else ServerMeter(),
+            )
+            super().__init__(
+                groups,
+                name=self._store.name,
+                sweep_interval_s=sweep_interval_s,
+                on_fatal=on_fatal,
+                actor=actor,
+                denials_kept=options.denials_kept,
+            )
+        except BaseException:
+            self._store.close()
+            raise
 
     @property
     def url(self) -> str:
         """See `StateProvider.url`: the URL of the database, without a password."""
         return self._store.name
+
+    def file_figures(self) -> FileFigures:
+        """See `ServedEngine.file_figures`."""
+        return self._store.figures()
+
+    def count_with_access(self) -> int:
+        """See `ServedEngine.count_with_access`."""
+        return self._store.count_with_access()
+
+    def _on_idle(self) -> None:
+        super()._on_idle()
+        self._retention.on_idle()
+
+    def _on_close(self) -> None:
+        self._retention.close()
+        super()._on_close()
 
 
 class DistributedState(
@@ -81,7 +123,7 @@ class DistributedState(
     PrunesAround,
     RestoresAround,
 ):
-    """Session state in a database that several servers share, with tools that run in this process.
+    """Session state in a PostgreSQL database that several servers share, with tools that run in this process.
 
     The arguments are those of `PostgresState`, and:
 
@@ -93,7 +135,7 @@ class DistributedState(
     def __init__(
         self,
         url: str,
-        options: SessionOptions | None = None,
+        options: StoreOptions | None = None,
         *,
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,

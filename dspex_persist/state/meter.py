@@ -56,18 +56,18 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True)
 class FileFigures:
-    """A database file, as it is now. Sizes are in bytes.
+    """A database, as it is now. Sizes are in bytes.
 
     Attributes:
-        size: The size of the file.
-        wal: The size of its write-ahead log.
-        free: What is free on its disk.
+        size: The size of the file, or of the tables and indexes.
+        wal: The size of its write-ahead log; None if it is no file.
+        free: What is free on its disk; None if it is no file.
         live_sessions: Sessions that have not ended.
     """
 
     size: int
-    wal: int
-    free: int
+    wal: int | None
+    free: int | None
     live_sessions: int
 
 

@@ -21,6 +21,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import Groups
 from dspex_persist.state.log_state import LogEngine
 from dspex_persist.state.log_store import LogStore
+from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.quotas import Quotas
 
 DENIALS_KEPT: Final = 10_000
@@ -48,6 +49,17 @@ class ServedEngine(LogEngine):
         # What the writer is to do between two groups, and whom it tells.
         self._beside: deque[tuple[Callable[[], None], threading.Event]] = deque()
         super().__init__(groups, **others)
+
+    def announce(self, address: str) -> None:
+        """Tell other processes at which address this one serves the log."""
+
+    def file_figures(self) -> FileFigures | None:
+        """Return the size of the database, and how many live sessions it has; from any thread. None: unknown."""
+        return None
+
+    def count_with_access(self) -> int:
+        """Return how many live sessions have rules of access; from any thread. It looks at each live session."""
+        return 0
 
     def families(self) -> list[Family]:
         """Return what this engine has counted beyond its meter; from any thread."""

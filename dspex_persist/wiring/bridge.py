@@ -15,6 +15,7 @@ from dspex_persist.infra.metrics import CallMeter
 from dspex_persist.infra.stopping import spare_the_collector
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.settings import Settings
+from dspex_persist.state.abilities import Auditable
 from dspex_persist.state.bridge.access.denials import Denials
 from dspex_persist.state.bridge.access.guard import guarded
 from dspex_persist.state.bridge.access.lives import Lives
@@ -30,9 +31,9 @@ from dspex_persist.state.bridge.workers.pools import PoolPlan, Pools
 from dspex_persist.state.bridge.workers.remote import RemoteTools
 from dspex_persist.state.budgets import Budget
 from dspex_persist.state.denials import NoteDenial, Refused
-from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.meter import Meter
+from dspex_persist.state.served import ServedEngine
 from dspex_persist.state.tools.ports import ToolCode
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.wiring.access import Security, access_of
@@ -67,7 +68,7 @@ class Bridge:
         settings: Settings,
         listen: str,
         security: Security,
-        engine: SqliteState,
+        engine: ServedEngine,
         tools: Mapping[str, ToolCode],
         plans: Sequence[PoolPlan],
         end: ServerEnd,
@@ -206,7 +207,7 @@ class Bridge:
     async def _serve(self, calls: CallMeter | None) -> None:
         settings = self._settings
         services = [server.Service(BRIDGE_SERVICE, self._servicer), server.Service(AUDIT_SERVICE, self._auditor)]
-        lives = Lives(self._engine.loaded, self._engine.audit)
+        lives = Lives(self._engine.loaded, lambda: Auditable.of(self._engine).audit())
         await server.serve(
             server.ServerOptions(
                 self._listen,
@@ -273,7 +274,7 @@ def _counting(note: NoteDenial, meter: Meter | None) -> NoteDenial:
     return counting
 
 
-def _warn_of_rules(engine: SqliteState) -> None:
+def _warn_of_rules(engine: ServedEngine) -> None:
     """Log how many sessions have rules, if any."""
     try:
         count = engine.count_with_access()
@@ -285,7 +286,7 @@ def _warn_of_rules(engine: SqliteState) -> None:
         _log.warning(what, sessions=count, hint="rules hold on a server that demands tokens: see token_file")
 
 
-def _unfit(end: ServerEnd, engine: SqliteState, ready: threading.Event) -> str:
+def _unfit(end: ServerEnd, engine: ServedEngine, ready: threading.Event) -> str:
     """Return why the server cannot do its work, or ""."""
     if end.stop.is_set():
         return "draining"

@@ -1,22 +1,20 @@
 """Opening the state, or the history, at an address."""
 
 import asyncio
-import dataclasses
-import inspect
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.infra.logs import quiet_grpc
 from dspex_persist.opening import Opening
-from dspex_persist.spelling import closest, did_you_mean, quote
+from dspex_persist.spelling import quote
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.options import SessionOptions
-from dspex_persist.wiring.places import FORMS, IN_MEMORY, place_of
+from dspex_persist.wiring.databases import database_at
+from dspex_persist.wiring.options import check_options, options_of, sorted_options
+from dspex_persist.wiring.places import FORMS, IN_MEMORY, Address, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from dspex_persist.infra.workers.statistics import PoolStatistics
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
@@ -24,29 +22,30 @@ if TYPE_CHECKING:
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.state.local import LocalState
 
-_Options = TypeVar("_Options", bound=SessionOptions)
 
-
-def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
+def connect(url: Address, **options: Any) -> "StreamsTools":
     """Open the session state at `url`.
 
     Every backend executes and streams tools. `capabilities` says what else it can do; with `isinstance`, a type checker
     knows it, too: a file and a server are `Durable`, `Prunable` and more (`dspex_persist.state.abilities`).
 
     Args:
-        url: One of three kinds of address:
+        url: One of four kinds of address:
 
             - A path, `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file. It is created if missing,
               and this process owns it until you close it. A relative path is resolved now; changing the working
               directory later has no effect.
             - `memory:` or `:memory:`: sessions in the memory of this process, lost when it exits. Each call opens an
               empty state.
+            - `postgresql://USER@HOST/DATABASE?schema=NAME`: a PostgreSQL database, which any number of processes may
+              have open. Its tables are created if missing.
             - `grpc://HOST:PORT`, `grpcs://HOST:PORT` (with TLS) or `grpc+unix:/PATH`: a server. The first call on it
               connects.
-        options: For a file: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
+        options: For a file or a database: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
-            toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
-            `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
+            toolbox, a tool, a function, a module or its name, a list or a dict of these. For a database also
+            `lease_s`. In memory: the fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`,
+            `tools`, `tool_threads`. For a server:
             `timeout_s` (seconds), `breaker`, `cache`, `token`, `ca`, `cert` and `key` (files, for TLS), and others of
             `BridgedState`. For all: `actor`, who makes the changes, by default the user of this process.
 
@@ -62,16 +61,18 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
     if url in IN_MEMORY:
         return _local(**options)
     place = place_of(url, forms=f"memory:, {FORMS}")
+    if isinstance(place, DatabaseUrl):
+        return database_at(place).connect(**options)
     return _embedded(place, **options) if isinstance(place, Path) else bridged(place, **options)
 
 
-def is_there(url: str | os.PathLike[str]) -> bool:
+def is_there(url: Address) -> bool:
     """Whether there may be a session state at `url`: not if it is a file that does not exist."""
     place = "" if url in IN_MEMORY else place_of(url, forms=f"memory:, {FORMS}")
     return not isinstance(place, Path) or place.exists()
 
 
-def aconnect(url: str | os.PathLike[str], **options: Any) -> "Opening[StreamsTools]":
+def aconnect(url: Address, **options: Any) -> "Opening[StreamsTools]":
     """Open the session state at `url` without blocking the event loop; the arguments are those of `connect`.
 
     Returns:
@@ -84,7 +85,7 @@ def aconnect(url: str | os.PathLike[str], **options: Any) -> "Opening[StreamsToo
     return Opening(asyncio.to_thread(connect, url, **options), close)
 
 
-def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: Any) -> "AuditSource":
+def open_audit(url: Address, *, reveal: bool = False, **options: Any) -> "AuditSource":
     """Open the history at `url` for queries.
 
     A file is only read, so a server may have it open, and a backup works, too.
@@ -107,6 +108,8 @@ def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: 
         from dspex_persist.state.store import maintenance
 
         return maintenance.open_audit(place, reveal=reveal)
+    if isinstance(place, DatabaseUrl):
+        return database_at(place).audit(reveal=reveal)
     state = bridged(place, **options)
     return state.audit(reveal=reveal, on_close=state.close)
 
@@ -123,8 +126,9 @@ def list_workers(url: str, *, timeout_s: float = 30.0) -> "tuple[PoolStatistics,
         UnavailableError: The server cannot be reached.
     """
     place = place_of(url)
-    if isinstance(place, Path):
-        raise InvalidArgumentError("url", f"{quote(url)} is a file, and only servers have workers")
+    if not isinstance(place, str):
+        what = "file" if isinstance(place, Path) else "database"
+        raise InvalidArgumentError("url", f"{quote(place)} is a {what}, and only servers have workers")
     with bridged(place, timeout_s=timeout_s) as state:
         return state.list_workers()
 
@@ -133,46 +137,15 @@ def _embedded(path: Path, **options: Any) -> "EmbeddedState":
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.state.store.session_store import StoreOptions
 
-    store_options, options = _sorted_options(options, StoreOptions, EmbeddedState, "a file")
+    store_options, options = sorted_options(options, StoreOptions, EmbeddedState, "a file")
     return EmbeddedState(path, store_options, **options)
 
 
 def _local(**options: Any) -> "LocalState":
     from dspex_persist.state.local import LocalState
 
-    session_options, options = _sorted_options(options, SessionOptions, LocalState, "a state in memory")
+    session_options, options = sorted_options(options, SessionOptions, LocalState, "a state in memory")
     return LocalState(session_options, **options)
-
-
-def _sorted_options(
-    given: "Mapping[str, Any]", kind: type[_Options], provider: type, what: str
-) -> tuple[_Options, dict[str, Any]]:
-    """Return the options that are fields of `kind` as a `kind`, and the provider's own, with tools in a toolbox."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    _check_options(given, [*names, *_options_of(provider)], what)
-    others = {name: option for name, option in given.items() if name not in names}
-    if others.get("tools") is not None:
-        from dspex_persist.cognitive.toolbox import Toolbox
-
-        others["tools"] = Toolbox.of(others["tools"])
-    return kind(**{name: option for name, option in given.items() if name in names}), others
-
-
-def _options_of(kind: type) -> list[str]:
-    """Return the keyword-only parameters of a provider."""
-    parameters = inspect.signature(kind).parameters.values()
-    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-
-
-def _check_options(given: "Iterable[str]", known: list[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            hint = (
-                did_you_mean(closest(name, known, most=len(known)), spell=str)
-                or f"the options are {', '.join(sorted(known))}"
-            )
-            # As Python does for an unexpected keyword argument.
-            raise TypeError(f"{what} has no option {name}; {hint}")
 
 
 def bridged(target: str, **options: Any) -> "BridgedState":
@@ -187,5 +160,5 @@ def bridged(target: str, **options: Any) -> "BridgedState":
         )
         raise InvalidArgumentError("tools", reason)
     options.pop("tools", None)
-    _check_options(options, _options_of(BridgedState), "a server")
+    check_options(options, options_of(BridgedState), "a server")
     return BridgedState(target, **options)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.state.bridge.workers.pools import PoolPlan
-    from dspex_persist.state.embedded import SqliteState
+    from dspex_persist.state.served import ServedEngine
 
 # For how long a service manager is asked to wait at most, until the server is ready, and after it was told to end.
 _STARTING_S: Final = 3_600.0
@@ -52,7 +52,7 @@ class Life:
         if plans:
             self._notifier.status(f"starting the workers of {', '.join(plan.name for plan in plans)}")
 
-    def serving(self, address: str, engine: "SqliteState") -> None:
+    def serving(self, address: str, engine: "ServedEngine") -> None:
         """Say that the server is ready, and from now on that it is alive."""
         from dspex_persist.infra.traffic import traffic_of
 

@@ -1,10 +1,12 @@
-"""What addresses mean: a file, a server, or what was probably meant."""
+"""What addresses mean: a file, a server, a database that servers share, or what was probably meant."""
 
 import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
+from dspex_persist import addresses
+from dspex_persist.addresses import DatabaseUrl, database_url
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import InvalidArgumentError
 
@@ -13,16 +15,25 @@ _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
 _BARE_HOST_AND_PORT: Final = re.compile(r"(\[[^\[\]/]+\]|[^\[\]/:\s]+):[0-9]{1,5}")
 _FORM_OF: Final = {
     "sqlite": "sqlite:///PATH",
+    **addresses.FORM_OF,
     "grpc": "grpc://HOST:PORT",
     "grpcs": "grpcs://HOST:PORT",
     "grpc+unix": "grpc+unix:/PATH",
 }
-FORMS: Final = f"a path, {_FORM_OF['sqlite']}, {_FORM_OF['grpc']} or {_FORM_OF['grpc+unix']} (grpcs:// with TLS)"
+_DATABASES: Final = ", ".join(addresses.FORM_OF.values())
+FORMS: Final = (
+    f"a path, {_FORM_OF['sqlite']}, {_DATABASES}, {_FORM_OF['grpc']} or {_FORM_OF['grpc+unix']} (grpcs:// with TLS)"
+)
+Address: TypeAlias = str | os.PathLike[str] | DatabaseUrl
+"""What names a place."""
 IN_MEMORY: Final = ("memory:", ":memory:")
 
 
-def place_of(url: str | os.PathLike[str], forms: str = FORMS) -> Path | str:
-    """Return the file at a URL, or the target of the server."""
+def place_of(url: Address, forms: str = FORMS) -> Path | DatabaseUrl | str:
+    """Return the file at a URL, the database that it names, or the target of the server."""
+    database = database_url(url) if isinstance(url, str) else url
+    if isinstance(database, DatabaseUrl):
+        return database
     if isinstance(url, bytes) or not isinstance(url, str | os.PathLike):
         raise InvalidArgumentError("url", f"it must be {forms}, not {type(url).__name__}")
     if not isinstance(url, str):
@@ -44,7 +55,7 @@ def place_of(url: str | os.PathLike[str], forms: str = FORMS) -> Path | str:
         hint = "only the process that has a state in memory can query it: provider.audit()"
     else:
         hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
-    raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(url)} is not {forms}", hint))))
+    raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(addresses.shown(url))} is not {forms}", hint))))
 
 
 def _refuse_word(url: str) -> None:

@@ -1,14 +1,15 @@
 """Recordings of sessions at an address: read from a file or a server, and imported into one."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.wiring.connecting import bridged
-from dspex_persist.wiring.places import place_of
+from dspex_persist.wiring.databases import database_at
+from dspex_persist.wiring.places import Address, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_recording(
-    url: str | os.PathLike[str], session_id: str, *, started: int | None = None, reveal: bool = False, **options: Any
+    url: Address, session_id: str, *, started: int | None = None, reveal: bool = False, **options: Any
 ) -> "Iterator[tuple[Header, Iterator[RecordedCommit]]]":
     """Read a session's whole log, as (header, commits). The commits are read lazily, while you iterate over them.
 
@@ -45,13 +46,16 @@ def open_recording(
 
         with maintenance.open_recording(place, session_id, started=started, reveal=reveal) as recording:
             yield recording
+    elif isinstance(place, DatabaseUrl):
+        with database_at(place).recording(session_id, started=started, reveal=reveal) as recording:
+            yield recording
     else:
         with bridged(place, **options) as state:
             yield state.record(session_id, started=started, reveal=reveal)
 
 
 def import_session(
-    url: str | os.PathLike[str],
+    url: Address,
     lines: "Iterable[str]",
     *,
     name: str = "the recording",
@@ -60,7 +64,7 @@ def import_session(
     progress: Progress = silent,
     **options: Any,
 ) -> "ImportReport":
-    """Import a recorded session with its whole history into a database file or a server, atomically.
+    """Import a recorded session with its whole history into a database file, a database or a server, atomically.
 
     To import into a provider that is open, call its `import_session`.
 
@@ -82,8 +86,13 @@ def import_session(
 
     place = place_of(url)
     if not isinstance(place, Path):
-        with bridged(place, **options) as state:
-            return transfer.import_into(state, str(url), lines, name=name, session_id=session_id, progress=progress)
+        if isinstance(place, DatabaseUrl):
+            opened: Any = database_at(place).connect(**({} if limits is None else {"limits": limits}), **options)
+        else:
+            opened = bridged(place, **options)
+        with opened as state:
+            where = str(place if isinstance(place, DatabaseUrl) else url)
+            return transfer.import_into(state, where, lines, name=name, session_id=session_id, progress=progress)
     from dspex_persist.state.store.session_store import StoreOptions
 
     store_options = StoreOptions(limits=limits or Limits())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.listen import parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from dspex_persist.infra.notify import Notifier
     from dspex_persist.state.bridge.workers.pools import PoolPlan
-    from dspex_persist.state.embedded import SqliteState
     from dspex_persist.state.meter import Meter
+    from dspex_persist.state.served import ServedEngine
 
 # How often Python switches threads, in seconds (Python's default is 0.005).
 SWITCH_INTERVAL_S: Final = 0.005
@@ -82,32 +83,34 @@ async def _serve(settings: Settings, security: Security, notifier: "Notifier") -
             # Only now: what is wrong with the settings or the file is said before all this is imported.
             from dspex_persist.wiring.bridge import Bridge
 
-            await Bridge(settings, listen, security, engine, tools, plans, end, life).run(str(here / settings.db))
+            subject = str(settings.db if isinstance(settings.db, DatabaseUrl) else here / settings.db)
+            await Bridge(settings, listen, security, engine, tools, plans, end, life).run(subject)
         finally:
             life.closing()
-            _close(engine, settings.db)
+            _close(engine, str(settings.db))
     if end.failure is not None:
         raise end.failure
     _log.info("stopped", db=str(settings.db))
 
 
-def _check_places(settings: Settings) -> tuple[Path, str]:
-    """Return the absolute path and address, which stay valid if tools change the working directory.
+def _check_places(settings: Settings) -> tuple[Path | DatabaseUrl, str]:
+    """Return the absolute path, or the database, and address, which stay valid if tools change the working directory.
 
     A file or address that is in use fails here, before any file is created.
     """
     from dspex_persist.state.store import maintenance
 
-    path, address = maintenance.refuse_owned(settings.db), parse_listen(settings.listen)
+    db, address = settings.db, parse_listen(settings.listen)
+    place = db if isinstance(db, DatabaseUrl) else maintenance.refuse_owned(db)
     prepare(address)
     if settings.metrics_listen is not None:
         prepare(parse_listen(settings.metrics_listen))
-    return path, str(settled(address))
+    return place, str(settled(address))
 
 
-def _settled(path: Path, absolute: Path) -> Path:
-    """Return `path`, or `absolute` if importing the tools changed the working directory that `path` depends on."""
-    return path if path.resolve() == absolute else absolute
+def _settled(place: Path | DatabaseUrl, absolute: Path | DatabaseUrl) -> Path | DatabaseUrl:
+    """Return `place`, or `absolute` if importing the tools changed the working directory that a path depends on."""
+    return place if isinstance(place, DatabaseUrl) or place.resolve() == absolute else absolute
 
 
 def _meter_of(settings: Settings, tools: "Iterable[str]", plans: "Iterable[PoolPlan]") -> "Meter | None":
@@ -120,10 +123,9 @@ def _meter_of(settings: Settings, tools: "Iterable[str]", plans: "Iterable[PoolP
 
 
 def _open(
-    settings: Settings, path: Path, on_fatal: Callable[[BaseException], None], meter: "Meter | None"
-) -> "SqliteState":
+    settings: Settings, place: Path | DatabaseUrl, on_fatal: Callable[[BaseException], None], meter: "Meter | None"
+) -> "ServedEngine":
     """Open the engine on the database of `settings`."""
-    from dspex_persist.state.embedded import SqliteState
     from dspex_persist.state.store.session_store import StoreOptions
 
     options = StoreOptions(
@@ -139,11 +141,18 @@ def _open(
         warn_size_bytes=settings.warn_size_bytes,
         denials_kept=settings.denials_kept,
     )
-    return SqliteState(path, options, sweep_interval_s=settings.sweep_interval_s, on_fatal=on_fatal, meter=meter)
+    sweep_s = settings.sweep_interval_s
+    if isinstance(place, DatabaseUrl):
+        from dspex_persist.wiring.databases import database_at
+
+        return database_at(place).engine(options, sweep_interval_s=sweep_s, on_fatal=on_fatal, meter=meter)
+    from dspex_persist.state.embedded import SqliteState
+
+    return SqliteState(place, options, sweep_interval_s=sweep_s, on_fatal=on_fatal, meter=meter)
 
 
-def _close(provider: StateProvider, path: Path) -> None:
+def _close(provider: StateProvider, name: str) -> None:
     try:
         provider.close()
     except CheckpointError as error:
-        raise StorageFailedError(str(path), error) from error
+        raise StorageFailedError(name, error) from error

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from dspex_persist.audit import AuditSource
     from dspex_persist.cli.audit.forms import Printer
     from dspex_persist.cli.audit.rendering import Column, Renderer
+    from dspex_persist.wiring.places import Address
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Form(StrEnum):
 class AuditOptions:
     """The options that all audit commands share."""
 
-    db: Path | None = None
+    db: str | None = None
     target: str | None = None
     as_json: bool = False
     as_csv: bool = False
@@ -103,6 +103,6 @@ def asking(request: AuditOptions) -> "Iterator[AuditSource]":
     from dspex_persist.wiring.connecting import open_audit
 
     with answering(request):
-        place: Path | str = database_of(request.db) if request.target is None else url_of(request.target)
+        place: Address = database_of(request.db) if request.target is None else url_of(request.target)
         with open_audit(place, reveal=request.reveal) as source:
             yield source

@@ -10,7 +10,7 @@ import typer
 from dspex_persist.cli.audit.asking import AuditOptions, answering, asking
 from dspex_persist.cli.audit.options import Reveal, Since, Target, Until
 from dspex_persist.cli.output import say
-from dspex_persist.cli.places import Db, database_of
+from dspex_persist.cli.places import Db, database_of, file_of
 
 _PORT_MAX: Final = 65_535
 
@@ -46,7 +46,9 @@ def report(
     request = AuditOptions(db, target, reveal=reveal)
     if target is None and str(output) != "-":
         with answering(request):
-            refuse_files_of(database_of(db), output, "output")
+            place = database_of(db)
+            if isinstance(place, Path):
+                refuse_files_of(place, output, "output")
     with asking(request) as source:
         page = render(gather(source, session, since, until))
         if str(output) == "-":
@@ -94,6 +96,6 @@ def web(
             webbrowser.open(url)
 
     with answering(request):
-        path = database_of(db)
+        path = file_of(db, "audit web")
     with asking(request) as source:
         serve_website(path, source, port, ready)

@@ -1,4 +1,4 @@
-"""Opens the server or the file that a command names, and says what to do when there is no such session."""
+"""Opens the server or the database that a command names, and says what to do when there is no such session."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.cli.hints import ExplainedError
-from dspex_persist.cli.places import database_of, server_of
+from dspex_persist.cli.places import database_of, refuse_missing, server_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -21,24 +22,24 @@ _MOST_SESSIONS: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A server (`url`), or a database file.
+    """A server (`url`), or a database.
 
     Attributes:
-        url: The URL of the server; None for a file.
-        given: The path of `--db`, if it was given.
+        url: The URL of the server; None for a database.
+        given: What `--db` names, if it was given.
     """
 
     url: str | None
-    given: Path | None
+    given: str | None
 
     @classmethod
-    def of(cls, target: str | None, db: Path | None) -> "Place":
+    def of(cls, target: str | None, db: str | None) -> "Place":
         """Return the place that the options name; refuses both together."""
         return cls(server_of(target, db), db)
 
     @property
-    def path(self) -> Path:
-        """The file."""
+    def path(self) -> Path | DatabaseUrl:
+        """The database."""
         return database_of(self.given)
 
     def __str__(self) -> str:
@@ -49,12 +50,11 @@ class Place:
         """Open the state for reading and writing.
 
         Args:
-            tools: For a file: the modules of its tools.
-            create: Create the file if it is missing.
+            tools: For a database: the modules of its tools.
+            create: Create the database if it is missing.
         """
         from dspex_persist.settings import load_settings
         from dspex_persist.state.errors import DatabaseInUseError
-        from dspex_persist.state.store import maintenance
         from dspex_persist.wiring.connecting import connect
         from dspex_persist.wiring.limits import limits_of
 
@@ -64,7 +64,7 @@ class Place:
             return
         path, settings = self.path, load_settings()
         if not create:
-            maintenance.current(path)  # Refuses a missing file, which the engine would create.
+            refuse_missing(path)
         options: dict[str, Any] = {"limits": limits_of(settings), "session_ttl_s": settings.session_ttl_s}
         try:
             state = connect(path, tools=list(tools) or None, **options)

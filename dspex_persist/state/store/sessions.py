@@ -98,7 +98,7 @@ def count_live(connection: Connection) -> int:
 # The text is looked for first: to parse the metadata takes ten times as long.
 _WITH_ACCESS: Final = f"""
     SELECT count(*) FROM sessions INDEXED BY sessions_live
-    WHERE ended_sequence IS NULL AND instr(metadata, '"{ACCESS}"') AND json_extract(metadata, '$.{ACCESS}') <> ''
+    WHERE ended_sequence IS NULL AND instr(metadata, '"{ACCESS}"') > 0 AND json_extract(metadata, '$.{ACCESS}') <> ''
 """
 
 

@@ -64,10 +64,12 @@ class Database:
         url: Its URL, postgresql://... as for libpq, with the parameter `schema` besides.
         durability: "normal": the database may acknowledge commits before they are on its disk.
         server_id: Who connects: a part of the name that the database shows for it.
+        writes: Whether anything is written: if not, it does not matter how safe that would be.
     """
 
-    def __init__(self, url: str, *, durability: Durability = "full", server_id: str = "") -> None:
+    def __init__(self, url: str, *, durability: Durability = "full", server_id: str = "", writes: bool = True) -> None:
         self._durability = durability
+        self._writes = writes
         self.name = shown(url)
         given, self.schema = _read(url)
         ours = _NETWORK | {"application_name": f"dspex-persist:{server_id[:12]}"}
@@ -110,13 +112,15 @@ class Database:
         faults = {
             f"it is PostgreSQL {version}; 14 or newer is needed": number < _OLDEST,
             f"its encoding is {encoding}, not UTF8: create it with ENCODING 'UTF8'": encoding != "UTF8",
+        }
+        of_writers = {
             "it is a standby, which takes no writes: name the primary": is_standby,
             "fsync is off, so that a power cut may destroy the database": fsync == "off",
             "full_page_writes is off, so that a power cut may destroy the database": full_pages == "off",
             "synchronous_commit is off, so that a crash of the database loses acknowledged commits: set it on for this "
             "user, or choose the durability normal": commit == "off" and self._durability == "full",
         }
-        for reason, is_so in faults.items():
+        for reason, is_so in (faults | (of_writers if self._writes else {})).items():
             if is_so:
                 raise NotADatabaseError(self.name, reason)
 

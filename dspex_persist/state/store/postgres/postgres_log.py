@@ -16,6 +16,7 @@ from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import StateError, UnavailableError
 from dspex_persist.state.fold import fold_version
 from dspex_persist.state.log_store import FencedError, News
+from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import CommitChanges, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared_log import SharedLog
@@ -40,6 +41,11 @@ _SINCE: Final = """
     WHERE commits.session_key = %s AND commits.sequence > %s AND commits.sequence <= %s
 """
 _EXPIRES: Final = "UPDATE sessions SET expires_at = greatest(expires_at, %s) WHERE session_key = %s"
+_SIZE: Final = text("""
+    SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)
+    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
+    WHERE pg_namespace.nspname = :schema AND pg_class.relkind = 'r'
+""")
 _EXPIRY: Final = text("SELECT expires_at FROM sessions WHERE session_key = :key AND ended_sequence IS NULL")
 
 
@@ -223,6 +229,22 @@ class PostgresLog(_Stored, SharedLog):
             # One server at a time: two might wait for each other's rows.
             connection.exec_driver_sql("LOCK TABLE denials IN SHARE ROW EXCLUSIVE MODE")
             yield connection
+
+    def size_bytes(self) -> int:
+        """Return the size of the tables and indexes."""
+        with snapshot(self.readers) as connection:
+            return int(connection.execute(_SIZE, {"schema": self._database.schema}).scalar_one())
+
+    def figures(self) -> FileFigures:
+        """Return that size, and how many live sessions there are."""
+        with snapshot(self.readers) as connection:
+            live = stored_sessions.count_live(connection)
+        return FileFigures(self.size_bytes(), None, None, live)
+
+    def count_with_access(self) -> int:
+        """Return how many live sessions have rules of access."""
+        with snapshot(self.readers) as connection:
+            return stored_sessions.count_with_access(connection)
 
     # Other servers
 

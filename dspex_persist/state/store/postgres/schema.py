@@ -50,6 +50,16 @@ def upgrade(database: Database) -> None:
         writers.dispose()
 
 
+def check(connection: Connection, database: Database) -> None:
+    """Raise `OpenError` unless a database has the revision of this release."""
+    revision = _revision(connection, database)
+    if revision is None:
+        raise NotADatabaseError(database.name, f"there are no sessions in its schema {database.schema}")
+    if revision != REVISION:
+        reason = f"an older release made it (schema {revision}): a server of this release upgrades it when it starts"
+        raise NotADatabaseError(database.name, reason)
+
+
 def _lock(connection: Connection, database: Database) -> None:
     if not connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({LOCKS}, 0)").scalar():
         _logger.info("waiting for another server to upgrade", db=database.name)

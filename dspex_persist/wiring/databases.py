@@ -1,0 +1,124 @@
+"""Databases that several servers share: what there is behind each scheme of their URLs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from dspex_persist.addresses import DatabaseUrl
+from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.wiring.options import sorted_options
+
+if TYPE_CHECKING:
+    from dspex_persist.state.abilities import StreamsTools
+    from dspex_persist.state.audit import AuditSource
+    from dspex_persist.state.meter import Meter
+    from dspex_persist.state.recording import Header, RecordedCommit
+    from dspex_persist.state.served import ServedEngine
+    from dspex_persist.state.store.session_store import StoreOptions
+
+
+class Database(ABC):
+    """A database at a URL. It is opened with the package of its extra, which may be missing."""
+
+    needs: ClassVar[tuple[str, str]]
+    """The module that must be there, and the extra that installs it."""
+
+    def __init__(self, url: DatabaseUrl) -> None:
+        self.url = url
+        module, extra = self.needs
+        if find_spec(module) is None:
+            reason = f"{url.scheme}:// needs {module}, which is not installed: pip install 'dspex-persist[{extra}]'"
+            raise InvalidArgumentError("url", reason)
+
+    @abstractmethod
+    def connect(self, **options: Any) -> "StreamsTools":
+        """Open the session state, as `connect` does."""
+
+    @abstractmethod
+    def engine(
+        self,
+        options: "StoreOptions",
+        *,
+        sweep_interval_s: float,
+        on_fatal: Callable[[BaseException], None],
+        meter: "Meter | None",
+    ) -> "ServedEngine":
+        """Open the engine of a server."""
+
+    @abstractmethod
+    def audit(self, *, reveal: bool) -> "AuditSource":
+        """Open the history for queries. It creates nothing."""
+
+    @abstractmethod
+    def recording(
+        self, session_id: str, *, started: int | None, reveal: bool
+    ) -> "AbstractContextManager[tuple[Header, Iterator[RecordedCommit]]]":
+        """Open the log of a session. It creates nothing."""
+
+    @abstractmethod
+    def check_there(self) -> None:
+        """Raise `OpenError` if the database has no sessions yet, not even the tables for them."""
+
+
+class Postgresql(Database):
+    """`postgresql://...`."""
+
+    needs = ("psycopg", "postgresql")
+
+    def connect(self, **options: Any) -> "StreamsTools":
+        """See `Database`."""
+        from dspex_persist.state.distributed import DistributedState
+        from dspex_persist.state.store.session_store import StoreOptions
+
+        store_options, options = sorted_options(options, StoreOptions, DistributedState, "a PostgreSQL database")
+        return DistributedState(self.url.url, store_options, **options)
+
+    def engine(
+        self,
+        options: "StoreOptions",
+        *,
+        sweep_interval_s: float,
+        on_fatal: Callable[[BaseException], None],
+        meter: "Meter | None",
+    ) -> "ServedEngine":
+        """See `Database`. It sweeps often enough to find servers that have died."""
+        from dspex_persist.state.distributed import PostgresState
+        from dspex_persist.state.shared import SWEEP_S
+
+        often_s = min(sweep_interval_s, SWEEP_S)
+        return PostgresState(self.url.url, options, sweep_interval_s=often_s, on_fatal=on_fatal, meter=meter)
+
+    def audit(self, *, reveal: bool) -> "AuditSource":
+        """See `Database`."""
+        from dspex_persist.state.store import databases
+
+        return databases.open_audit(self.url.url, reveal=reveal)
+
+    def recording(
+        self, session_id: str, *, started: int | None, reveal: bool
+    ) -> "AbstractContextManager[tuple[Header, Iterator[RecordedCommit]]]":
+        """See `Database`."""
+        from dspex_persist.state.store import databases
+
+        return databases.open_recording(self.url.url, session_id, started=started, reveal=reveal)
+
+    def check_there(self) -> None:
+        """See `Database`."""
+        from dspex_persist.state.store import databases
+
+        with databases.open_readers(self.url.url):
+            pass
+
+
+_KINDS: Final[dict[str, type[Database]]] = {"postgresql": Postgresql}
+
+
+def database_at(url: DatabaseUrl) -> Database:
+    """Return the database at a URL.
+
+    Raises:
+        InvalidArgumentError: What it needs is not installed.
+    """
+    return _KINDS[url.scheme](url)

@@ -1,0 +1,179 @@
+"""Whatever takes an address takes that of a PostgreSQL database, and no place that tells it shows its password."""
+
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_persist import Context, cli, tool
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.abilities import Auditable, Forkable, Prunable, Recordable, Restorable
+from dspex_persist.state.audit import SessionQuery
+from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, UnavailableError
+from dspex_persist.state.recording import write_recording
+from dspex_persist.wiring.connecting import connect, open_audit
+from dspex_persist.wiring.recordings import import_session, open_recording
+from tests.deadline import within
+from tests.end_to_end.old_style import serve, target_of
+
+Run = Callable[..., tuple[int, str]]
+
+
+@tool
+def twice(number: int) -> int:
+    return 2 * number
+
+
+@pytest.fixture
+def secret(filled: str) -> str:
+    """A database with something in it, by a URL with a password, which the server does not ask for."""
+    return filled.replace("postgres@", "postgres:geheim@")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`dspex-persist ...` in this process: its exit code, and what it has printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["dspex-persist", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capsys.readouterr()
+        assert "geheim" not in stdout + stderr
+        return int(ended.value.code or 0), stdout + stderr
+
+    return run
+
+
+def test_connect(secret: str) -> None:
+    with connect(secret, tools=[twice], session_ttl_s=60.0) as state, connect(secret) as other:
+        assert state.url == secret.replace("geheim", "***")
+        assert {"distributed", "durable", "audit", "tools"} <= state.capabilities
+        for ability in (Auditable, Forkable, Prunable, Recordable, Restorable):
+            assert isinstance(state, ability)
+        state.set_variable("s", "x", 2)
+        assert other.get_variable("s", "x").version == 1
+    with pytest.raises(TypeError, match="a PostgreSQL database has no option timeout_s"):
+        connect(secret, timeout_s=1.0)
+
+
+def test_a_context(secret: str) -> None:
+    with Context("s", secret) as ctx:
+        ctx["x"] = 5
+        assert "geheim" not in repr(ctx)
+        assert secret.replace("geheim", "***") in repr(ctx)
+        # It is durable where it is.
+        ctx.ensure_persistent("other.db")
+        assert not Path("other.db").exists()
+    with Context("s", secret) as ctx:
+        assert ctx["x"] == 5
+
+
+def test_a_session_in_memory_moves_to_it(secret: str) -> None:
+    with Context("moved", "local") as ctx:
+        ctx["y"] = 1
+        ctx.move_to(secret)
+        assert "geheim" not in repr(ctx)
+        ctx["y"] = 2
+    with connect(secret) as state:
+        assert state.get_variable("moved", "y").version == 1
+
+
+def test_history_and_recordings(secret: str) -> None:
+    with open_audit(secret) as audit:
+        assert [each.session_id for each in audit.iterate(SessionQuery())] == ["s"]
+    recording = io.StringIO()
+    with open_recording(secret, "s") as (header, commits):
+        write_recording(header, commits, recording)
+    report = import_session(secret, recording.getvalue().splitlines(keepends=True), session_id="copy")
+    assert (report.path, report.commits) == (secret.replace("geheim", "***"), header.commits)
+
+
+def test_reading_creates_nothing(url: str, connection: Any) -> None:
+    for read in (open_audit, lambda url: open_recording(url, "s").__enter__()):
+        with pytest.raises(NotADatabaseError, match="there are no sessions in its schema public"):
+            read(url)
+    assert connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+
+
+def test_what_cannot_be_reached_says_so() -> None:
+    with pytest.raises(UnavailableError, match="Connection refused") as refused:
+        connect("postgresql://me:geheim@127.0.0.1:1/db")
+    assert "geheim" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("get", "s", "x"),
+        ("set", "s", "x", "3"),
+        ("sessions", "list"),
+        ("session", "show", "s"),
+        ("session", "export", "s", "-o", "s.jsonl"),
+        ("session", "fork", "s", "fork"),
+        ("audit", "sessions"),
+        ("audit", "history", "s"),
+        ("db", "prune", "--keep-versions", "1", "--confirm"),
+    ],
+)
+def test_commands(run: Run, secret: str, words: tuple[str, ...]) -> None:
+    code, printed = run(*words, "--db", secret)
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("db", "backup", "copy.db"), "pg_dump copies such a database while its servers run"),
+        (("db", "restore", "copy.db"), "pg_restore or psql"),
+        (("db", "vacuum"), "autovacuum"),
+        (("db", "stats"), "pg_total_relation_size"),
+        (("audit", "web"), "session export"),
+    ],
+)
+def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words: tuple[str, ...], instead: str) -> None:
+    code, printed = run(*words, "--db", secret)
+    assert code == 2
+    plain = " ".join(printed.replace("│", " ").split())
+    assert "is for files, not for" in plain
+    assert instead in plain
+
+
+def test_a_missing_database_is_not_created_by_a_command(run: Run, url: str, connection: Any) -> None:
+    for words in (("set", "s", "x", "1"), ("session", "fork", "s", "t"), ("db", "prune", "--keep-versions", "1")):
+        code, printed = run(*words, "--db", url)
+        assert (code, "there are no sessions" in printed) == (5, True), printed
+    assert connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+
+
+def test_a_context_refuses_what_is_no_address() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"postgresql://USER@HOST/DATABASE"):
+        Context("s", "mysql://host/db")
+
+
+@pytest.fixture
+def servers(secret: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
+    with serve(tmp_path / "unused.db", "--db", secret) as one, serve(tmp_path / "unused.db", "--db", secret) as two:
+        yield [one, two]
+
+
+def test_two_servers(servers: list[ServerProcess], secret: str) -> None:
+    one, two = (connect(f"grpc://{target_of(server)}") for server in servers)
+    with one, two, connect(secret) as here:
+        one.set_variable("s", "x", 7)
+        assert json.loads(two.get_variable("s", "x").value.json) == 7
+        two.set_variable("s", "x", 8)
+        assert json.loads(here.get_variable("s", "x").value.json) == 8
+        with two.watch("s", ["x"], after_sequence=0) as watch:
+            assert [each.variable.version for each in itertools.islice(watch, 3)] == [0, 1, 2]
+    for server in servers:
+        assert server.terminate(timeout_s=within(10)) == 0
+        assert '"event": "serving"' in server.stderr_tail
+        assert "geheim" not in server.stderr_tail
