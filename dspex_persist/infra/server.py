@@ -10,6 +10,7 @@ import inspect
 import os
 import secrets
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -68,6 +69,8 @@ _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
 # So long may somebody take to ask for the health, who need not say who it is. A request may be large.
 _STRANGERS_S: Final = 2.0
+# Strangers may open them, and one connection carries thousands.
+WATCHES_OF_HEALTH: Final = 1_000
 # How a call ended, for a meter.
 _OK, _GIVEN_UP, _TOO_LATE = "OK", "CANCELLED", "DEADLINE_EXCEEDED"
 
@@ -817,6 +820,7 @@ class _Health:
         self._names = frozenset(("", *names))
         self._draining = draining
         self._is_fit = is_fit
+        self._watches = Counter[str]()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         if request.service not in self._names:
@@ -826,13 +830,21 @@ class _Health:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        host = context.peer().rpartition(":")[0]
+        if self._watches[host] >= WATCHES_OF_HEALTH:
+            details = f"this host watches the health {WATCHES_OF_HEALTH:,} times already: end some, or ask with Check"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, details)
         known, draining = request.service in self._names, self._draining.is_set()
-        yield self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        # Read before the first answer, because the drain may begin while that is being sent.
-        if not draining:
-            await self._draining.wait()
-            if known:
-                yield self._now()
+        self._watches[host] += 1
+        try:
+            yield self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            # Read before the first answer, because the drain may begin while that is being sent.
+            if not draining:
+                await self._draining.wait()
+                if known:
+                    yield self._now()
+        finally:
+            self._watches -= Counter((host,))
 
     def _now(self) -> health_pb2.HealthCheckResponse:
         answer = health_pb2.HealthCheckResponse

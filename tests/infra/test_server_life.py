@@ -30,6 +30,42 @@ from tests.infra.ping import OpenChannel, PingClient, StartServer
 from tests.infra.ping_server import REFUSED
 from tests.logs import capture_logs
 
+# --- Health ---
+
+
+def test_a_host_may_watch_the_health_many_times_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WATCHES_OF_HEALTH", 2)
+
+    async def first_answers(port: int, watches: int) -> list[StatusCode | int]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            calls, answers = [], list[StatusCode | int]()
+            for _ in range(watches):
+                calls.append(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()))
+                try:
+                    answers.append((await calls[-1].read()).status)
+                except grpc.aio.AioRpcError as error:
+                    answers.append(error.code())
+            return answers
+
+    async def test() -> None:
+        stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+        options = ServerOptions("127.0.0.1:0")
+        serving = asyncio.create_task(
+            serve(options, [], status_of=lambda _: None, on_ready=ready.set_result, stop=stop)
+        )
+        async with asyncio.timeout(within(20)):
+            port = await ready
+            serving_status = health_pb2.HealthCheckResponse.SERVING
+            assert await first_answers(port, 3) == [serving_status, serving_status, StatusCode.RESOURCE_EXHAUSTED]
+            # The others have ended with their connection.
+            while await first_answers(port, 1) != [serving_status]:
+                pass
+            stop.set()
+            await serving
+
+    asyncio.run(test())
+
+
 # --- Listening ---
 
 
