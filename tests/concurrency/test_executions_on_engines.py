@@ -113,8 +113,9 @@ def test_a_server_that_does_not_renew_its_lease(open_log: Open, monkeypatch: pyt
         servers.stage.wait_begun()
         monkeypatch.setattr(servers.engines[0]._shared.log, "renew", lambda: None)
         wait_until(lambda: not servers.running())
-        assert ended(held) is ExecutionStatus.INTERRUPTED
-        assert servers.stage.ended == ["cancelled"]
+        # Until then nothing need have told it that it seems dead.
         monkeypatch.undo()
+        assert ended(held) is ExecutionStatus.INTERRUPTED
+        wait_until(lambda: servers.stage.ended == ["cancelled"])
         wait_until(lambda: ended(servers.execute(0, "increment")) is ExecutionStatus.COMMITTED)
         assert servers.servers[1].get_variable(SESSION, "n").value.json == "1"

@@ -181,7 +181,7 @@ def test_a_server_that_seemed_dead_stops_its_tools_and_goes_on(name: str) -> Non
         tools.stage.go.set()
         assert outcome_of(tools.execute(0, "increment")).status is ExecutionStatus.COMMITTED
         assert tools.value() == "1"
-        assert tools.stage.ended == ["cancelled" if name == "hold_async" else "hold"]
+        tools.wait_until(lambda: tools.stage.ended == ["cancelled" if name == "hold_async" else "hold"])
 
 
 def test_the_end_of_an_execution_is_refused_that_others_have_interrupted() -> None:
@@ -218,7 +218,7 @@ def test_a_session_that_ends_on_one_server_ends_what_runs_on_another() -> None:
         outcome = outcome_of(held)
         assert outcome.status is ExecutionStatus.INTERRUPTED
         assert "the session ended while the tool ran" in str(outcome.error)
-        assert tools.stage.ended == ["cancelled"]
+        tools.wait_until(lambda: tools.stage.ended == ["cancelled"])
 
 
 def executions_after_a_pause(tools: Tools) -> ExecutionStatus | None:

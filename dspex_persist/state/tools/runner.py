@@ -212,8 +212,8 @@ class ToolRunner:
         """Raise `ExecutionElsewhereError` if another server runs an execution."""
         if self._peers is None:
             return
-        look = functools.partial(self._peers.server_of, execution_id)
-        address = await self._home.on_thread(look, "dspex-persist-server-of")
+        # It asks the log.
+        address = await asyncio.to_thread(self._peers.server_of, execution_id)
         if address is not None:
             raise ExecutionElsewhereError(execution_id, address)
 
