@@ -111,6 +111,16 @@ def test_a_token_is_revoked_by_editing_the_file(path: Path) -> None:
     assert tokens.find("one") is None
 
 
+def test_the_token_that_was_found_last_is_forgotten_with_the_file(path: Path) -> None:
+    tokens = Tokens(path)
+    one = tokens.find("one")
+    assert [tokens.find(each) for each in ("one", "other", "one", "two", "one")][::2] == [one] * 3
+    path.write_text(line("a", "admin", "one"))
+    assert [tokens.find("one") for _ in range(2)] == [Identity("a", frozenset({"admin"}))] * 2
+    path.write_text(line("a", "admin", "two"))
+    assert [tokens.find("one") for _ in range(2)] == [None] * 2
+
+
 def test_a_file_as_other_systems_write_it(path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + line("a", "read", "one").replace("\n", "\r\n").encode())
     assert Tokens(path).find("one") == Identity("a", frozenset({"read"}))
