@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # How long running code may go on after SIGTERM.
 _GRACE_S: Final = 10.0
 _ANSWER_S: Final = 30.0
+_ROOT: Final = 0
 
 _logger: Final = get_logger(__name__)
 
@@ -121,7 +122,7 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
     end = End(asyncio.get_running_loop())
     worker_id = options.worker_id or socket.gethostname()
     with Callback(options.url, timeout_s=_ANSWER_S, actor=f"worker:{worker_id}") as state:
-        users = _users_of(options.url, listen)
+        users = _users_of(options, listen)
         servicer = RegisteredServicer(state, tools, threads=options.tool_threads, limits=options.limits)
         end.on_signals()
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -166,17 +167,21 @@ async def _serve(options: WorkerOptions, tools: "Mapping[str, ToolCode]", listen
         serving.result()
 
 
-def _users_of(url: str, listen: str) -> SameUser | None:
+def _users_of(options: WorkerOptions, listen: str) -> SameUser | None:
     """Return what refuses the users of this machine who are neither ours nor the server's; None to refuse none.
 
     Whoever can connect can run the tools. Where the server's user is not known, everybody on this machine can.
     """
-    address, server_at = parse_listen(listen), target_of(url)
-    if not isinstance(address, TcpAddress) or not is_loopback(listen) or not is_here(server_at):
+    address, server_at = parse_listen(listen), target_of(options.url)
+    has_login = options.certificates is not None and options.certificates.asks_clients
+    if options.insecure or has_login or not is_loopback(listen) or not is_here(server_at):
         return None
     called = parse_listen(server_at)
-    others = listeners_at(called.host, called.port) if isinstance(called, TcpAddress) else frozenset()
-    return SameUser(address.host, Denials(DenialLog().note), others=others) if others else None
+    if not isinstance(address, TcpAddress) or not isinstance(called, TcpAddress):
+        return None
+    others = listeners_at(called.host, called.port)
+    # Root listens for others, too: systemd, or a proxy, passes connections on to the server of another user.
+    return SameUser(address.host, Denials(DenialLog().note), others=others) if others and _ROOT not in others else None
 
 
 async def _until_stopped(serving: "asyncio.Task[None]", registrations: Registrations, port: int) -> None:

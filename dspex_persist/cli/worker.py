@@ -75,7 +75,8 @@ ClientCa = typer.Option(
     show_default=False,
 )
 Insecure = typer.Option(
-    "--insecure", help="Allow --listen to be reachable from other machines, without encryption or login."
+    "--insecure",
+    help="Allow --listen to be reachable from other machines, and by all users of this one, without a login.",
 )
 ToolThreads = typer.Option(
     "--tool-threads",

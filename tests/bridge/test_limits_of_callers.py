@@ -277,7 +277,7 @@ def test_sessions_and_stored_bytes(served: ServedDatabase, file: Path) -> None:
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 
 
-def check_another_user_is_refused(target: str, token: str = "") -> None:
+def check_another_user_is_refused(target: str, token: str = "", user: int = 65534) -> None:
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     calling = (
         "import grpc, sys\n"
@@ -290,8 +290,8 @@ def check_another_user_is_refused(target: str, token: str = "") -> None:
     )
     answer = subprocess.run(
         (sys.executable, "-c", calling),
-        user=65534,
-        group=65534,
+        user=user,
+        group=user,
         capture_output=True,
         text=True,
         check=False,

@@ -1,22 +1,27 @@
 """`dspex-persist worker`: tools of a process of its own, registered for sessions of a running server."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import snakepit_bridge_pb2 as pb
 import snakepit_bridge_pb2_grpc as bridge
 
-from dspex_persist import Context
+from dspex_persist import Context, registered
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.registered import WorkerOptions
 from dspex_persist.state.bridge.workers.registering import Registrations
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import StateError, ToolFailedError
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, ToolSpec
 from dspex_persist.testing.server import ServedDatabase
 from tests.bridge.test_limits_of_callers import AS_ROOT, check_another_user_is_refused
@@ -103,9 +108,53 @@ def test_it_does_nothing_after_its_callers_time(session: Context, provider: Brid
     assert (late.read_text(), session["a"]) == ("FAILED_PRECONDITION", 0)
 
 
+@pytest.mark.parametrize(
+    ("listening", "more", "refuses"),
+    [
+        ({1002}, {}, True),
+        # Root, as systemd does it, may pass connections on to a server of another user.
+        ({0}, {}, False),
+        ({0, 1002}, {}, False),
+        (set(), {}, False),
+        ({1002}, {"insecure": True}, False),
+        ({1002}, {"url": "grpc+unix:/run/a.sock"}, False),
+    ],
+)
+def test_it_runs_tools_for_the_user_whose_server_it_is(
+    listening: set[int], more: dict[str, Any], refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registered, "listeners_at", lambda *_: frozenset(listening))
+    given = {"url": "grpc://127.0.0.1:50051", "sessions": ("s",), "listen": "", "address": "", "worker_id": "w"}
+    more = {"certificates": None, "insecure": False, "tool_threads": 1, "max_message_bytes": 1, **more}
+    options = WorkerOptions(**{**given, **more, "limits": Limits()})
+    assert (registered._users_of(options, "127.0.0.1:0") is not None) is refuses
+
+
 @AS_ROOT
-def test_it_runs_nothing_for_other_users_of_the_machine(worker: ServerProcess) -> None:
-    check_another_user_is_refused(f"127.0.0.1:{worker.port}")
+def test_it_runs_nothing_for_other_users_of_the_machine(tmp_path: Path) -> None:
+    nobody = 65534
+    folder = tmp_path / "nobodys"
+    folder.mkdir()
+    os.chown(folder, nobody, nobody)
+    for each in (tmp_path, *tmp_path.parents[:3]):
+        each.chmod(each.stat().st_mode | 0o011)
+    command = (sys.executable, "-m", "dspex_persist", "serve", "--db", str(folder / "a.db"), "--listen", "127.0.0.1:0")
+    server = subprocess.Popen(
+        command, user=nobody, group=nobody, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        target = f"127.0.0.1:{server.stdout.readline().strip().rpartition(':')[2]}"
+        with BridgedState(target, timeout_s=DEADLINE_S) as provider:
+            provider.initialize_session("s")
+            provider.register_variable("s", "a", "integer", 0)
+            with start(target, "--session", "s") as worker:
+                outcome = provider.execute_tool("s", "increase", {"amount": 2})
+                assert outcome.status is ExecutionStatus.COMMITTED
+                check_another_user_is_refused(f"127.0.0.1:{worker.port}", user=1002)
+    finally:
+        server.terminate()
+        server.communicate()
 
 
 def test_what_is_listed(session: Context, provider: BridgedState, worker: ServerProcess) -> None:
