@@ -4,10 +4,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-FORM_OF: Final = {"postgresql": "postgresql://USER@HOST/DATABASE"}
+FORM_OF: Final = {"postgresql": "postgresql://USER@HOST/DATABASE", "redis": "redis://HOST:PORT/NUMBER"}
 """The schemes of their URLs, each with the form of such a URL. The extra of this package that a scheme needs has its
 name."""
-_SYNONYMS: Final = {"postgres": "postgresql"}
+_SYNONYMS: Final = {
+    "postgres": "postgresql",
+    **dict.fromkeys(("rediss", "redis+unix", "valkey", "valkeys", "valkey+unix"), "redis"),
+}
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _USER: Final = re.compile(r"(://[^:@/?#]*):.*@", re.DOTALL)
 _SECRET: Final = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)

@@ -201,7 +201,8 @@ class Settings(LimitSettings):
     db: Database = Field(
         Path(DATABASE),
         description="The database: a file, created if missing, or `postgresql://USER@HOST/DATABASE?schema=NAME` for "
-        "several servers (docs/postgresql.md; needs the extra `[postgresql]`).",
+        "several servers (docs/postgresql.md; needs the extra `[postgresql]`), or "
+        "`redis://HOST:PORT/NUMBER?prefix=NAME` (docs/valkey.md; needs the extra `[redis]`).",
     )
     listen: str = Field(
         LISTEN,

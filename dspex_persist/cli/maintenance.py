@@ -63,10 +63,18 @@ R = TypeVar("R", bound="DataclassInstance")
     )
 )
 def check(db: Db = None, jobs: Jobs = None, as_json: Json = False) -> None:
-    """Check the file."""
+    """Check the file, or the database."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, "check", as_json, lambda path, progress: maintenance.check(path, progress, jobs), show_check)
+    def work(progress: Progress) -> maintenance.CheckReport:
+        place = database_of(db)
+        if isinstance(place, DatabaseUrl):
+            from dspex_persist.wiring.databases import database_at
+
+            return database_at(place).check(progress)
+        return maintenance.check(place, progress, jobs)
+
+    _tell(as_json, work, show_check)
 
 
 @app.command(help="Show the revision of the schema, and whether it is this release's.")

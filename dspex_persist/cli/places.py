@@ -14,7 +14,7 @@ Db = Annotated[
         metavar="PATH|URL",
         show_default=False,
         help=(
-            "The database: a file, or a URL such as postgresql://USER@HOST/DATABASE. "
+            "The database: a file, or a URL such as postgresql://USER@HOST/DATABASE or redis://HOST. "
             "[dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]"
         ),
     ),
@@ -28,7 +28,15 @@ _INSTEAD: Final = {
         "db stats": "pg_total_relation_size tells the size of its tables, and \\dt+ of psql lists them",
         "db current": "its table alembic_version has the revision of the schema",
         "db upgrade": "the first server of a new release that starts upgrades it: make a copy with pg_dump before",
-    }
+    },
+    "redis": {
+        "db backup": "a copy of the appendonlydir of the store is a backup",
+        "db restore": "put a copy of its appendonlydir back, while no server runs",
+        "db vacuum": "the command BGREWRITEAOF of the store shortens its log file",
+        "db stats": "the commands INFO memory and MEMORY USAGE of the store tell what takes up space",
+        "db current": "its format has no revisions yet",
+        "db upgrade": "its format has no revisions yet",
+    },
 }
 _OF_FILES: Final = "session export and session import --db FILE bring its sessions into a file"
 

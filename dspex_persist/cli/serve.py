@@ -18,6 +18,7 @@ EPILOG = (
     "dspex-persist serve\n\n"
     "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
     "dspex-persist serve --db postgresql://shop@db.internal/sessions --listen 127.0.0.1:50051\n\n"
+    "dspex-persist serve --db redis://store.internal:6379 --listen 127.0.0.1:50051\n\n"
     "dspex-persist serve --listen 127.0.0.1:0 --limit watchers=500\n\n"
     "dspex-persist serve --tools shop.tools --tools shop.reports:daily\n\n"
     "dspex-persist serve --tools shop.tools --workers 4\n\n"
@@ -43,7 +44,8 @@ Db = _option(
     "--db",
     "PATH|URL",
     "sessions.db",
-    "The database: a file, created if missing, or postgresql://USER@HOST/DATABASE, which several servers may share.",
+    "The database: a file, created if missing, or one that several servers may share: postgresql://USER@HOST/DATABASE, "
+    "redis://HOST:PORT/NUMBER.",
 )
 Durability = _option(
     _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."

@@ -30,7 +30,7 @@ def connect(url: Address, **options: Any) -> "StreamsTools":
     knows it, too: a file and a server are `Durable`, `Prunable` and more (`dspex_persist.state.abilities`).
 
     Args:
-        url: One of four kinds of address:
+        url: One of five kinds of address:
 
             - A path, `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file. It is created if missing,
               and this process owns it until you close it. A relative path is resolved now; changing the working
@@ -39,13 +39,15 @@ def connect(url: Address, **options: Any) -> "StreamsTools":
               empty state.
             - `postgresql://USER@HOST/DATABASE?schema=NAME`: a PostgreSQL database, which any number of processes may
               have open. Its tables are created if missing.
+            - `redis://HOST:PORT/NUMBER?prefix=NAME`: a Redis or Valkey server, likewise. It answers no audits.
             - `grpc://HOST:PORT`, `grpcs://HOST:PORT` (with TLS) or `grpc+unix:/PATH`: a server. The first call on it
               connects.
         options: For a file or a database: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. For a database also
-            `lease_s`. In memory: the fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`,
-            `tools`, `tool_threads`. For a server:
+            `lease_s`. For Redis: the fields of `SessionOptions`, `durability`, and what a database takes besides. In
+            memory: the fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`,
+            `tool_threads`. For a server:
             `timeout_s` (seconds), `breaker`, `cache`, `token`, `ca`, `cert` and `key` (files, for TLS), and others of
             `BridgedState`. For all: `actor`, who makes the changes, by default the user of this process.
 

@@ -7,15 +7,17 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dspex_persist.addresses import DatabaseUrl
-from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.wiring.options import sorted_options
 
 if TYPE_CHECKING:
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.meter import Meter
+    from dspex_persist.state.provider import Progress
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.served import ServedEngine
+    from dspex_persist.state.store.maintenance.checks import CheckReport
     from dspex_persist.state.store.session_store import StoreOptions
 
 
@@ -24,6 +26,8 @@ class Database(ABC):
 
     needs: ClassVar[tuple[str, str]]
     """The module that must be there, and the extra that installs it."""
+    has_audits: ClassVar[bool] = True
+    """Whether the history can be queried."""
 
     def __init__(self, url: DatabaseUrl) -> None:
         self.url = url
@@ -56,6 +60,10 @@ class Database(ABC):
         self, session_id: str, *, started: int | None, reveal: bool
     ) -> "AbstractContextManager[tuple[Header, Iterator[RecordedCommit]]]":
         """Open the log of a session. It creates nothing."""
+
+    def check(self, progress: "Progress") -> "CheckReport":
+        """Check everything, as `db check` does, while servers go on. It changes nothing."""
+        raise UnsupportedError(f"a check of {self.url}", "check a file into which its sessions were imported")
 
     @abstractmethod
     def check_there(self) -> None:
@@ -112,7 +120,82 @@ class Postgresql(Database):
             pass
 
 
-_KINDS: Final[dict[str, type[Database]]] = {"postgresql": Postgresql}
+class Redis(Database):
+    """`redis://...`, and the same of Valkey."""
+
+    needs = ("redis", "redis")
+    has_audits = False
+
+    def connect(self, **options: Any) -> "StreamsTools":
+        """See `Database`."""
+        from dspex_persist.state.options import SessionOptions
+        from dspex_persist.state.valkey.valkey_state import RedisState
+
+        session_options, options = sorted_options(options, SessionOptions, RedisState, "a Redis store")
+        return RedisState(self.url.url, session_options, **options)
+
+    def engine(
+        self,
+        options: "StoreOptions",
+        *,
+        sweep_interval_s: float,
+        on_fatal: Callable[[BaseException], None],
+        meter: "Meter | None",
+    ) -> "ServedEngine":
+        """See `Database`. It sweeps often enough to find servers that have died."""
+        from dspex_persist.state.shared import SWEEP_S
+        from dspex_persist.state.valkey.valkey_state import ValkeyState
+
+        for name in ("retention_keep_versions", "retention_age_s", "retention_ended_sessions_s", "warn_size_bytes"):
+            if getattr(options, name) is not None:
+                raise InvalidArgumentError(name, f"{self.url} keeps the whole history; nothing there prunes it")
+        return ValkeyState(
+            self.url.url,
+            options,
+            durability=options.durability,
+            cache_size_bytes=options.cache_size_bytes,
+            sweep_interval_s=min(sweep_interval_s, SWEEP_S),
+            on_fatal=on_fatal,
+            meter=meter,
+            denials_kept=options.denials_kept,
+        )
+
+    def audit(self, *, reveal: bool) -> "AuditSource":
+        """See `Database`."""
+        raise UnsupportedError(f"audits of {self.url}", "export its sessions, and import them into a file")
+
+    def recording(
+        self, session_id: str, *, started: int | None, reveal: bool
+    ) -> "AbstractContextManager[tuple[Header, Iterator[RecordedCommit]]]":
+        """See `Database`."""
+        from dspex_persist.state.valkey import databases
+
+        return databases.open_recording(self.url.url, session_id, started=started, reveal=reveal)
+
+    def check(self, progress: "Progress") -> "CheckReport":
+        """See `Database`."""
+        from dspex_persist.state.store.maintenance.checks import CheckReport
+        from dspex_persist.state.store.verify import MOST_PROBLEMS, Problem
+        from dspex_persist.state.valkey import databases
+        from dspex_persist.state.valkey.valkey_log import FORMAT
+
+        def report(done: int, in_all: int) -> None:
+            progress("checking commits", done, in_all)
+
+        commits, found = databases.verify(self.url.url, report, most=MOST_PROBLEMS)
+        problems = tuple(Problem(*each) for each in found)
+        is_complete = len(problems) < MOST_PROBLEMS
+        return CheckReport(str(self.url), str(FORMAT), commits, 0, 0, 0, False, problems, is_complete)
+
+    def check_there(self) -> None:
+        """See `Database`."""
+        from dspex_persist.state.valkey import databases
+
+        with databases.open_reads(self.url.url):
+            pass
+
+
+_KINDS: Final[dict[str, type[Database]]] = {"postgresql": Postgresql, "redis": Redis}
 
 
 def database_at(url: DatabaseUrl) -> Database:

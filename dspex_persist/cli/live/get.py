@@ -98,7 +98,7 @@ def get(
 
 def _rows_of(place: Place, session: str, names: Sequence[str], reveal: bool) -> list[Row]:
     """Return the variables with these names or globs: in their order, or else oldest first."""
-    if place.url is None:
+    if place.has_history:
         with place.explaining(session), place.history(reveal=reveal) as source:
             return select(session, {each.name: _row_of_state(each) for each in state_of(source, session)}, names)
     from dspex_persist.state.audit import is_glob

@@ -42,6 +42,15 @@ class Place:
         """The database."""
         return database_of(self.given)
 
+    @property
+    def has_history(self) -> bool:
+        """Whether a command may read the history instead of opening the state, which a file's owner would not allow."""
+        if self.url is not None or not isinstance(place := self.path, DatabaseUrl):
+            return self.url is None
+        from dspex_persist.wiring.databases import database_at
+
+        return database_at(place).has_audits
+
     def __str__(self) -> str:
         return self.url or str(self.path)
 

@@ -58,7 +58,7 @@ def _reading(place: Place, session: str, reveal: bool = False) -> "Iterator[Cata
     from dspex_persist.cli.live.program_access import OfHistory, OfState
     from dspex_persist.cognitive.programs.catalog import Catalog
 
-    if place.url is None:
+    if place.has_history:
         with place.explaining(session), place.history(reveal=reveal) as source:
             yield Catalog(OfHistory(source, session), session)
     else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 from dspex_persist.state.errors import NotADatabaseError
 from dspex_persist.state.recording import Header, RecordedCommit
@@ -42,12 +43,15 @@ def open_recording(
         yield Recordings(reads, keys).record(session_id, started=started, reveal=reveal, after=0)
 
 
-def verify(url: str, progress: Callable[[int, int], object] = lambda _, __: None) -> tuple[int, tuple[Problem, ...]]:
+def verify(
+    url: str, progress: Callable[[int, int], object] = lambda _, __: None, most: int | None = None
+) -> tuple[int, tuple[Problem, ...]]:
     """Check all that a store has of a log, while servers go on.
 
     Args:
         url: The address, as for `ValkeyState`.
         progress: Called now and then with how many commits were checked, and how many there are.
+        most: Stop after so many problems.
 
     Returns:
         How many commits were checked, and what is wrong.
@@ -57,5 +61,5 @@ def verify(url: str, progress: Callable[[int, int], object] = lambda _, __: None
     """
     with open_reads(url) as (reads, keys), converted():
         verification = Verification(reads, keys, progress)
-        problems = tuple(verification.problems())
+        problems = tuple(islice(verification.problems(), most))
     return verification.commits, problems

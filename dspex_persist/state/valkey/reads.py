@@ -16,7 +16,7 @@ from dspex_persist.state.errors import DamagedSessionError, StateError
 from dspex_persist.state.fold import fold_version
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.log_store import affected
-from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Value, VariableVersion
+from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Session, Value, VariableVersion
 from dspex_persist.state.rules import Rules
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.unit_of_work import RecordedOutcome, VersionQuery, up_to
@@ -260,6 +260,13 @@ class Reads:
         """Return one commit of a session, or None."""
         rows = self.client.xrange(self._keys.commits(first), f"{sequence}-0", f"{sequence}-0")
         return codec.commit_in(rows[0][1]) if rows else None
+
+    def live_sessions(self) -> Iterator[Session]:
+        """Yield the live sessions, without what is in them."""
+        firsts = self.client.hvals(self._keys.live)
+        for content in self.pipelined(("hget", self._keys.session(int(first)), "session") for first in firsts):
+            if content is not None:
+                yield codec.session_in(content).session
 
     def stored_by(self, identity: str) -> Mapping[int, int]:
         """Return the live sessions that an identity began, by their first commits, with their stored bytes."""

@@ -14,6 +14,7 @@ import redis
 
 from dspex_persist.clock import EARLIEST, from_micros, to_micros
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.access import Access
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.errors import (
     DamagedSessionError,
@@ -487,6 +488,16 @@ class ValkeyLog(SharedLog):
         """See `SharedLog`."""
         micros = self._client.zscore(self.keys.expiry, state.session.sequence)
         return None if micros is None else from_micros(int(micros))
+
+    @reported
+    def figures(self) -> tuple[int, int]:
+        """Return how much memory the store takes, in bytes, and how many live sessions there are; any thread."""
+        return int(self._client.info("memory")["used_memory"]), int(self._client.hlen(self.keys.live))
+
+    @reported
+    def count_with_access(self) -> int:
+        """Return how many live sessions have rules of access; any thread."""
+        return sum(Access.of(session.metadata) is not None for session in self.reads.live_sessions())
 
     # Other servers
 

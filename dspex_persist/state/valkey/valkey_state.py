@@ -10,7 +10,7 @@ from dspex_persist.state.around import DurableAround, ImportsAround, OrderAround
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.groups import CACHE_SIZE_BYTES
 from dspex_persist.state.log_state import default_actor
-from dspex_persist.state.meter import Meter
+from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.served import DENIALS_KEPT
@@ -99,6 +99,15 @@ class ValkeyState(SharedState, Durable, Recordable):
     def url(self) -> str:
         """See `StateProvider.url`: the address, without a password."""
         return self._store.name
+
+    def file_figures(self) -> FileFigures:
+        """See `ServedEngine.file_figures`: the size is that of everything in the store."""
+        size_bytes, live = self._store.figures()
+        return FileFigures(size_bytes, None, None, live)
+
+    def count_with_access(self) -> int:
+        """See `ServedEngine.count_with_access`."""
+        return self._store.count_with_access()
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False, after: int = 0

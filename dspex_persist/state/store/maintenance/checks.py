@@ -34,7 +34,7 @@ class CheckReport:
     markers in the log. `anchored`: whether there was an anchor file, and so a known last commit.
     """
 
-    path: Path
+    path: Path | str
     revision: str
     commits: int
     pruned_commits: int

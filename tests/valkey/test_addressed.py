@@ -1,0 +1,184 @@
+"""Whatever takes an address takes that of a store, and no place that tells it shows its password."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from dspex_persist import Context, cli
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable
+from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, UnavailableError, UnsupportedError
+from dspex_persist.state.recording import write_recording
+from dspex_persist.wiring.connecting import connect, open_audit
+from dspex_persist.wiring.recordings import import_session, open_recording
+from tests.deadline import within
+from tests.end_to_end.old_style import serve, target_of
+from tests.valkey.conftest import address
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def secret(valkey: str, valkey_prefix: str, client: redis.Redis) -> str:
+    """A log with something in it, by an address with a password."""
+    client.execute_command("ACL", "SETUSER", "me", "on", ">geheim", "+@all", "~*", "&*")
+    url = address(valkey, valkey_prefix).replace("://", "://me:geheim@")
+    with connect(url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+    return url
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`dspex-persist ...` in this process: its exit code, and what it has printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["dspex-persist", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capsys.readouterr()
+        assert "geheim" not in stdout + stderr
+        return int(ended.value.code or 0), stdout + stderr
+
+    return run
+
+
+def test_connect(secret: str) -> None:
+    with connect(secret, session_ttl_s=60.0) as state, connect(secret, durability="normal") as other:
+        assert state.url == secret.replace("geheim", "***")
+        assert {"distributed", "durable", "recordings", "imports"} <= state.capabilities
+        assert isinstance(state, Durable)
+        assert isinstance(state, Recordable)
+        for ability in (Auditable, Forkable, Prunable, Restorable):
+            with pytest.raises(UnsupportedError):
+                ability.of(state)
+        state.set_variable("s", "x", 2)
+        assert other.get_variable("s", "x").version == 1
+    with pytest.raises(TypeError, match="a Redis store has no option timeout_s"):
+        connect(secret, timeout_s=1.0)
+
+
+def test_a_context(secret: str) -> None:
+    with Context("s", secret) as ctx:
+        ctx["x"] = 5
+        assert "geheim" not in repr(ctx)
+        # It is durable where it is.
+        ctx.ensure_persistent("other.db")
+        assert not Path("other.db").exists()
+    with Context("s", secret) as ctx:
+        assert ctx["x"] == 5
+
+
+def test_a_session_in_memory_moves_to_it(secret: str) -> None:
+    with Context("moved", "local") as ctx:
+        ctx["y"] = 1
+        ctx.move_to(secret)
+        ctx["y"] = 2
+    with connect(secret) as state:
+        assert state.get_variable("moved", "y").version == 1
+
+
+def test_recordings(secret: str, tmp_path: Path) -> None:
+    recording = io.StringIO()
+    with open_recording(secret, "s") as (header, commits):
+        write_recording(header, commits, recording)
+    lines = recording.getvalue().splitlines(keepends=True)
+    report = import_session(secret, lines, session_id="copy")
+    assert (report.path, report.commits) == (secret.replace("geheim", "***"), header.commits)
+    assert import_session(tmp_path / "file.db", lines).commits == header.commits
+    with open_audit(tmp_path / "file.db") as audit:
+        assert audit.head() == header.commits
+
+
+def test_audits_say_what_to_do_instead(secret: str) -> None:
+    with pytest.raises(UnsupportedError, match="import them into a file"):
+        open_audit(secret)
+
+
+def test_what_cannot_be_reached_says_so() -> None:
+    with pytest.raises(UnavailableError, match="refused") as refused:
+        connect("redis://me:geheim@127.0.0.1:1")
+    assert "geheim" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("get", "s", "x"),
+        ("get", "s"),
+        ("set", "s", "x", "3"),
+        ("session", "export", "s", "-o", "s.jsonl"),
+        ("db", "check"),
+    ],
+)
+def test_commands(run: Run, secret: str, words: tuple[str, ...]) -> None:
+    code, printed = run(*words, "--db", secret)
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("db", "backup", "copy.db"), "appendonlydir"),
+        (("db", "restore", "copy.db"), "appendonlydir"),
+        (("db", "vacuum"), "BGREWRITEAOF"),
+        (("db", "stats"), "INFO memory"),
+        (("audit", "web"), "session export"),
+    ],
+)
+def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words: tuple[str, ...], instead: str) -> None:
+    code, printed = run(*words, "--db", secret)
+    assert code == 2
+    plain = " ".join(printed.replace("│", " ").split())
+    assert "is for files, not for" in plain
+    assert instead in plain
+
+
+def test_a_check_that_finds_problems(run: Run, secret: str, client: redis.Redis, valkey_prefix: str) -> None:
+    client.hdel(f"{{{valkey_prefix}}}:live", "s")
+    code, printed = run("db", "check", "--db", secret)
+    assert code == 3
+    assert "session s: it has not ended" in " ".join(printed.split())
+
+
+def test_a_missing_log_is_not_created_by_a_command(run: Run, valkey: str, client: redis.Redis) -> None:
+    url = address(valkey, "nothing")
+    code, printed = run("set", "s", "x", "1", "--db", url)
+    assert (code, "no sessions under the prefix" in printed) == (5, True), printed
+    with pytest.raises(NotADatabaseError):
+        open_recording(url, "s").__enter__()
+    assert client.keys("{nothing}*") == []
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(InvalidArgumentError, match="prefix"):
+        connect("redis://host?prefix=a b")
+
+
+@pytest.fixture
+def servers(secret: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
+    with serve(tmp_path / "unused.db", "--db", secret) as one, serve(tmp_path / "unused.db", "--db", secret) as two:
+        yield [one, two]
+
+
+def test_two_servers(servers: list[ServerProcess], secret: str) -> None:
+    one, two = (connect(f"grpc://{target_of(server)}") for server in servers)
+    with one, two, connect(secret) as here:
+        one.set_variable("s", "x", 7)
+        assert json.loads(two.get_variable("s", "x").value.json) == 7
+        two.set_variable("s", "x", 8)
+        assert json.loads(here.get_variable("s", "x").value.json) == 8
+        with two.watch("s", after_sequence=0) as watch:
+            assert next(iter(watch)).sequence == 2
+    for server in servers:
+        assert server.terminate(timeout_s=within(10)) == 0
+        assert '"event": "serving"' in server.stderr_tail
+        assert "geheim" not in server.stderr_tail
