@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar, Unpack, cast
 from dspex_persist.infra import forks, tracing
 from dspex_persist.infra.futures import Ticket, failed, settled
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
+from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
 from dspex_persist.state.abilities import Derives, Holdable, Importable, KeepsOrder, SessionHold, SessionImport
@@ -92,7 +93,8 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
     """
 
     loops_lead = True
-    """Whether an event loop may write a small group itself, because that takes no longer than other calls do."""
+    """Whether an event loop may write a small group itself, or query the log, because that takes no longer than other
+    calls do."""
 
     imports_lead = True
     """Whether an import may have the log for itself for as long as its commits come."""
@@ -288,7 +290,8 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
         """Parse the values here, for the variables as they are now: on the writer's thread every caller would wait."""
         if self._failed is not None or self._closed:
             return
-        facts = _Facts(self._groups, command, origin)
+        may_query = self.loops_lead or not is_on_loop()
+        facts = _Facts(self._groups, command, origin, may_query=may_query)
         find_type = facts.find_type if origin.idempotency_key is not None else None
         command.read_ahead(values.ReadAhead(self.limits, strict=strict), facts.find, find_type)
 
@@ -501,8 +504,9 @@ class OnLoop:
 class _Facts:
     """Looks up the variables for which a command carries values. Queries the log only if the values are large."""
 
-    def __init__(self, groups: Groups[LogStore], command: Command[Any], origin: Origin) -> None:
-        self._query = partial(groups.read_stored, origin=origin) if command.json_length > values.LONG_JSON else None
+    def __init__(self, groups: Groups[LogStore], command: Command[Any], origin: Origin, *, may_query: bool) -> None:
+        queries = may_query and command.json_length > values.LONG_JSON
+        self._query = partial(groups.read_stored, origin=origin) if queries else None
         self._session_id = command.session_id
         self._state = groups.find_loaded(command.session_id)
         if self._state is None and self._query is not None:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from dspex_persist.clock import EARLIEST
+from dspex_persist.state.budgets import Spent
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded
 from dspex_persist.state.local import MemoryLog
 from dspex_persist.state.log_store import FencedError, MovedError, News
@@ -180,6 +181,10 @@ class SharedMemoryLog(SharedLog):
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """See `LogStore`."""
         return self._memory.find_execution(state, key)
+
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """See `LogStore`."""
+        return self._memory.spent(state)
 
     def snapshot(self) -> AbstractContextManager[Backing]:
         """See `LogStore`."""

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
+from dspex_persist.infra.access.tokens import Allowance
 from dspex_persist.state.commands import ExecuteTool, ReadState
-from dspex_persist.state.errors import ExecutionElsewhereError, ExecutionNotFoundError, SessionBusyError
+from dspex_persist.state.errors import (
+    ExecutionElsewhereError,
+    ExecutionNotFoundError,
+    QuotaExceededError,
+    SessionBusyError,
+)
 from dspex_persist.state.model import ExecutionStatus, Origin
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.shared_log import SharedLog
@@ -105,6 +111,20 @@ def test_turns_on_two_servers(open_log: Open) -> None:
         assert [outcome_of(each).status for each in (turn, waiting)] == [ExecutionStatus.COMMITTED] * 2
         assert servers.stage.most == 1
         assert outcome_of(servers.execute(1, "alone")).status is ExecutionStatus.COMMITTED
+
+
+def test_limits_of_an_identity_count_what_it_has_on_other_servers(open_log: Open) -> None:
+    with two(open_log) as servers:
+        for engine in servers.engines:
+            engine.limit_storage(lambda _: Allowance(sessions=2))
+        one, other = servers.servers
+        one.initialize_session("a", actor="ada")
+        other.initialize_session("b", actor="ada")
+        for server in (one, other):
+            with pytest.raises(QuotaExceededError):
+                server.initialize_session("c", actor="ada")
+        other.cleanup_session("a")
+        one.initialize_session("c", actor="ada")
 
 
 def test_a_server_that_does_not_renew_its_lease(open_log: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
+from dspex_persist.state.tools.session import LM_CALLS, current_session
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.values import encode_arguments
 from dspex_persist.testing.shared_memory_log import SharedMemoryLog
@@ -101,7 +102,15 @@ def toolbox(stage: Stage) -> Toolbox:
         ctx["n"] += 1
         return int(ctx["n"])
 
-    return Toolbox.of([hold, hold_async, in_turn, alone, increment])
+    @tool
+    def ask_model(ctx: ToolContext) -> int:
+        session = current_session.get()
+        assert session is not None
+        session.check_budgets()
+        session.record(LM_CALLS, {"model": "m", "usage": {"m": {"prompt_tokens": 40, "completion_tokens": 20}}})
+        return 60
+
+    return Toolbox.of([hold, hold_async, in_turn, alone, increment, ask_model])
 
 
 class Tools:
@@ -373,6 +382,15 @@ def test_a_session_that_demands_turns_has_them_across_servers() -> None:
             with pytest.raises(SessionBusyError):
                 other.begin_transaction(SESSION)
         assert outcome_of(tools.execute(1, "increment")).status is ExecutionStatus.COMMITTED
+
+
+def test_a_budget_counts_what_other_servers_have_used() -> None:
+    with serving() as tools:
+        tools.with_tools[0].initialize_session(SESSION, {"dspex.max_tokens": "150"})
+        ends = [outcome_of(tools.execute(server, "ask_model")) for server in (0, 1, 0, 1)]
+        assert [each.status for each in ends] == [*[ExecutionStatus.COMMITTED] * 3, ExecutionStatus.FAILED]
+        assert "have used 180 tokens of a budget of 150" in str(ends[3].error)
+        assert "have used 180 tokens" in str(outcome_of(tools.execute(0, "ask_model")).error)
 
 
 # --- What takes one owner of the log ---

@@ -2,7 +2,7 @@
 
 The sum of a session begins with what its journal has, which is read when a budget asks for it first. From then on the
 calls of running executions are added as they are recorded. So a budget is exceeded at most by the calls that are in
-progress when it is used up.
+progress when it is used up. Of sessions that other servers use, too, the journal is read again when they have gone on.
 """
 
 import threading
@@ -18,6 +18,7 @@ from dspex_persist.state.errors import BudgetExceededError, Hint, quote
 from dspex_persist.state.lm_calls import counts_of, spent_on
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import Origin
+from dspex_persist.state.peers import Peers
 from dspex_persist.state.provider import Submits
 
 _MOST_SESSIONS: Final = 10_000
@@ -31,12 +32,14 @@ class _Ledger:
     """The sums of one session, by tool.
 
     Attributes:
+        is_shared: Whether other servers may use the session, so that the journal has to be read again.
         base: What has ended, once it was read.
         as_of: The last commit that the journal's sum had when it was read.
         running: What has not ended, by the execution that commits it.
-        ended: What has ended while the journal is read, with the commits.
+        ended: What has ended while the journal is read, or since, with the commits.
     """
 
+    is_shared: bool = False
     base: _Sums | None = None
     as_of: int = 0
     reading: bool = False
@@ -53,21 +56,31 @@ class _Ledger:
             if self.reading or sequence == _UNJOURNALED:
                 self.ended.append((sequence, sums))
         elif sequence > self.as_of:
-            _add(self.base, sums)
+            if self.is_shared:
+                self.ended.append((sequence, sums))
+            else:
+                _add(self.base, sums)
 
     def begin(self, as_of: int, base: Mapping[str, Spent]) -> None:
         """Take the sum of the journal up to a commit."""
-        if self.base is None:
-            self.as_of, self.base = as_of, dict(base)
-            for sequence, sums in self.ended:
-                if sequence > as_of:
-                    _add(self.base, sums)
+        if self.base is not None and as_of <= self.as_of:
+            return
+        self.as_of, self.base = as_of, dict(base)
+        self.ended = [(sequence, sums) for sequence, sums in self.ended if sequence > as_of]
+        if not self.is_shared:
+            for _, sums in self.ended:
+                _add(self.base, sums)
             self.ended.clear()
+
+    def knows(self, sequence: int) -> bool:
+        """Whether the sum has all that ended up to a commit of the session, its last one."""
+        return self.base is not None and (not self.is_shared or sequence <= self.as_of)
 
     def total(self, tool: str | None) -> Spent:
         """Return what a tool has used, or the whole session."""
         spent = NOTHING
-        for sums in (self.base or {}, *self.running.values()):
+        ended = (sums for _, sums in self.ended) if self.base is not None else ()
+        for sums in (self.base or {}, *self.running.values(), *ended):
             for name, each in sums.items():
                 if tool is None or name == tool:
                     spent = spent.plus(each)
@@ -82,11 +95,15 @@ def _add(sums: _Sums, others: Mapping[str, Spent]) -> None:
 class Spending:
     """The sums of all sessions of a store. Usable from any thread.
 
+    Args:
+        is_shared: Whether other servers use the sessions, too.
+
     Attributes:
         meter: Counts the calls, too; None not to count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shared: bool = False) -> None:
+        self._is_shared = is_shared
         self.meter: Meter | None = None
         self._lock = threading.Lock()
         # By the number of a session's first commit: another session may get its id later.
@@ -100,7 +117,7 @@ class Spending:
         with _making:
             spending = _all.get(store)
             if spending is None:
-                spending = _all[store] = cls()
+                spending = _all[store] = cls(is_shared=isinstance(store, Peers))
             return spending
 
     def add(self, session_key: int, execution_id: str, tool: str, call: Mapping[str, Any]) -> None:
@@ -133,7 +150,7 @@ class Spending:
         if ledger is None:
             if len(self._ledgers) >= _MOST_SESSIONS:
                 self._forget()
-            ledger = self._ledgers[session_key] = _Ledger()
+            ledger = self._ledgers[session_key] = _Ledger(self._is_shared)
         return ledger
 
     def _forget(self) -> None:
@@ -171,7 +188,7 @@ class Spending:
         if not limits:
             return
         key = state.session.sequence
-        self._read(store, session_id, key, origin)
+        self._read(store, session_id, key, state.sequence, origin)
         for owner, name, hint, unit, budget in limits:
             with self._lock:
                 used = self._ledger(key).total(name).of(unit)
@@ -179,11 +196,11 @@ class Spending:
                 setting = "max_tokens" if unit == TOKENS else "max_cost"
                 raise BudgetExceededError(owner, unit, budget, used, setting).advising(hint)
 
-    def _read(self, store: Submits, session_id: str, key: int, origin: Origin) -> None:
-        """Read what the journal has, unless that is known."""
+    def _read(self, store: Submits, session_id: str, key: int, sequence: int, origin: Origin) -> None:
+        """Read what the journal has, unless that is known. `sequence`: the last commit of the session."""
         with self._lock:
             ledger = self._ledger(key)
-            if ledger.base is not None:
+            if ledger.knows(sequence):
                 return
             ledger.reading = True
         try:
