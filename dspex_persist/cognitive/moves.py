@@ -159,7 +159,9 @@ def _is_at(backend: Backend, kind: str, address: str) -> bool:
 
 def _leave(backend: Backend, session_id: str, kind: str, address: str, options: Mapping[str, Any]) -> None:
     if kind == BRIDGED:
-        _refuse_derived(backend, session_id)
+        _refuse_derived(backend, session_id, "a server")
+    elif database_url(address) is not None:
+        _refuse_derived(backend, session_id, "a database that servers share,")
     _move(backend, session_id, address, {**_carried(backend, kind), **options})
 
 
@@ -203,13 +205,13 @@ def _refuse_own(backend: Backend) -> None:
             )
 
 
-def _refuse_derived(backend: Backend, session_id: str) -> None:
+def _refuse_derived(backend: Backend, session_id: str, target: str) -> None:
     """Refuse to leave the process whose functions compute variables: elsewhere these would keep old values."""
     targets = [follower.target for follower in backend.followers if isinstance(follower, Derived)]
     found = backend.provider.get_variables(session_id, sorted(targets)).variables if targets else {}
     if found:
         raise UnsupportedError(
-            f"a move to a server with derived variables ({', '.join(found)})",
+            f"a move to {target} with derived variables ({', '.join(found)})",
             "delete them first, and compute them in a watch there: ctx.watch(..., on_change=)",
         )
 

@@ -293,7 +293,10 @@ class Holdable(Ability):
     """The writers of a session can be made to wait while it is moved."""
 
     lacking = "holds of sessions"
-    instead = "move sessions that are in memory, in a database file, or on a server of this release"
+    instead = (
+        "move sessions that are in memory, in a database file, or on a server on one; from a database that servers "
+        "share, export and import them"
+    )
 
     @abstractmethod
     def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
