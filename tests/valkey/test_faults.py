@@ -116,7 +116,7 @@ def test_settling_without_the_fence_would_be_noticed(
     call = connection.Connection.call
 
     def without(self: connection.Connection, function: str, *words: Any) -> Any:
-        return server._shared.log._token.encode() if function == "settle" else call(self, function, *words)
+        return server._store._leases.token.encode() if function == "settle" else call(self, function, *words)
 
     monkeypatch.setattr(connection.Connection, "call", without)
     assert arrives_late(server, other, proxy, "unfenced") == [1, 0], "nothing was written, they say, but it stands"

@@ -42,7 +42,7 @@ def test_others_wait_for_an_import(open_server: Open) -> None:
         write = threads.submit(other.set_variable, "source", "x", "waits")
         with pytest.raises(TimeoutError):
             write.result(0.2)
-        server._store._give_up()
+        server._store._give_up(server._store._import)
         assert write.result(within(10)) == 1
 
 
@@ -54,10 +54,10 @@ def test_what_was_staged_for_too_long_is_deleted_and_the_import_begins_again(
     before = set(copy_of(client, valkey_prefix))
     finishing, over = threading.Event(), threading.Event()
 
-    def wait(self: Any) -> None:
+    def wait(self: Any, importing: Any) -> None:
         finishing.set()
         assert over.wait(within(10))
-        finish(self)
+        finish(self, importing)
 
     finish = valkey_log.ValkeyLog._finish_import
     monkeypatch.setattr(valkey_log.ValkeyLog, "_finish_import", wait)

@@ -1,5 +1,6 @@
 """Stores whose settings lose what was acknowledged are refused, when a server begins and later."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from dspex_persist.state.valkey.durability import StoreSettings
 from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.engines import Valkey, wait_until
 from tests.valkey.conftest import Open
+from tests.valkey.proxy import Proxy
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,22 @@ def test_each_append_waits_for_the_disk_if_nobody_may_ask_for_the_settings(
     server.initialize_session("s")
     own_valkey.restart()
     assert len(server.list_variables("s")) == 0
+
+
+def test_a_commit_whose_answer_was_lost_is_on_disk_before_it_is_acknowledged(
+    own_valkey: Valkey, open_own: Open, own_client: redis.Redis, tmp_path: Path
+) -> None:
+    own_client.execute_command("ACL", "SETUSER", "default", "-config")
+    proxy = Proxy(own_valkey.url().removeprefix("unix://"), tmp_path / "s")
+    server = open_own(proxy.url)
+    server.initialize_session("s")
+    proxy.lose("after")
+    server.register_variable("s", "x", "integer", 1)
+    assert proxy.happened.is_set()
+    own_valkey.restart()
+    assert server.get_variable("s", "x").version == 0
+    server.close()
+    proxy.close()
 
 
 def test_a_user_with_few_rights_is_enough(own_valkey: Valkey, own_client: redis.Redis) -> None:

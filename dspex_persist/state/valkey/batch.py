@@ -1,6 +1,6 @@
 """What a group of commits changes in the store: the commands that carry it out, built before any is sent."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from dspex_persist.clock import to_micros
@@ -60,6 +60,23 @@ class Commands:
         self.words += words
         self.size_bytes += sum(len(word) if isinstance(word, str | bytes) else 0 for word in words)
         self.size_bytes += _WORD_BYTES * (len(words) + 1)
+
+    def extend(self, others: "Commands") -> None:
+        """Add other commands."""
+        self.words += others.words
+        self.size_bytes += others.size_bytes
+
+    def set(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Set fields of a hash."""
+        pairs = list(fields.items())
+        for place in range(0, len(pairs), _MOST_FIELDS):
+            self.add("HSET", name, *(word for pair in pairs[place : place + _MOST_FIELDS] for word in pair))
+
+    def remove(self, name: str, fields: Iterable[str]) -> None:
+        """Remove fields of a hash."""
+        names = list(map(codec.utf8, fields))
+        for place in range(0, len(names), _MOST_FIELDS):
+            self.add("HDEL", name, *names[place : place + _MOST_FIELDS])
 
     def parts(self, most_bytes: int) -> Iterator[list[Any]]:
         """Yield them in parts of about this size at most: at least one command each."""
@@ -216,13 +233,12 @@ class Batch:
         keys, session_id = self._keys, touched.state.session.id
         commands = self._of(first)
         of_session = (keys.session, keys.dependencies, keys.names, keys.keyed, keys.spent)
-        commands.add("DEL", *(each(first) for each in of_session), keys.outcomes(session_id))
+        commands.add("UNLINK", *(each(first) for each in of_session), keys.outcomes(session_id))
         self.shared.add("HDEL", keys.live, codec.utf8(session_id))
         self.shared.add("ZREM", keys.expiry, first)
         owner = touched.owner if touched.owner is not None else self._known.owner_of(first)
         self.shared.add("HDEL", keys.owned(owner), first)
-        if touched.ended:
-            self.shared.add("HDEL", keys.running, *map(codec.utf8, touched.ended))
+        self.shared.remove(keys.running, touched.ended)
 
     def finish(self, saved: Sequence[SessionState] = ()) -> None:
         """Add what the sessions are like after all of it.
@@ -243,15 +259,13 @@ class Batch:
     def _write_state(self, first: int, touched: _Touched) -> None:
         keys, state, own = self._keys, touched.state, self._of(first)
         name, session_id = keys.session(first), codec.utf8(state.session.id)
-        set_fields, gone = dict(self._fields_of(touched)), list(_gone_from(touched))
-        _set(own, name, {**set_fields, "at": state.sequence})
-        for place in range(0, len(gone), _MOST_FIELDS):
-            own.add("HDEL", name, *gone[place : place + _MOST_FIELDS])
+        own.set(name, {**dict(self._fields_of(touched)), "at": state.sequence})
+        own.remove(name, _gone_from(touched))
         if touched.dependencies:
             since = self._first or 0
             edges = (each for each in state.dependencies if max(each.since, each.until or 0) >= since)
-            _set(own, keys.dependencies(first), dict(map(codec.dependency_pair, edges)))
-        _set(own, keys.spent(first), {tool: codec.spent_field(spent) for tool, spent in touched.spent.items()})
+            own.set(keys.dependencies(first), dict(map(codec.dependency_pair, edges)))
+        own.set(keys.spent(first), {tool: codec.spent_field(spent) for tool, spent in touched.spent.items()})
         if touched.owner is not None:
             self.shared.add("HSET", keys.live, session_id, first)
         if touched.is_described:
@@ -265,9 +279,8 @@ class Batch:
         if first != self._imported:
             # What is imported does not run here.
             running = {each: codec.text_of([state.session.id, *self._lease]) for each in touched.began}
-            _set(self.shared, keys.running, running)
-            if touched.ended:
-                self.shared.add("HDEL", keys.running, *map(codec.utf8, touched.ended))
+            self.shared.set(keys.running, running)
+            self.shared.remove(keys.running, touched.ended)
         self.began |= touched.began
 
     def _fields_of(self, touched: _Touched) -> Iterator[tuple[str, Any]]:
@@ -296,13 +309,6 @@ def _gone_from(touched: _Touched) -> Iterator[str]:
     yield from (f"v:{each}" for each in touched.variables if each not in state.names)
     yield from (f"r:{each}" for each in touched.rules if each not in (state.rules or ()))
     yield from (f"x:{each}" for each in touched.ended)
-
-
-def _set(commands: Commands, name: str, fields: dict[str, Any]) -> None:
-    pairs = list(fields.items())
-    for place in range(0, len(pairs), _MOST_FIELDS):
-        words = [word for pair in pairs[place : place + _MOST_FIELDS] for word in pair]
-        commands.add("HSET", name, *words)
 
 
 def number_variables(unit: UnitOfWork) -> None:

@@ -65,6 +65,10 @@ class Connection:
 
         return self._loaded(both)
 
+    def wait_for_disk(self, timeout_s: float) -> bool:
+        """Wait until what this connection has written is on disk; returns whether it was in time."""
+        return bool(self.client.execute_command("WAITAOF", 1, 0, int(timeout_s * 1000))[0] >= 1)
+
     def read(self, function: str, keys: Sequence[str], *words: Any) -> Any:
         """Call a function that writes nothing."""
         return self._loaded(lambda: self.client.fcall_ro(f"{_LIBRARY}_{function}", len(keys), *keys, *words))

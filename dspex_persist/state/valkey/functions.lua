@@ -4,7 +4,7 @@
 
 local KINDS = {
   XADD = 'stream', HSET = 'hash', HDEL = 'hash', HINCRBY = 'hash', ZADD = 'zset', ZREM = 'zset', RPUSH = 'list',
-  DEL = 'any',
+  UNLINK = 'any',
 }
 
 -- Why a command could fail that is to be carried out; nil if it cannot. `seen` has what the commands before it leave.

@@ -8,40 +8,36 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import redis
 
-from dspex_persist.clock import EARLIEST, from_micros, to_micros
+from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.access import Access
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.errors import (
     DamagedSessionError,
     LimitExceededError,
-    LostCommitsError,
     NewerSchemaError,
     NotADatabaseError,
     OutcomeUnknownError,
     StorageError,
 )
-from dspex_persist.state.log_store import (
-    FencedError,
-    MovedError,
-    News,
-    UnwritableError,
-    WouldWaitError,
-)
-from dspex_persist.state.model import CommitChanges, EventKind, JournalEntry, VariableVersion
+from dspex_persist.state.log_store import FencedError, MovedError, News, UnwritableError, WouldWaitError
+from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared_log import SharedLog
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
-from dspex_persist.state.valkey import codec
+from dspex_persist.state.valkey import codec, heads
 from dspex_persist.state.valkey.batch import Batch, Commands
-from dspex_persist.state.valkey.chain import GENESIS
 from dspex_persist.state.valkey.connection import UNCERTAIN, Connection, converted, reason_of, reported
-from dspex_persist.state.valkey.keys import Keys
+from dspex_persist.state.valkey.heads import NO_HEAD, Head, has_commit, news_between
+from dspex_persist.state.valkey.keys import PREFIX, Keys
+from dspex_persist.state.valkey.leases import Leases
+from dspex_persist.state.valkey.notices import Notices
 from dspex_persist.state.valkey.reads import Reads
+from dspex_persist.state.valkey.staging import BUSY, OVER, POLL_S, TURN_S, Import
 
 _logger: Final = get_logger(__name__)
 
@@ -53,34 +49,8 @@ _COMMIT_BYTES: Final = 192 * 1024 * 1024
 """A single commit is not larger, whatever the limits allow."""
 _SETTLE_S: Final = 10.0
 """How long to ask what has become of a call whose answer was lost."""
-_TURN_S: Final = 30.0
-"""How long others wait for an import that does not go on."""
-_POLL_S: Final = 0.05
-_MOST_NEWS: Final = 5_000
-"""After more commits of others, all of memory is forgotten."""
 _RECLAIMED_AT_ONCE: Final = 1_000
-_LISTENS_S: Final = 1.0
-_HEAD: Final = ("sequence", "hash", "last_at", "database_id")
-
-
-class Head(NamedTuple):
-    """The last commit: its number, its hash, and its time. `database_id` names what it is the head of."""
-
-    sequence: int
-    hash: bytes
-    last_at: datetime
-    database_id: bytes
-
-
-class _Import:
-    """An import under way, which no other server's commits may interrupt."""
-
-    def __init__(self) -> None:
-        self.first: int | None = None
-        self.units: tuple[int, int] = (0, 0)
-        self.session_id = ""
-        self.has_ended = False
-        self.shared = Commands()
+_MOST_OWNERS: Final = 100_000
 
 
 class ValkeyLog(SharedLog):
@@ -109,31 +79,28 @@ class ValkeyLog(SharedLog):
         connect: Callable[[], redis.Redis],
         *,
         name: str = "the store",
-        prefix: str = "dspex",
+        prefix: str = PREFIX,
         lease_s: float = 15.0,
         check: Callable[[Any], bool] = lambda _: False,
     ) -> None:
         self.name = name
         self.keys = Keys(prefix)
         # What reads may be sent again; what writes never is. Notices have a connection of their own.
+        self._connect = connect
         self._reading, self._writing = Connection(connect(), retries=1), Connection(connect(), retries=0)
         self._client = self._reading.client
-        self._notices: Any = connect()
         self.reads = Reads(self._reading, self.keys)
-        self._lease_s = lease_s
+        self._leases = Leases(self._reading, self.keys, lease_s)
+        self._notices: Notices | None = None
         self._check = check
         self._refusal: NotADatabaseError | None = None
-        self._server = uuid.uuid4().hex
-        self._head = Head(0, GENESIS, EARLIEST, b"")
-        self._token = ""
+        self._head = NO_HEAD
         self._is_current = False
         self._appended: list[tuple[tuple[UnitOfWork, ...], tuple[SessionState, ...]]] = []
-        self._import: _Import | None = None
-        self._staged_head = self._head
+        self._import: Import | None = None
         self._owners: dict[int, str] = {}
         self._began: dict[str, codec.Began] = {}
         self._closed = threading.Event()
-        self._listener: threading.Thread | None = None
         with converted():
             self._waits_for_disk = check(self._client)
             self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
@@ -141,14 +108,13 @@ class ValkeyLog(SharedLog):
             found = int(self._client.hget(self.keys.head, "format"))
             if found > FORMAT:
                 raise NewerSchemaError(name, str(found), str(FORMAT))
-            self._register()
-            self._head = self.read_head()
+            self._leases.begin()
+            self._head = self._read_head()
 
     # The head
 
-    def read_head(self) -> Head:
-        """Return the last commit of all servers."""
-        return _head_in(self._client.hmget(self.keys.head, _HEAD))
+    def _read_head(self) -> Head:
+        return Head.of(self._client.hmget(self.keys.head, heads.FIELDS))
 
     @property
     def sequence(self) -> int:
@@ -168,37 +134,14 @@ class ValkeyLog(SharedLog):
     @reported
     def news(self) -> News | None:
         """See `SharedLog`."""
-        return self._learn(self.read_head())
+        return self._learn(self._read_head())
 
     def _learn(self, head: Head) -> News | None:
-        known = self._head
-        if head == known:
-            return None
-        rows = self._check_continues(known, head)
+        news = news_between(self._client, self.keys, self.name, self._head, head)
         self._head = head
-        if rows is None:
-            return News(known.sequence, head.sequence, head.last_at, None)
-        changed = {int(row[b"s"]): codec.text_in(row[b"i"]) for _, row in rows}
-        ended = frozenset(int(row[b"s"]) for _, row in rows if b"e" in row)
-        return News(known.sequence, head.sequence, head.last_at, changed, ended)
+        return news
 
-    def _check_continues(self, known: Head, head: Head) -> list[Any] | None:
-        """Return the commits after the known one; None if they are too many. `LostCommitsError` if it is gone."""
-        if head.database_id != known.database_id:
-            raise LostCommitsError(self.name, "it is another database than before")
-        if head.sequence < known.sequence:
-            reason = f"its last commit is {head.sequence}, but it had {known.sequence}"
-            raise LostCommitsError(self.name, reason)
-        last, count = f"{head.sequence}-0", _MOST_NEWS + 1
-        rows: list[Any] = self._client.xrange(self.keys.log, f"{known.sequence}-0", last, count=count)
-        if known.sequence:
-            # Put back to an older copy, and written on: then another commit has its number.
-            if not rows or rows[0][0] != f"{known.sequence}-0".encode() or rows[0][1][b"h"] != known.hash:
-                raise LostCommitsError(self.name, f"commit {known.sequence} is gone, or is another one")
-            del rows[0]
-        return None if len(rows) >= _MOST_NEWS else rows
-
-    # Writing
+    # Groups
 
     @contextlib.contextmanager
     def group(self, *, wait: bool = True) -> Iterator[News | None]:
@@ -211,7 +154,7 @@ class ValkeyLog(SharedLog):
             with converted():
                 yield None if is_assumed else self._begin(wait)
             if self._import is not None:
-                self._finish_import()
+                self._finish_import(self._import)
             elif self._appended:
                 self._store()
             elif is_assumed:
@@ -220,53 +163,62 @@ class ValkeyLog(SharedLog):
         finally:
             self._appended = []
             if self._import is not None:
-                self._give_up()
+                self._give_up(self._import)
 
     def _begin(self, wait: bool) -> News | None:
         """Compare the lease, let imports of others end, and return the news: in one round trip, as a rule."""
         if self._refusal is not None:
             raise StorageError(str(self._refusal))
-        deadline = time.monotonic() + 2 * _TURN_S
+        deadline = time.monotonic() + 2 * TURN_S
         while True:
             pipeline = self._client.pipeline(transaction=False)
-            pipeline.hmget(self.keys.head, _HEAD)
-            pipeline.hget(self.keys.servers, self._server)
+            pipeline.hmget(self.keys.head, heads.FIELDS)
+            pipeline.hget(self.keys.servers, self._leases.server)
             pipeline.get(self.keys.turn)
             head, token, owner = pipeline.execute()
-            if token is None or token.decode() != self._token:
+            if not self._leases.is_current(token):
                 self._take_for_dead()
-            if owner is None or owner.decode() == self._server:
-                return self._learn(_head_in(head))
+            if owner is None or owner.decode() == self._leases.server:
+                return self._learn(Head.of(head))
             if not wait:
                 raise WouldWaitError
             if time.monotonic() > deadline:
-                raise StorageError("another server is importing a session")
-            self._closed.wait(_POLL_S)
+                raise StorageError(BUSY)
+            self._closed.wait(POLL_S)
 
     @reported
     def _confirm(self) -> None:
         """Raise `MovedError` if the group did not see the newest commit."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hmget(self.keys.head, _HEAD)
-        pipeline.hget(self.keys.servers, self._server)
+        pipeline.hmget(self.keys.head, heads.FIELDS)
+        pipeline.hget(self.keys.servers, self._leases.server)
         head, token = pipeline.execute()
-        if token is None or token.decode() != self._token:
+        if not self._leases.is_current(token):
             self._take_for_dead()
-        if _head_in(head) != self._head:
+        if Head.of(head) != self._head:
             raise MovedError
+
+    def _take_for_dead(self) -> None:
+        """Begin another lease, and say so."""
+        with converted():
+            self._leases.begin()
+        self._began.clear()
+        raise FencedError
+
+    # Storing
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """See `LogStore`."""
         if self._import is not None:
-            self._stage(self._import, units, touched)
+            self._import.stage(units, touched, self._head, self._new_batch, CALL_BYTES)
         else:
             self._appended.append((tuple(units), tuple(touched)))
 
-    def _batch(self, hash_: bytes, imported: int | None = None) -> Batch:
-        return Batch(self.keys, self, hash_, (self._server, self._epoch), imported)
+    def _new_batch(self, hash_: bytes, imported: int | None = None) -> Batch:
+        return Batch(self.keys, self, hash_, (self._leases.server, self._leases.epoch), imported)
 
     def _store(self) -> None:
-        batch, head = self._batch(self._head.hash), self._head
+        batch, head = self._new_batch(self._head.hash), self._head
         count = 0
         for units, touched in self._appended:
             for unit in units:
@@ -286,17 +238,18 @@ class ValkeyLog(SharedLog):
                 self._began[execution_id] = began
 
     def _append(self, commands: Commands, head: Head, *, alone: bool = False) -> None:
-        keys = self.keys
+        """Carry out commands that lead to a head, if it is still the one that this server knows."""
+        keys, known = self.keys, self._head
         facts = ("sequence", head.sequence, "hash", head.hash, "last_at", to_micros(head.last_at))
         commands.add("HSET", keys.head, *facts)
-        known = (self._head.sequence, self._head.hash if self._head.sequence else b"", self._server, self._token)
-        words = (*known, "alone" if alone else "", *commands.words)
+        seen = (known.sequence, known.hash if known.sequence else b"", self._leases.server, self._leases.token)
+        words = (*seen, "alone" if alone else "", *commands.words)
         answer = self._sent((keys.head, keys.servers, keys.turn, keys.staged, keys.news), words, head)
         if answer in (b"moved", b"turn"):
             # To run it again takes the news, and waits until nobody imports.
             raise MovedError
         if answer == b"over":
-            raise StorageError("the import took too long, and another server has written since")
+            raise StorageError(OVER)
         if answer == b"fenced":
             self._take_for_dead()
         self._head = head
@@ -314,17 +267,19 @@ class ValkeyLog(SharedLog):
         except redis.RedisError as error:
             raise _refused(error, self._appended) from error
         if answer is None:
-            raise OutcomeUnknownError("the store has kept the commit, but not on disk in time")
+            raise _not_on_disk()
         return bytes(answer)
 
     def _settle(self, head: Head) -> bool:
         """Whether a call was carried out that was not answered. Before that, it is made sure that it never will be."""
-        deadline, pause_s = time.monotonic() + _SETTLE_S, _POLL_S
+        deadline, pause_s = time.monotonic() + _SETTLE_S, POLL_S
         while True:
             try:
                 self._writing.reconnect()
-                token = self._writing.call("settle", (self.keys.servers,), self._server, self._epoch)
-                rows = self._writing.client.xrange(self.keys.log, f"{head.sequence}-0", f"{head.sequence}-0")
+                is_alive = self._leases.give_up_calls(self._writing)
+                is_stored = has_commit(self._writing.client, self.keys, head)
+                # What this connection has written comes after the commit.
+                is_on_disk = not (self._waits_for_disk and is_stored) or self._writing.wait_for_disk(_SETTLE_S)
                 break
             except redis.RedisError as error:
                 if time.monotonic() > deadline:
@@ -332,10 +287,9 @@ class ValkeyLog(SharedLog):
                     raise OutcomeUnknownError(reason) from error
                 self._closed.wait(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
-        is_stored = bool(rows) and rows[0][1][b"h"] == head.hash
-        if token != b"fenced":
-            self._token = token.decode()
-        elif not is_stored:
+        if not is_on_disk:
+            raise _not_on_disk()
+        if not is_alive and not is_stored:
             self._take_for_dead()
         return is_stored
 
@@ -344,73 +298,20 @@ class ValkeyLog(SharedLog):
     @reported
     def prepare_import(self) -> None:
         """See `LogStore`."""
-        self._await_turn()
-        self._import = _Import()
+        importing = Import(self._writing, self.keys, self._leases, self._take_for_dead)
+        importing.begin(self._closed.wait)
+        self._import = importing
 
-    def _await_turn(self) -> None:
-        keys = (self.keys.servers, self.keys.turn, self.keys.staged)
-        deadline = time.monotonic() + 2 * _TURN_S
-        while True:
-            answer = self._writing.call("turn", keys, self._server, self._token, int(_TURN_S * 1000))
-            if answer == b"begun":
-                return
-            if answer == b"fenced":
-                self._take_for_dead()
-            if time.monotonic() > deadline:
-                raise StorageError("another server is importing a session")
-            self._closed.wait(_POLL_S)
+    def _finish_import(self, importing: Import) -> None:
+        head = importing.end()
+        if head is not None:
+            self._append(importing.commands, head, alone=True)
+            self._import = None
 
-    def _stage(self, importing: _Import, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
-        if importing.first is None:
-            importing.first = next((unit.state.session.sequence for unit in reversed(units) if unit.state), None)
-        head = self._head if not importing.units[1] else self._staged_head
-        batch = self._batch(head.hash, importing.first)
-        for unit in units:
-            batch.add(unit)
-            assert unit.state is not None, "a unit with changes has a session"
-            head = head._replace(sequence=unit.sequence, hash=batch.hash)
-            if unit.state.session.sequence == importing.first:
-                importing.units = (importing.units[0] or unit.sequence, unit.sequence)
-                importing.session_id = unit.state.session.id
-                importing.has_ended = any(event.kind is EventKind.SESSION_ENDED for event in unit.events)
-        batch.finish(touched)
-        self._staged_head = head
-        importing.shared.words += batch.shared.words
-        importing.shared.size_bytes += batch.shared.size_bytes
-        for part in batch.own.parts(CALL_BYTES):
-            self._send_part(part)
-
-    def _send_part(self, words: Sequence[Any]) -> None:
-        keys = (self.keys.servers, self.keys.turn, self.keys.staged)
-        try:
-            answer = self._writing.call("stage", keys, self._server, self._token, int(_TURN_S * 1000), *words)
-        except redis.RedisError as error:
-            # Carried out or not: it is given up, and nobody has read any of it.
-            raise StorageError(reason_of(error)) from error
-        if answer == b"fenced":
-            self._take_for_dead()
-        if answer == b"over":
-            raise StorageError("the import took too long, and another server has written since")
-
-    def _finish_import(self) -> None:
-        importing = self._import
-        assert importing is not None, "only called in an import"
-        if importing.first is None or not importing.units[1]:
-            self._give_up()
-            return
-        head, (since, until) = self._staged_head, importing.units
-        facts = ("s", importing.first, "i", codec.utf8(importing.session_id), "h", head.hash, "f", since)
-        mark = ("e", 1) if importing.has_ended else ()
-        importing.shared.add("XADD", self.keys.log, f"{until}-0", *facts, *mark)
-        self._append(importing.shared, head, alone=True)
-        self._import = None
-
-    def _give_up(self) -> None:
+    def _give_up(self, importing: Import) -> None:
         self._import = None
         with contextlib.suppress(redis.RedisError):
-            # Otherwise, whoever writes next after some time does it.
-            self._writing.reconnect()
-            self._writing.call("release", (self.keys.turn, self.keys.staged), self._server)
+            importing.give_up()
 
     # What a batch asks
 
@@ -418,7 +319,7 @@ class ValkeyLog(SharedLog):
         """See `Known`."""
         owner = self._owners.get(first)
         if owner is None:
-            if len(self._owners) > 100_000:
+            if len(self._owners) > _MOST_OWNERS:
                 self._owners.clear()
             owner = self._owners[first] = self.reads.owner_of(first)
         return owner
@@ -503,84 +404,34 @@ class ValkeyLog(SharedLog):
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """See `SharedLog`."""
-        self._listener = threading.Thread(
-            target=self._listen, args=(on_news,), daemon=True, name="dspex-persist-notices"
-        )
-        self._listener.start()
 
-    def _listen(self, on_news: Callable[[], None]) -> None:
-        while not self._closed.is_set():
-            try:
-                with self._notices.pubsub() as channel:
-                    channel.subscribe(self.keys.news)
-                    # Some may have been missed.
-                    self._hear(on_news)
-                    while not self._closed.is_set():
-                        notice = channel.get_message(ignore_subscribe_messages=True, timeout=_LISTENS_S)
-                        if notice is not None and notice["data"] != self._server.encode():
-                            self._hear(on_news)
-            except (redis.RedisError, OSError, ValueError) as error:
-                # The last one comes from a connection that is closed meanwhile.
-                _logger.debug("not listening", reason=reason_of(error))
-                self._closed.wait(_LISTENS_S)
+        def hear() -> None:
+            # Whoever misses this stores nothing, and runs its group again.
+            self._is_current = False
+            on_news()
 
-    def _hear(self, on_news: Callable[[], None]) -> None:
-        # Whoever misses this stores nothing, and runs its group again.
-        self._is_current = False
-        on_news()
+        self._notices = Notices(self._connect(), self.keys.news, self._leases.server, hear)
 
     def tell(self) -> None:
         """See `SharedLog`. The function that appends has told them."""
 
+    def announce(self, address: str) -> None:
+        """See `SharedLog`."""
+        self._leases.announce(address)
+
+    def server_of(self, execution_id: str) -> str | None:
+        """See `SharedLog`."""
+        return self._leases.server_of(execution_id)
+
     @property
     def lease_s(self) -> float:
         """See `SharedLog`."""
-        return self._lease_s
-
-    @reported
-    def announce(self, address: str) -> None:
-        """See `SharedLog`."""
-        self._client.hset(self.keys.addresses, self._server, codec.utf8(address))
-
-    @reported
-    def server_of(self, execution_id: str) -> str | None:
-        """See `SharedLog`."""
-        content = self._client.hget(self.keys.running, codec.utf8(execution_id))
-        if content is None:
-            return None
-        _, server, epoch = json.loads(content)
-        token = self._client.hget(self.keys.servers, server)
-        if server == self._server or token is None or token.partition(b".")[0].decode() != epoch:
-            return None
-        address = self._client.hget(self.keys.addresses, server)
-        return "" if address is None else codec.text_in(address)
-
-    @property
-    def _epoch(self) -> str:
-        return self._token.partition(".")[0]
-
-    def _register(self) -> None:
-        keys = (self.keys.head, self.keys.servers, self.keys.leases)
-        self._token = self._writing.call("register", keys, self._server, self._lease_s).decode()
-        self._began.clear()
-
-    def _take_for_dead(self) -> None:
-        """Begin another lease, and say so."""
-        with converted():
-            self._register()
-        raise FencedError
+        return self._leases.lease_s
 
     @reported
     def renew(self) -> None:
-        """See `SharedLog`."""
-        keys = (self.keys.servers, self.keys.leases)
-        answer = self._reading.call("renew", keys, self._server, self._epoch, self._lease_s)
-        if answer == b"fenced":
-            raise FencedError
-        self._look_at_settings()
-
-    def _look_at_settings(self) -> None:
-        """Refuse to write from now on if somebody has changed a setting that we rely on; or no longer."""
+        """See `SharedLog`. It also looks at the settings of the store, which somebody may have changed."""
+        self._leases.renew()
         before = self._refusal
         try:
             self._waits_for_disk = self._check(self._client)
@@ -592,26 +443,15 @@ class ValkeyLog(SharedLog):
         elif self._refusal is None and before is not None:
             _logger.warning("the store can be used again")
 
-    @reported
     def fence(self) -> None:
         """See `SharedLog`."""
-        for server in self._reading.call("fence", (self.keys.servers, self.keys.leases)):
-            _logger.warning("a server has not renewed its lease", server=server.decode())
-            self._client.hdel(self.keys.addresses, server)
+        self._leases.fence()
 
-    @reported
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """See `SharedLog`."""
-        # In this order, so that the lease of each execution that is found has begun before.
-        running = self._client.hgetall(self.keys.running)
-        tokens = self._client.hgetall(self.keys.servers) if running else {}
-        epochs = {server: token.partition(b".")[0].decode() for server, token in tokens.items()}
-        found: dict[str, list[str]] = {}
-        for execution_id, content in running.items():
-            session_id, server, epoch = json.loads(content)
-            if epochs.get(server.encode()) != epoch:
-                found.setdefault(session_id, []).append(codec.text_in(execution_id))
-        return found
+        return self._leases.unfinished()
+
+    # Housekeeping
 
     @reported
     def expired(self, now: datetime, limit: int) -> list[str]:
@@ -634,28 +474,21 @@ class ValkeyLog(SharedLog):
     def close(self) -> None:
         """See `LogStore`."""
         self._closed.set()
+        if self._notices is not None:
+            self._notices.end()
         with contextlib.suppress(redis.RedisError):
-            self._client.hdel(self.keys.servers, self._server)
-            self._client.zrem(self.keys.leases, self._server)
-            self._client.hdel(self.keys.addresses, self._server)
-            # Wakes the listener, which is to end.
+            self._leases.leave()
+            # Wakes the thread that listens, which is to end.
             self._client.publish(self.keys.news, "")
         self.abandon()
 
     def abandon(self) -> None:
         """See `LogStore`."""
         self._closed.set()
-        if self._listener is not None and self._listener is not threading.current_thread():
-            self._listener.join(_LISTENS_S)
+        if self._notices is not None:
+            self._notices.close()
         self._reading.close()
         self._writing.close()
-        self._notices.close()
-
-
-def _head_in(found: Sequence[bytes | None]) -> Head:
-    sequence, hash_, last_at, database_id = found
-    at = EARLIEST if last_at is None else from_micros(int(last_at))
-    return Head(int(sequence or 0), hash_ or GENESIS, at, database_id or b"")
 
 
 def _refused(error: redis.RedisError, appended: Sequence[tuple[Sequence[UnitOfWork], Any]]) -> Exception:
@@ -667,3 +500,7 @@ def _refused(error: redis.RedisError, appended: Sequence[tuple[Sequence[UnitOfWo
         _logger.error("keys of the log were changed", reason=reason)
         return UnwritableError(DamagedSessionError(ids[0] if ids else "", reason.removeprefix("CHANGED ")))
     return StorageError(reason)
+
+
+def _not_on_disk() -> OutcomeUnknownError:
+    return OutcomeUnknownError("the store has kept the commit, but not on disk in time")

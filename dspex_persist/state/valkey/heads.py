@@ -1,0 +1,78 @@
+"""The head of the log: its last commit, compared with what this server knows of it."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from dspex_persist.clock import EARLIEST, from_micros
+from dspex_persist.state.errors import LostCommitsError
+from dspex_persist.state.log_store import News
+from dspex_persist.state.valkey import codec
+from dspex_persist.state.valkey.chain import GENESIS
+from dspex_persist.state.valkey.keys import Keys
+
+FIELDS: Final = ("sequence", "hash", "last_at", "database_id")
+_MOST_NEWS: Final = 5_000
+"""After more commits of others, all of memory is forgotten."""
+
+
+class Head(NamedTuple):
+    """The last commit: its number, its hash, and its time. `database_id` names what it is the head of."""
+
+    sequence: int
+    hash: bytes
+    last_at: datetime
+    database_id: bytes
+
+    @classmethod
+    def of(cls, found: Sequence[bytes | None]) -> "Head":
+        """Return the head in `FIELDS` of its hash."""
+        sequence, hash_, last_at, database_id = found
+        at = EARLIEST if last_at is None else from_micros(int(last_at))
+        return cls(int(sequence or 0), hash_ or GENESIS, at, database_id or b"")
+
+    @property
+    def entry(self) -> str:
+        """The id of its entry in the log."""
+        return f"{self.sequence}-0"
+
+
+NO_HEAD: Final = Head(0, GENESIS, EARLIEST, b"")
+
+
+def news_between(client: Any, keys: Keys, name: str, known: Head, head: Head) -> News | None:
+    """Return what was committed between two heads; None if nothing.
+
+    Args:
+        client: A client of the store.
+        keys: The names of the keys.
+        name: How errors name the store.
+        known: The head that this server knows.
+        head: The head of the store.
+
+    Raises:
+        LostCommitsError: The known commit is not in the store any more.
+    """
+    if head == known:
+        return None
+    if head.database_id != known.database_id:
+        raise LostCommitsError(name, "it is another database than before")
+    if head.sequence < known.sequence:
+        raise LostCommitsError(name, f"its last commit is {head.sequence}, but it had {known.sequence}")
+    rows: list[Any] = client.xrange(keys.log, known.entry, head.entry, count=_MOST_NEWS + 1)
+    if known.sequence:
+        # Put back to an older copy, and written on: then another commit has its number.
+        if not rows or rows[0][0] != known.entry.encode() or rows[0][1][b"h"] != known.hash:
+            raise LostCommitsError(name, f"commit {known.sequence} is gone, or is another one")
+        del rows[0]
+    if len(rows) >= _MOST_NEWS:
+        return News(known.sequence, head.sequence, head.last_at, None)
+    changed = {int(row[b"s"]): codec.text_in(row[b"i"]) for _, row in rows}
+    ended = frozenset(int(row[b"s"]) for _, row in rows if b"e" in row)
+    return News(known.sequence, head.sequence, head.last_at, changed, ended)
+
+
+def has_commit(client: Any, keys: Keys, head: Head) -> bool:
+    """Whether the log has this commit."""
+    rows = client.xrange(keys.log, head.entry, head.entry)
+    return bool(rows) and rows[0][1][b"h"] == head.hash
