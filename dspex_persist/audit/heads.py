@@ -6,11 +6,13 @@ Such a file has JSON Lines, one for each head: {"sequence": 120, "hash": "9f..."
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspex_persist.addresses import DatabaseUrl, database_url
 from dspex_persist.state.audit import AuditSource, CommitEntry, CommitQuery
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.provider import Progress, silent
@@ -56,17 +58,17 @@ class Verification:
 
 
 def verify(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | DatabaseUrl,
     *,
     anchor: str | os.PathLike[str] | None = None,
     write: bool = False,
     progress: Progress = silent,
     jobs: int | None = None,
 ) -> Verification:
-    """Verify the whole history in a database file: rehash each commit, and check all versions and references.
+    """Verify the whole history in a database: rehash each commit, and check all versions and references.
 
     Args:
-        path: The database, which may be open in a server, or a backup.
+        path: The file, which may be open in a server, or a backup; or postgresql://USER@HOST/DATABASE.
         anchor: A file with heads kept elsewhere. The history must still contain each of them, unchanged.
         write: Add the current head to `anchor`, which is created if missing, if there are no problems.
         progress: Is called with the progress.
@@ -81,22 +83,38 @@ def verify(
         InvalidArgumentError: `anchor` cannot be read or written, has no heads, or is missing although `write` is set;
             or `jobs` is out of range.
     """
-    from dspex_persist.state.store import maintenance
-
-    database, kept_in = Path(path), None if anchor is None else Path(anchor)
+    kept_in = None if anchor is None else Path(anchor)
     if write and kept_in is None:
         raise InvalidArgumentError("anchor", "name the file to write the head to")
     kept = () if kept_in is None else _read(kept_in, may_be_missing=write)
-    with maintenance.open_audit(database) as source:
+    source, check = _opened(path, progress, jobs)
+    with source:
         # Read before the check, so that a head that is written has been checked.
         newest = source.head()
-        report = maintenance.check(database, progress, jobs)
+        report = check()
         report = replace(report, problems=(*report.problems, *_problems(source, kept)))
         written = None
         if write and kept_in is not None and newest and not report.problems:
             written = _head_of(_commit(source, newest))
             _append(kept_in, written)
     return Verification(report, len(kept), written)
+
+
+def _opened(
+    path: str | os.PathLike[str] | DatabaseUrl, progress: Progress, jobs: int | None
+) -> "tuple[AuditSource, Callable[[], CheckReport]]":
+    from dspex_persist.state.store import maintenance
+
+    url = path if isinstance(path, DatabaseUrl) else database_url(path) if isinstance(path, str) else None
+    if url is None:
+        assert not isinstance(path, DatabaseUrl), "it is the URL then"
+        file = Path(path)
+        return maintenance.open_audit(file), partial(maintenance.check, file, progress, jobs)
+    if url.scheme != "postgresql":
+        raise InvalidArgumentError("path", f"{url} cannot be verified")
+    from dspex_persist.state.store import databases
+
+    return databases.open_audit(url.url), partial(databases.check, url.url, progress)
 
 
 def _commit(source: AuditSource, sequence: int) -> CommitEntry:

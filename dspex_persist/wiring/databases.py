@@ -112,6 +112,12 @@ class Postgresql(Database):
 
         return databases.open_recording(self.url.url, session_id, started=started, reveal=reveal)
 
+    def check(self, progress: "Progress") -> "CheckReport":
+        """See `Database`."""
+        from dspex_persist.state.store import databases
+
+        return databases.check(self.url.url, progress)
+
     def check_there(self) -> None:
         """See `Database`."""
         from dspex_persist.state.store import databases

@@ -120,6 +120,9 @@ def test_what_cannot_be_reached_says_so() -> None:
         ("session", "fork", "s", "fork"),
         ("audit", "sessions"),
         ("audit", "history", "s"),
+        ("audit", "verify", "--anchor", "heads.jsonl", "--write"),
+        ("db", "check"),
+        ("db", "check", "--json"),
         ("db", "prune", "--keep-versions", "1", "--confirm"),
     ],
 )

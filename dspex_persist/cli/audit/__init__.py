@@ -13,7 +13,7 @@ from dspex_persist.cli.audit.asking import AuditOptions, Form, answering, asking
 from dspex_persist.cli.groups import Jobs, Json, new_group
 from dspex_persist.cli.maintenance import EXIT_PROBLEMS, show_check
 from dspex_persist.cli.output import counted, progress_bar, say, say_json
-from dspex_persist.cli.places import Db, file_of
+from dspex_persist.cli.places import Db, database_of
 
 if TYPE_CHECKING:
     from dspex_persist.audit import ExecutionDetail, Verification
@@ -577,8 +577,7 @@ def verify(
     request = AuditOptions(db, None, as_json, as_csv)
     with answering(request):
         with progress_bar() as progress:
-            path = file_of(db, "audit verify")
-            verification = audit.verify(path, anchor=anchor, write=write, progress=progress, jobs=jobs)
+            verification = audit.verify(database_of(db), anchor=anchor, write=write, progress=progress, jobs=jobs)
         _say_verification(verification, request, anchor)
         if not verification.ok:
             raise typer.Exit(EXIT_PROBLEMS)

@@ -5,13 +5,17 @@ from contextlib import contextmanager
 
 from sqlalchemy import Engine
 
+from dspex_persist.addresses import shown
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.history import recordings
 from dspex_persist.state.store.history.answers import StoredAudit
-from dspex_persist.state.store.postgres import schema
+from dspex_persist.state.store.maintenance.checks import CheckReport, checked
+from dspex_persist.state.store.postgres import objects, schema
 from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.store.verify import Problem
 
 
 @contextmanager
@@ -55,3 +59,18 @@ def open_recording(
     """Open a session's log; see `recordings.read_session` for the arguments, and `open_readers` for the errors."""
     with open_readers(url) as readers:
         yield recordings.read_session(readers, session_id, started=started, reveal=reveal)
+
+
+def check(url: str, progress: Progress = silent) -> CheckReport:
+    """Check a whole database, as `maintenance.check` checks a file: its schema, its references, its log.
+
+    One process does it, and servers go on meanwhile. See `open_readers` for the errors.
+    """
+    with open_readers(url) as readers:
+        return checked(shown(url), readers, None, _own_problems(readers), progress, 1)
+
+
+def _own_problems(readers: Engine) -> Iterator[Problem]:
+    for problems_in in (objects.schema_problems, objects.reference_problems):
+        with snapshot(readers) as connection:
+            yield from (Problem(*each) for each in problems_in(connection))

@@ -22,6 +22,7 @@ _REPLACED: Final = (
     (r"(?s)\bCAST\(substr\((.*?), 6\) AS INTEGER\)", r"dspex_number(substr(\1, 6))"),
     (r"\bCAST\((\w+)\.content AS TEXT\)", r"convert_from(\1.content, 'UTF8')"),
     (r"\blength\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)"),
+    (r"\bx''", "''::bytea"),
     (r"\bAS INTEGER\)", "AS BIGINT)"),
     (r"\bLIMIT \?(\d?)", r"LIMIT nullif(?\1::bigint, -1)"),
     (r"\(\?(\d) IS NULL OR", r"(?\1::text IS NULL OR"),

@@ -770,3 +770,12 @@ def raw_rows(connection: Connection, statement: str, *parameters: object) -> Ite
     """Iterate over the driver's rows: SQLAlchemy's take several times as long."""
     rows: Iterator[Any] = driver_of(connection).execute(statement, parameters)
     return rows
+
+
+def streamed_rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
+    """Iterate over rows that may be too many for memory, in the transaction of the connection.
+
+    SQLite looks for each row when it is asked for it. Another database would send all of them at once.
+    """
+    stream: Callable[[str, Sequence[object]], Iterator[Any]] | None = getattr(driver_of(connection), "stream", None)
+    return raw_rows(connection, statement, *parameters) if stream is None else stream(statement, parameters)

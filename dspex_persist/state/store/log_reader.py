@@ -24,6 +24,7 @@ from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
+from dspex_persist.state.store.engine import streamed_rows
 from dspex_persist.state.store.schema import commits
 
 _PAGE_BYTES = 4 * 1024 * 1024
@@ -209,14 +210,14 @@ def iter_commits(
 ) -> Iterator[LoggedCommit]:
     """Iterate over the next `most` commits (-1 for all) after `after`, up to `until`, with the rows of one at a time
     in memory."""
-    driver = connection.connection
-    version_rows = _rows(driver.cursor(), _VERSIONS, after)
-    event_rows = _rows(driver.cursor(), _EVENTS, after)
-    contents = driver.cursor()
+    version_rows = streamed_rows(connection, _VERSIONS, after)
+    event_rows = streamed_rows(connection, _EVENTS, after)
+    contents = connection.connection.cursor()
     version: Any = next(version_rows, _END)
     event: Any = next(event_rows, _END)
     count = 0
-    for sequence, session_key, actor, cause, created_at, stored in _rows(driver.cursor(), _COMMITS, after, until, most):
+    commit_rows = streamed_rows(connection, _COMMITS, after, until, most)
+    for sequence, session_key, actor, cause, created_at, stored in commit_rows:
         count += 1
         while version[0] < sequence or event[0] < sequence:
             stray = min(version[0], event[0])

@@ -30,8 +30,9 @@ MOST_JOBS: Final = 64
 class CheckReport:
     """The result of a check. `complete` is false if it stopped after `MOST_PROBLEMS`.
 
-    `pruned_commits` of the `commits` have lost rows: `pruned_versions` and `pruned_events` in total, according to the
-    markers in the log. `anchored`: whether there was an anchor file, and so a known last commit.
+    `path` is the file, or the URL of a database without its password. `pruned_commits` of the `commits` have lost rows:
+    `pruned_versions` and `pruned_events` in total, according to the markers in the log. `anchored`: whether there was
+    an anchor file, and so a known last commit.
     """
 
     path: Path | str
@@ -66,11 +67,25 @@ def check(path: Path, progress: Progress = silent, jobs: int | None = None) -> C
 def check_opened(
     path: Path, readers: Engine, anchor: Head | None, progress: Progress, jobs: int | None = None
 ) -> CheckReport:
+    own = _file_problems(readers, progress)
+    return checked(path, readers, anchor, own, progress, jobs or verify.jobs_for(path))
+
+
+def checked(
+    path: Path | str,
+    readers: Engine,
+    anchor: Head | None,
+    own: Iterator[Problem],
+    progress: Progress,
+    jobs: int,
+) -> CheckReport:
+    """Check what is the same everywhere. `own`: problems of another kind, which are reported first."""
+
     def report(done: int, in_all: int) -> None:
         progress("checking commits", done, in_all)
 
-    with verify.checking(readers, anchor, report, jobs or verify.jobs_for(path)) as rest:
-        problems = tuple(islice(chain(_file_problems(readers, progress), rest), MOST_PROBLEMS))
+    with verify.checking(readers, anchor, report, jobs) as rest:
+        problems = tuple(islice(chain(own, rest), MOST_PROBLEMS))
     with snapshot(readers) as connection:
         commits = log_reader.head(connection).sequence
         pruned = _count_pruned(connection)

@@ -1,11 +1,17 @@
 """Connections and cursors of psycopg that take the statements of the store as those of sqlite3 do."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any, Final
 
 import psycopg
 
 from dspex_persist.state.store.dialect import translated
+
+# What `stream` fetches in one round trip; a row may have some MiB.
+_STREAMED_ROWS: Final = 200
+_QUERY: Final = re.compile(r"\s*(?:SELECT|WITH)\b", re.IGNORECASE)
 
 
 class Cursor(psycopg.Cursor[Any]):
@@ -14,12 +20,7 @@ class Cursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, params: Any = None, **options: Any) -> "Cursor":
         """Run a statement."""
         if isinstance(query, str) and (not params or isinstance(params, tuple | list)) and "%s" not in query:
-            query, order = translated(query)
-            if order is not None:
-                params = [params[place] for place in order]
-            if not params:
-                # With parameters, psycopg reads %% as %.
-                params = () if "%%" in query else None
+            query, params = _translated(query, params)
         super().execute(query, params, **options)
         return self
 
@@ -32,12 +33,34 @@ class Cursor(psycopg.Cursor[Any]):
         super().executemany(query, params_seq, **options)
 
 
+def _translated(query: str, params: Any) -> tuple[str, Any]:
+    query, order = translated(query)
+    if order is not None:
+        params = [params[place] for place in order]
+    if not params:
+        # With parameters, psycopg reads %% as %.
+        return query, () if "%%" in query else None
+    if _QUERY.match(query) and any(isinstance(each, str) and "\0" in each for each in params):
+        # No text there has a NUL, and none is equal to NULL.
+        params = [None if isinstance(each, str) and "\0" in each else each for each in params]
+    return query, params
+
+
 class Connection(psycopg.Connection[Any]):
     """A connection that is a `Driver`, as those of sqlite3 are."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.cursor_factory = Cursor
+        self._numbers = count()
+
+    def stream(self, statement: str, parameters: Sequence[object]) -> Iterator[Any]:
+        """Yield the rows of a statement with only some of them in memory. The transaction has to last as long."""
+        query, params = _translated(statement, parameters)
+        with psycopg.ServerCursor(self, f"stream_{next(self._numbers)}") as cursor:
+            cursor.itersize = _STREAMED_ROWS
+            cursor.execute(query, params)
+            yield from cursor
 
     def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> Cursor:
         """Run a statement once for each row."""

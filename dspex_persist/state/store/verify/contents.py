@@ -7,8 +7,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from dspex_persist.state.store.blobs import digest
-from dspex_persist.state.store.engine import raw_rows
-from dspex_persist.state.store.verify.walk import BEFORE_ALL, SNAPSHOT_S, Problem, Walk, find_row, place_of
+from dspex_persist.state.store.verify.walk import BEFORE_ALL, Problem, Walk, end_of_page, find_row, place_of, rows_in
 
 _BLOBS: Final = "SELECT blob_key, digest, content FROM blobs WHERE blob_key > ? ORDER BY blob_key"
 _UNUSED_BLOBS: Final = """
@@ -33,15 +32,15 @@ class BlobWalk(Walk):
         return f"the large contents after number {max(self._last, 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
-        for key, name, content in raw_rows(connection, _BLOBS, self._last):
+        end = end_of_page(connection)
+        for key, name, content in rows_in(connection, _BLOBS, self._last):
             if digest(content) != name:
                 yield Problem(self._where(connection, key), "the content does not match its digest")
             self._last = key
             if time.monotonic() > end:
                 return
         self.more = False
-        for (key,) in raw_rows(connection, _UNUSED_BLOBS):
+        for (key,) in rows_in(connection, _UNUSED_BLOBS):
             yield Problem(f"large content {key}", "no version refers to it")
 
     def _where(self, connection: Connection, key: int) -> str:

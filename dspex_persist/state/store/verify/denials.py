@@ -6,8 +6,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from dspex_persist.clock import EARLIEST, LATEST, to_micros
-from dspex_persist.state.store.engine import raw_rows
-from dspex_persist.state.store.verify.walk import BEFORE_ALL, PAGE_ENTRIES, Problem, Walk
+from dspex_persist.state.store.verify.walk import BEFORE_ALL, PAGE_ENTRIES, Problem, Walk, rows_in
 
 _ROWS: Final = """
     SELECT denial_key, at, last_at, rpc, missing, count FROM denials WHERE denial_key > ? ORDER BY denial_key LIMIT ?
@@ -24,7 +23,7 @@ class DenialWalk(Walk):
         return f"the refused calls after row {self._last} of denials"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        rows = list(raw_rows(connection, _ROWS, self._last, PAGE_ENTRIES))
+        rows = list(rows_in(connection, _ROWS, self._last, PAGE_ENTRIES))
         for key, at, last_at, rpc, missing, count in rows:
             where = f"row {key} of denials"
             if key < 1:

@@ -7,9 +7,8 @@ from sqlalchemy import Connection
 
 from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state.errors import quote
-from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.outcomes import ODD_IMPORTS
-from dspex_persist.state.store.verify.walk import Problem, Walk, place_of, range_text
+from dspex_persist.state.store.verify.walk import Problem, Walk, place_of, range_text, rows_in
 
 _UNSOUND: Final = {
     "its time is out of range": f"""
@@ -49,7 +48,7 @@ _DOCUMENTS: Final = {
 def unsound_in(connection: Connection, after: int, last: int) -> Iterator[Problem]:
     """Yield the problems of the commits after `after`, up to and including `last`."""
     for what, statement in _UNSOUND.items():
-        for sequence, session_key, variable_key in raw_rows(connection, statement, after, last):
+        for sequence, session_key, variable_key in rows_in(connection, statement, after, last):
             keys = [variable_key] if variable_key is not None else []
             yield Problem(place_of(connection, sequence, session_key, keys), what)
 
@@ -62,9 +61,9 @@ class DocumentWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         for (table, column), statement in _DOCUMENTS.items():
-            for session_id, *names in raw_rows(connection, statement):
+            for session_id, *names in rows_in(connection, statement):
                 where = ", ".join([f"session {quote(session_id)}", *(f"variable {quote(name)}" for name in names)])
                 yield Problem(where, f"{table}.{column} is not valid JSON")
-        for first, last in raw_rows(connection, ODD_IMPORTS):
+        for first, last in rows_in(connection, ODD_IMPORTS):
             yield Problem(range_text(first, last), "listed in imports, but they do not exist")
         self.more = False

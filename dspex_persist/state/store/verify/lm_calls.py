@@ -6,17 +6,19 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.lm_rows import rows_of
 from dspex_persist.state.store.schema import lm_calls
 from dspex_persist.state.store.verify.walk import (
     AFTER_ALL,
     BEFORE_ALL,
     PAGE_ENTRIES,
-    SNAPSHOT_S,
     Problem,
     Walk,
+    end_of_page,
     find_row,
+    of_file,
     place_of,
+    rows_in,
 )
 
 _COLUMNS: Final = [column.name for column in lm_calls.columns]
@@ -24,6 +26,13 @@ _KEY: Final = 3
 """How many columns say which call it is."""
 _IN_RANGE: Final = "WHERE sequence > ? AND sequence <= ? ORDER BY sequence, event_ordinal"
 _RECORDED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls_recorded {_IN_RANGE}"
+_ENDINGS: Final = """
+    SELECT events.sequence, events.ordinal, events.body, commits.created_at
+    FROM events JOIN commits ON commits.sequence = events.sequence
+    WHERE events.sequence > ? AND events.sequence <= ? AND events.kind = 'execution_ended'
+        AND instr(events.body, '"lm"') > 0
+    ORDER BY events.sequence, events.ordinal
+"""
 _LISTED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls {_IN_RANGE}"
 # Counted, as the numbers of a damaged file may be far apart.
 _PAGE: Final = f"SELECT sequence FROM commits WHERE sequence > ? ORDER BY sequence LIMIT 1 OFFSET {PAGE_ENTRIES}"
@@ -40,7 +49,7 @@ class LmCallsWalk(Walk):
         return f"the LM calls after commit {max(self._last, 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
+        end = end_of_page(connection)
         while self.more:
             (until,) = find_row(connection, _PAGE, self._last) or (AFTER_ALL,)
             self.more = until != AFTER_ALL
@@ -51,13 +60,21 @@ class LmCallsWalk(Walk):
 
     def _compare(self, connection: Connection, until: float) -> Iterator[Problem]:
         recorded, listed = (
-            {tuple(row[:_KEY]): row for row in raw_rows(connection, statement, self._last, until)}
-            for statement in (_RECORDED, _LISTED)
+            {tuple(row[:_KEY]): tuple(row) for row in rows}
+            for rows in (_recorded(connection, self._last, until), rows_in(connection, _LISTED, self._last, until))
         )
         for key in sorted(recorded.keys() | listed.keys()):
             for what in _differences(recorded.get(key), listed.get(key)):
                 session = find_row(connection, _SESSION_OF, key[0])
                 yield Problem(place_of(connection, key[0], session[0] if session else 0, ()), what.format(key[2]))
+
+
+def _recorded(connection: Connection, after: float, until: float) -> Iterator[Any]:
+    """Return the rows that the table should have for the commits after `after`, up to and including `until`."""
+    if of_file(connection):
+        return rows_in(connection, _RECORDED, after, until)
+    endings = rows_in(connection, _ENDINGS, after, until)
+    return (row for sequence, ordinal, body, at in endings for row in rows_of(sequence, ordinal, body, at))
 
 
 def _differences(recorded: Any, listed: Any) -> Iterator[str]:

@@ -8,7 +8,6 @@ from sqlalchemy import Connection
 from dspex_persist.state.store import log_reader, pruned
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import GENESIS, link
-from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.documents import unsound_in
 from dspex_persist.state.store.verify.walk import (
     AFTER_DELETION,
@@ -21,6 +20,7 @@ from dspex_persist.state.store.verify.walk import (
     find_row,
     place_of,
     range_text,
+    rows_in,
 )
 
 _PAGE_COMMITS: Final = 10_000
@@ -116,7 +116,7 @@ class LogWalk(Walk):
         newest, homes = self._seen.newest, self._seen.homes
         # Commits to examine even if their hashes match.
         special = {self._anchor.sequence}
-        special.update(sequence for (sequence,) in raw_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
+        special.update(sequence for (sequence,) in rows_in(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
             self._seen.forget()
         (in_all,) = find_row(connection, "SELECT coalesce(max(sequence), 0) FROM commits")
@@ -149,7 +149,7 @@ class LogWalk(Walk):
 
     def _begin(self, connection: Connection) -> Iterator[Problem]:
         if self._after == 0:
-            for (sequence,) in raw_rows(connection, _BEFORE_THE_FIRST):
+            for (sequence,) in rows_in(connection, _BEFORE_THE_FIRST):
                 yield Problem(f"commit {sequence}", "commits are numbered from 1")
         else:
             self._take_over(connection)

@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
 from dspex_persist.state.errors import quote
-from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.walk import (
     BEFORE_ALL,
     PAGE_ENTRIES,
-    SNAPSHOT_S,
     Problem,
     Walk,
+    end_of_page,
     find_row,
+    of_file,
     place_of,
+    rows_in,
 )
 
 # Metadata that is not JSON was reported with its commit.
@@ -31,6 +32,8 @@ _STRAYS: Final = f"""
             AND versions.sequence = listed.sequence AND entry.key = listed.key AND entry.value = listed.value
     )
 """
+# Without a page: the index of another database is in another order.
+_ALL_STRAYS: Final = _STRAYS.replace(f"{_NEXT_ENTRIES} {PAGE_ENTRIES}", "FROM metadata_entries")
 _COUNTS: Final = f"""
     SELECT (SELECT count(*) FROM metadata_entries),
         (SELECT count(*) FROM versions CROSS JOIN {_ENTRIES} WHERE versions.metadata IS NOT NULL)
@@ -60,17 +63,23 @@ class StrayWalk(Walk):
         return f"metadata_entries after key {quote(self._last[0])}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
+        end = end_of_page(connection)
+        if not of_file(connection):
+            yield from self._name(connection, rows_in(connection, _ALL_STRAYS))
+            self.more = False
         while self.more:
-            for key, sequence, variable_key, version in raw_rows(connection, _STRAYS, *self._last):
-                self.has_strays = True
-                what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not"
-                yield Problem(_where_of_entry(connection, sequence, variable_key), what)
+            yield from self._name(connection, rows_in(connection, _STRAYS, *self._last))
             last = find_row(connection, _LAST_OF_PAGE, *self._last)
             self.more = last is not None
             self._last = last or self._last
             if time.monotonic() > end:
                 return
+
+    def _name(self, connection: Connection, strays: Iterator[Any]) -> Iterator[Problem]:
+        for key, sequence, variable_key, version in strays:
+            self.has_strays = True
+            what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not"
+            yield Problem(_where_of_entry(connection, sequence, variable_key), what)
 
 
 class IndexedWalk(Walk):
@@ -88,13 +97,13 @@ class IndexedWalk(Walk):
         return f"the metadata of the versions after variable key {max(self._last[0], 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
+        end = end_of_page(connection)
         if not self._strays.has_strays and self._last[0] == BEFORE_ALL:
             entries, expected = find_row(connection, _COUNTS)
             if entries == expected:
                 self.more = False
                 return
-        for key, version, sequence, indexed in raw_rows(connection, _INDEXED, *self._last):
+        for key, version, sequence, indexed in rows_in(connection, _INDEXED, *self._last):
             if not indexed:
                 where = _where_of_entry(connection, sequence, key)
                 yield Problem(where, f"version {version} has metadata that is missing in metadata_entries")

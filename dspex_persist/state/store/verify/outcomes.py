@@ -11,8 +11,7 @@ from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state import commands, outcomes
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import quote
-from dspex_persist.state.store.engine import raw_rows
-from dspex_persist.state.store.verify.walk import SNAPSHOT_S, Problem, Walk
+from dspex_persist.state.store.verify.walk import Problem, Walk, end_of_page, rows_in
 
 ODD_IMPORTS: Final = """
     SELECT first_sequence, last_sequence FROM imports
@@ -36,8 +35,8 @@ class OutcomeWalk(Walk):
         return f"the outcomes after those of session {quote(self._last[0])}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
-        for session_id, key, cause, fingerprint, result, created_at, is_known in raw_rows(
+        end = end_of_page(connection)
+        for session_id, key, cause, fingerprint, result, created_at, is_known in rows_in(
             connection, _OUTCOMES, *self._last
         ):
             where = f"session {quote(session_id)}, outcome under idempotency key {quote(key)}"

@@ -11,6 +11,7 @@ from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.verify.contents import BlobWalk
 from dspex_persist.state.store.verify.denials import DenialWalk
 from dspex_persist.state.store.verify.documents import DocumentWalk
+from dspex_persist.state.store.verify.heads import HeadWalk
 from dspex_persist.state.store.verify.live import LiveWalk
 from dspex_persist.state.store.verify.lm_calls import LmCallsWalk
 from dspex_persist.state.store.verify.log import LogWalk, Seen, ranges_in
@@ -21,6 +22,7 @@ from dspex_persist.state.store.verify.sessions import SessionWalk
 from dspex_persist.state.store.verify.walk import UNREADABLE, Problem, Progress, Walk, walk_through
 
 LOG: Final = "log"
+HEAD: Final = "head"
 MOST_PROBLEMS: Final = 1000
 """A check stops after this many problems."""
 PartResult: TypeAlias = tuple[list[Problem], bool]
@@ -49,7 +51,8 @@ def parts_of(readers: Engine) -> tuple[Part, ...]:
     except UNREADABLE:
         # A walk over the whole log reports where it cannot be read.
         ranges = [(0, None)]
-    return (*(Part(LOG, after, until) for after, until in ranges), *AFTER_THE_LOG)
+    only_here = () if readers.dialect.name == "sqlite" else (Part(HEAD),)
+    return (*(Part(LOG, after, until) for after, until in ranges), *AFTER_THE_LOG, *only_here)
 
 
 class Meter:
@@ -135,4 +138,5 @@ _WALKS: Final[Mapping[str, Callable[[], Walk]]] = {
     "outcomes": OutcomeWalk,
     "denials": DenialWalk,
     "live": LiveWalk,
+    HEAD: HeadWalk,
 }

@@ -9,8 +9,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.events import Pruned
 from dspex_persist.state.store.chain import GENESIS, commit_text, residue, residue_entry
-from dspex_persist.state.store.engine import raw_rows
-from dspex_persist.state.store.verify.walk import BEFORE_ALL, SNAPSHOT_S, Problem, Walk, find_row
+from dspex_persist.state.store.verify.walk import BEFORE_ALL, Problem, Walk, end_of_page, find_row, rows_in
 from dspex_persist.state.values.json_text import stored
 
 _PRUNED: Final = """
@@ -50,9 +49,9 @@ class PrunedWalk(Walk):
         return f"the pruned commits after {max(self._last[0], 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
+        end = end_of_page(connection)
         markers = self._markers
-        for sequence, marker_sequence, kept, *commit in raw_rows(connection, _PRUNED, *self._last):
+        for sequence, marker_sequence, kept, *commit in rows_in(connection, _PRUNED, *self._last):
             if marker_sequence not in markers:
                 markers[marker_sequence] = _find_marker(connection, marker_sequence)
                 if markers[marker_sequence] is None:

@@ -31,7 +31,6 @@ from dspex_persist.state.events import (
     event_in,
 )
 from dspex_persist.state.fold import described
-from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
 from dspex_persist.state.store.variables import KIND_OF, lock_text
@@ -41,11 +40,12 @@ from dspex_persist.state.store.verify.walk import (
     BEFORE_ALL,
     DELETED,
     DESCRIBING,
-    SNAPSHOT_S,
     Problem,
     Walk,
+    end_of_page,
     find_row,
     is_pruned,
+    rows_in,
     shown,
 )
 from dspex_persist.state.values.json_text import stored
@@ -93,7 +93,8 @@ _RULES: Final = """
     FROM rules WHERE session_key > ? ORDER BY session_key, name
 """
 _CONSTRAINTS: Final = """
-    SELECT variables.session_key, printf('of variable %d since commit %d', variables.variable_key, since_sequence),
+    SELECT variables.session_key,
+        'of variable ' || variables.variable_key || ' since commit ' || since_sequence,
         variable_constraints.constraints
     FROM variables INDEXED BY variables_by_session
     CROSS JOIN variable_constraints ON variable_constraints.variable_key = variables.variable_key
@@ -133,7 +134,7 @@ class SessionWalk(Walk):
         return f"the sessions after number {max(self._last, 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        end = time.monotonic() + SNAPSHOT_S
+        end = end_of_page(connection)
         statements = (
             _SESSIONS,
             _EVENTS,
@@ -145,7 +146,7 @@ class SessionWalk(Walk):
             _RULES,
             _CONSTRAINTS,
         )
-        streams = [_Stream(raw_rows(connection, statement, self._last)) for statement in statements]
+        streams = [_Stream(rows_in(connection, statement, self._last)) for statement in statements]
         while (key := min(stream.key for stream in streams)) != AFTER_ALL:
             rows, events, telling, variables, dependencies, *keyed = (stream.take(key) for stream in streams)
             executions, tools, rules, constraints = keyed

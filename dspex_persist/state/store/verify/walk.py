@@ -1,6 +1,7 @@
 """The base of all walks, their snapshots, and helpers that they share."""
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.store.engine import raw_rows, snapshot, sqlite_of
+from dspex_persist.state.store.engine import raw_rows, snapshot, sqlite_of, streamed_rows
 from dspex_persist.state.store.variables import KIND_CODES
 
 PAGE_ENTRIES: Final = 10_000
@@ -58,6 +59,9 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
     lenient = False
     while walk.more:
         with snapshot(readers) as connection:
+            if not of_file(connection):
+                yield from walk.page(connection)
+                continue
             # Reading text that may not be UTF-8 takes half as long again, so only do it once there is such text.
             sqlite_of(connection).text_factory = _decode_any if lenient else str
             try:
@@ -73,8 +77,33 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
 _decode_any = partial(str, encoding="utf-8", errors="surrogateescape")
 
 
+def of_file(connection: Connection) -> bool:
+    return connection.dialect.name == "sqlite"
+
+
+def rows_in(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
+    """Iterate over rows that may be too many for memory."""
+    return streamed_rows(connection, statement, *_bounded(connection, parameters))
+
+
 def find_row(connection: Connection, statement: str, *parameters: object) -> Any:
-    return next(raw_rows(connection, statement, *parameters), None)
+    return next(iter(raw_rows(connection, statement, *_bounded(connection, parameters))), None)
+
+
+def _bounded(connection: Connection, parameters: Sequence[object]) -> Sequence[object]:
+    """Return parameters of the types of their columns: another database would compare all rows with an infinity."""
+    if of_file(connection):
+        return parameters
+    limits = {BEFORE_ALL: -(1 << 63), AFTER_ALL: (1 << 63) - 1}
+    return [limits.get(each, each) if isinstance(each, float) else each for each in parameters]
+
+
+def end_of_page(connection: Connection) -> float:
+    """Return until when a walk may read in this snapshot, in terms of the monotonic clock.
+
+    In a file, a long snapshot would let the WAL grow. Another database sorts what it reads anew for each snapshot.
+    """
+    return time.monotonic() + SNAPSHOT_S if of_file(connection) else AFTER_ALL
 
 
 def range_text(first: int, last: int) -> str:
