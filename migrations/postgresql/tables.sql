@@ -193,6 +193,7 @@ CREATE INDEX sessions_by_id ON sessions (session_id);
 CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE ended_sequence IS NULL AND expires_at IS NOT NULL;
 CREATE UNIQUE INDEX variables_live ON variables (session_key, name) WHERE deleted_sequence IS NULL;
 CREATE INDEX variables_by_session ON variables (session_key);
+CREATE INDEX sessions_by_start ON sessions (started_sequence);
 CREATE INDEX variables_by_id ON variables (variable_id);
 CREATE INDEX commits_by_session ON commits (session_key, sequence);
 CREATE INDEX versions_by_sequence ON versions (sequence);

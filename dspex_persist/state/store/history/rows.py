@@ -86,11 +86,11 @@ class Conditions:
         return f" WHERE {' AND '.join(self._texts)}" if self._texts else ""
 
 
-def of_tool(conditions: Conditions, tool: str) -> None:
+def of_tool(conditions: Conditions, tool: str, column: str = "executions.tool") -> None:
     if is_glob(tool):
-        conditions.add("executions.tool GLOB ?", glob_pattern(tool))
+        conditions.add(f"{column} GLOB ?", glob_pattern(tool))
     else:
-        conditions.add_equal("executions.tool", tool)
+        conditions.add_equal(column, tool)
 
 
 def glob_pattern(glob: str) -> str:

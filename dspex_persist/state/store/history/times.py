@@ -14,6 +14,14 @@ _YOUNGER = """
         SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
     ) ORDER BY sequence LIMIT 1
 """
+# The first commit after a number that was not imported, up to another one.
+_NEXT_OWN = """
+    SELECT sequence, created_at FROM commits WHERE sequence > coalesce((
+        SELECT max(last_sequence) FROM imports WHERE first_sequence <= ? + 1 AND last_sequence > ?
+    ), ?) AND sequence <= ? AND NOT EXISTS (
+        SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
+    ) ORDER BY sequence LIMIT 1
+"""
 _YOUNGER_OF_SESSION = """
     SELECT sequence FROM commits INDEXED BY commits_by_session
     WHERE session_key = ? AND created_at > ? ORDER BY sequence LIMIT 1
@@ -40,7 +48,25 @@ def last_until(connection: Connection, micros: int) -> int:
 
 def first_younger(connection: Connection, micros: int) -> int:
     """Return the first commit later than `micros`, except for imported ones; a number past the log if no commit is."""
-    return _number(connection, _YOUNGER, micros) or _AFTER_ALL
+    if connection.dialect.name == "sqlite":
+        return _number(connection, _YOUNGER, micros) or _AFTER_ALL
+    return _first_younger_by_halves(connection, micros)
+
+
+def _first_younger_by_halves(connection: Connection, micros: int) -> int:
+    """Return the same for a log that servers share, whose own commits have the order of their times."""
+    after, until = 0, _number(connection, _HEAD) or 0
+    found = _AFTER_ALL
+    while after < until:
+        middle = (after + until) // 2
+        row = driver_of(connection).execute(_NEXT_OWN, (middle, middle, middle, until)).fetchone()
+        if row is None:
+            until = middle
+        elif row[1] > micros:
+            found, until = int(row[0]), middle
+        else:
+            after = int(row[0])
+    return found
 
 
 def last_of_session_until(connection: Connection, session_key: int, micros: int) -> int:

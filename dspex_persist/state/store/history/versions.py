@@ -71,6 +71,8 @@ _VERSIONS: Final = f"""
     LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
     LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
 """
+# Not the column itself: PostgreSQL would begin with the executions of the tool, and look for each in all versions.
+_TOOL: Final = "(CASE WHEN executions.tool IS NOT NULL THEN executions.tool END)"
 _BY_VARIABLE: Final = "versions CROSS JOIN commits ON commits.sequence = versions.sequence"
 _BY_SESSION: Final = """
     commits INDEXED BY commits_by_session
@@ -78,6 +80,14 @@ _BY_SESSION: Final = """
 """
 _BY_SEQUENCE: Final = """
     versions INDEXED BY versions_by_sequence CROSS JOIN commits ON commits.sequence = versions.sequence
+"""
+# The same where hints do not say that the range comes first: PostgreSQL would read all variables of a name, or all
+# commits of an actor. It does not look into a query with an OFFSET.
+_FENCED: Final = """
+    (
+        SELECT * FROM versions WHERE sequence > ? AND sequence <= ?
+        ORDER BY sequence {direction}, variable_key {direction}, version {direction} OFFSET 0
+    ) AS versions CROSS JOIN commits ON commits.sequence = versions.sequence
 """
 _BY_METADATA: Final = """
     metadata_entries
@@ -166,7 +176,7 @@ class HistoryPage:
         add.add_equal("versions.kind", None if query.kind is None else KIND_CODES[ChangeKind(query.kind)])
         add.add_equal("commits.actor", query.actor)
         add.add_equal("versions.source", None if query.source is None else SOURCE_CODES[Source(query.source)])
-        of_tool(add, query.tool)
+        of_tool(add, query.tool, _TOOL)
         self._predicates = predicates_of(query.where)
         if self._connection.dialect.name == "sqlite":
             for predicate in self._predicates:
@@ -204,9 +214,15 @@ class HistoryPage:
 
     def _of_metadata(self, keys: list[int] | None) -> Page[HistoryEntry]:
         (key, value), *others = self._query.metadata.items()
-        # The index has keys and values up to their first NUL, where SQLite cuts them; `_read` compares the metadata.
-        self._conditions.add("metadata_entries.key IN (?, ?)", key, key.partition("\0")[0])
-        self._conditions.add("metadata_entries.value IN (?, ?)", value, value.partition("\0")[0])
+        if self._connection.dialect.name == "sqlite":
+            # The index has keys and values up to their first NUL, where SQLite cuts them; `_read` compares all of it.
+            self._conditions.add("metadata_entries.key IN (?, ?)", key, key.partition("\0")[0])
+            self._conditions.add("metadata_entries.value IN (?, ?)", value, value.partition("\0")[0])
+        else:
+            # No text there has a NUL; and the index has hashes of the values, which may be too long for it.
+            key, value = key.replace("\0", "\ufffd"), value.replace("\0", "\ufffd")
+            self._conditions.add("metadata_entries.key = ? AND md5(metadata_entries.value) = md5(?)", key, value)
+            self._conditions.add("metadata_entries.value = ?", value)
         self._conditions.add_metadata(sound_document("versions.metadata"), others)
         if keys is not None:
             self._conditions.add_among("variables.session_key", keys)
@@ -264,7 +280,10 @@ class HistoryPage:
         if self._after is not None:
             conditions.add(f"({key}) {'<' if newest_first else '>'} (?, ?, ?)", *self._after)
         order = f" ORDER BY {key.replace(',', f' {direction},')} {direction} LIMIT ?"
-        page = self._read(driver, conditions, order, self._most)
+        bounds: tuple[int, ...] = ()
+        if window is not None and self._connection.dialect.name != "sqlite":
+            driver, bounds = _FENCED.format(direction=direction), (first, last)
+        page = self._read(driver, conditions, order, self._most, bounds)
         if page.after is None and end is not None:
             return Page(page.rows, (end, LAST_VERSION, 0))
         return page
@@ -275,10 +294,13 @@ class HistoryPage:
         lowest, highest = (first_row(self._connection, statement.format(end), first, last)[0] for end in ("min", "max"))
         return (first, first) if lowest is None else (lowest - 1, highest)
 
-    def _read(self, driver: str, more: Conditions, order: str, most: int) -> Page[HistoryEntry]:
+    def _read(
+        self, driver: str, more: Conditions, order: str, most: int, bounds: tuple[int, ...] = ()
+    ) -> Page[HistoryEntry]:
+        """Read a page; `bounds` are the parameters of the driver."""
         more.add_all(self._conditions)
         statement = _VERSIONS.format(driver=driver) + str(more) + order
-        rows, last = some_rows(self._connection, statement, most, *more.parameters)
+        rows, last = some_rows(self._connection, statement, most, *bounds, *more.parameters)
         if self._predicates:
             rows = [row for row in rows if self._fits(row)]
         entries = records_of(rows, partial(entry_of, reveal=self._reveal))

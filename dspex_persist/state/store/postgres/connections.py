@@ -46,6 +46,15 @@ _SETTINGS: Final = {
     "default_transaction_read_only": "off",
     "standard_conforming_strings": "on",
 }
+# The statements of the store are written for indexes and nested loops: SQLite has no other joins, and gets hints. These
+# settings are the hints here. Without them, a page of the history may read all executions, as statistics change.
+_PLANS: Final = {
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_seqscan": "off",
+    "jit": "off",
+    "max_parallel_workers_per_gather": "0",
+}
 _SET: Final = sql.SQL("SELECT set_config({name}, {value}, false)")
 _FACTS: Final = sql.SQL("""
     SELECT current_setting('server_version_num')::int, current_setting('server_version'),
@@ -97,7 +106,7 @@ class Database:
     def _prepare(self, connection: Connection) -> None:
         """Set what is a matter of the session, and look at what is not."""
         schema = sql.Identifier(self.schema).as_string(connection)
-        settings = _SETTINGS | {"search_path": schema}
+        settings = _SETTINGS | _PLANS | {"search_path": schema}
         if self._durability == "normal":
             settings["synchronous_commit"] = "off"
         given = [_SET.format(name=sql.Literal(name), value=sql.Literal(value)) for name, value in settings.items()]
