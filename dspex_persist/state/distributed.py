@@ -16,7 +16,9 @@ from dspex_persist.state.around import (
 )
 from dspex_persist.state.log_state import default_actor
 from dspex_persist.state.meter import FileFigures, Meter
+from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.options import check_count, check_seconds
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.shared import SWEEP_S, ServerMeter, SharedGroups, SharedState
 from dspex_persist.state.store.history.provided import StoredPast
 from dspex_persist.state.store.history.retention import Retention
@@ -65,11 +67,7 @@ class PostgresState(SharedState, StoredPast, Durable):
         self._store = PostgresLog(url, durability=options.durability, lease_s=lease_s)
         self._past = self._store.readers
         self._pruning = threading.Lock()
-        self._retention = Retention(
-            options,
-            lambda policy, progress: self.prune(policy, confirm=True, progress=progress),
-            self._store.size_bytes,
-        )
+        self._retention = Retention(options, self._prune_alone, self._store.size_bytes)
         try:
             groups = SharedGroups(
                 self._store,
@@ -102,6 +100,13 @@ class PostgresState(SharedState, StoredPast, Durable):
     def count_with_access(self) -> int:
         """See `ServedEngine.count_with_access`."""
         return self._store.count_with_access()
+
+    def _prune_alone(self, policy: PrunePolicy, progress: Progress) -> PruneReport:
+        """Prune by the settings, unless another server does: it would find the same."""
+        with self._store.turn_to_prune() as is_mine:
+            if is_mine:
+                return self.prune(policy, confirm=True, progress=progress)
+        return PruneReport(True, 0, 0, 0, 0)
 
     def _on_idle(self) -> None:
         super()._on_idle()

@@ -41,6 +41,8 @@ _SINCE: Final = """
     WHERE commits.session_key = %s AND commits.sequence > %s AND commits.sequence <= %s
 """
 _EXPIRES: Final = "UPDATE sessions SET expires_at = greatest(expires_at, %s) WHERE session_key = %s"
+# Of the session that asks, until it ends: whoever holds it prunes by the settings of all servers.
+_TRY_TO_PRUNE: Final = f"SELECT pg_try_advisory_lock({schema.LOCKS}, 'pruned'::regclass::oid::int)"
 _SIZE: Final = text("""
     SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
@@ -229,6 +231,12 @@ class PostgresLog(_Stored, SharedLog):
             # One server at a time: two might wait for each other's rows.
             connection.exec_driver_sql("LOCK TABLE denials IN SHARE ROW EXCLUSIVE MODE")
             yield connection
+
+    @contextlib.contextmanager
+    def turn_to_prune(self) -> Iterator[bool]:
+        """Tell whether no other server prunes by its settings now. If so, none does until the end of the block."""
+        with self._database.reported(), contextlib.closing(self._database.connect()) as connection:
+            yield connection.execute(_TRY_TO_PRUNE).fetchone() == (True,)
 
     def size_bytes(self) -> int:
         """Return the size of the tables and indexes."""

@@ -1,0 +1,44 @@
+"""Several servers with the same settings: one of them prunes, and the others learn of it."""
+
+import pytest
+
+from dspex_persist.state.abilities import Prunable
+from dspex_persist.state.distributed import PostgresState
+from dspex_persist.state.errors import VersionPrunedError
+from dspex_persist.state.model import PrunePolicy
+from dspex_persist.state.provider import silent
+from dspex_persist.state.store.databases import check
+from dspex_persist.state.store.session_store import StoreOptions
+from tests.engines import wait_until
+
+POLICY = PrunePolicy(keep_versions=1)
+
+
+def test_one_of_them_prunes(url: str) -> None:
+    with PostgresState(url) as one, PostgresState(url) as other:
+        one.initialize_session("s")
+        one.register_variable("s", "x", "integer", 0)
+        for value in range(1, 4):
+            one.set_variable("s", "x", value)
+        with one._store.turn_to_prune() as is_mine, other._store.turn_to_prune() as is_others:
+            assert (is_mine, is_others) == (True, False)
+            assert other._prune_alone(POLICY, silent).markers == 0
+            assert Prunable.of(other).prune(POLICY, confirm=False).versions == 3
+        assert other._prune_alone(POLICY, silent).versions == 3
+        with pytest.raises(VersionPrunedError), one.audit() as past:
+            past.state("s", "3")
+    assert check(url).problems == ()
+
+
+def test_each_prunes_by_its_settings(url: str) -> None:
+    options = StoreOptions(retention_keep_versions=2)
+    with PostgresState(url, options) as one, PostgresState(url, options) as other:
+        one.initialize_session("s")
+        one.register_variable("s", "x", "integer", 0)
+        for value in range(1, 9):
+            (one if value % 2 else other).set_variable("s", "x", value)
+        wait_until(lambda: len(other.get_variable_history("s", "x")) == 2)
+        assert one.get_variable("s", "x").version == 8
+    report = check(url)
+    assert report.problems == ()
+    assert report.pruned_versions == 7
