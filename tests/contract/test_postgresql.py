@@ -6,8 +6,8 @@ from typing import ClassVar
 import pytest
 
 from dspex_persist.state.distributed import DistributedState, PostgresState
-from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.fork_contract import ForkContract
@@ -48,7 +48,7 @@ def single(request: pytest.FixtureRequest, postgresql_url: str) -> Iterator[Dist
 class Two:
     """Two servers, whose calls alternate."""
 
-    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
+    options: ClassVar[StoreOptions] = StoreOptions(limits=SMALL_LIMITS)
 
     @pytest.fixture
     def provider(self, alternating: Alternating) -> StateProvider:
@@ -67,13 +67,13 @@ class TestAllOfTwoServers(Two, ProviderContract):
 
 
 class TestLeasesOfTwoServers(Two, LeaseContract):
-    options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
+    options = StoreOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
 class One:
     """One of two servers: the other one only follows."""
 
-    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
+    options: ClassVar[StoreOptions] = StoreOptions(limits=SMALL_LIMITS)
 
     @pytest.fixture
     def provider(self, single: DistributedState) -> StateProvider:
@@ -86,7 +86,7 @@ class TestOrder(One, OrderContract):
 
 @pytest.mark.thorough
 class TestTools(One, ToolContract, TransactionContract):
-    options = SessionOptions()
+    options = StoreOptions()
 
 
 class TestPast(
