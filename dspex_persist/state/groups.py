@@ -6,7 +6,7 @@
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -205,7 +205,7 @@ class Groups(Generic[S_co]):
         """
         before = self.log.sequence
         try:
-            with self.log.group(wait=wait) as news:
+            with self._group(jobs, wait) as news:
                 before = self._begin(news)
                 drafts, at = Drafts(self), self.moment()
                 results, units = self._apply(jobs, drafts, at)
@@ -232,6 +232,9 @@ class Groups(Generic[S_co]):
             self._trace(jobs, len(units), at.now)
         self._publish(drafts, units)
         return results
+
+    def _group(self, jobs: Sequence[Job], wait: bool) -> AbstractContextManager[News | None]:
+        return self.log.group(wait=wait)
 
     def _append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         self.log.append(units, touched)

@@ -19,6 +19,7 @@ nothing that it appends under the old lease is accepted, and its executions are 
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 
 from dspex_persist.state.log_store import LogStore, News
@@ -34,6 +35,13 @@ class SharedLog(LogStore):
 
         Any thread may call it. It takes one round trip.
         """
+
+    def reading(self) -> AbstractContextManager[News | None]:
+        """Return a context manager like that of `group`, in which nothing is appended.
+
+        A log that locks for a group does without the lock here, if it can read one state of the log nevertheless.
+        """
+        return self.group()
 
     @abstractmethod
     def news(self) -> News | None:

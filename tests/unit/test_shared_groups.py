@@ -136,6 +136,26 @@ def test_a_server_that_was_taken_for_dead_begins_another_lease(memory: SharedMem
     assert fenced == [1]
 
 
+def test_reads_do_without_the_lock_unless_a_ttl_has_to_be_saved(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.steady()
+    monkeypatch.setattr(clock, "steady", lambda: now)
+    (one, _), (other, log) = server(memory), server(memory)
+    do(one, InitializeSession("s", {"ttl_seconds": "100"}))
+    begun: list[str] = []
+    group = log.group
+    monkeypatch.setattr(log, "group", lambda **options: (begun.append("group"), group(**options))[1])
+    monkeypatch.setattr(log, "reading", lambda: (begun.append("reading"), group())[1])
+    do(other, ReadState("s"))
+    now += timedelta(seconds=50)
+    do(other, ReadState("s"))
+    do(other, ReadState("s"), RegisterVariable("s", "n", "integer", Value("0")))
+    assert begun == ["reading", "reading", "group", "group"]
+    now += timedelta(seconds=60)
+    do(one, ReadState("s"))
+
+
 def test_a_session_that_others_have_used_does_not_expire(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     now = clock.steady()
     monkeypatch.setattr(clock, "steady", lambda: now)

@@ -1,6 +1,7 @@
 """SharedGroups: the sessions of a shared log, as far as this server has them in memory."""
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from dspex_persist import clock
@@ -21,6 +22,10 @@ _MOST_ATTEMPTS: Final = 64
 """How often a group is run that others keep overtaking."""
 _AWAY: Final = (OutcomeUnknownError, UnavailableError, StorageError)
 """Errors of a log that may be reached again later."""
+
+
+class _ToBeSavedError(MovedError):
+    """A group that only reads has renewed a TTL so far that it has to be saved: run it again as one that writes."""
 
 
 class SharedGroups(Groups[SharedLog]):
@@ -57,6 +62,9 @@ class SharedGroups(Groups[SharedLog]):
         self.on_fenced: Callable[[], None] = lambda: None
         self.server_meter = server_meter
         self._is_away = self._is_fenced = False
+        # Whether the group only reads, and whether it may.
+        self._reads = False
+        self._may_read = True
         # The executions that the last group begins, by session; and those that may have begun, as nobody can tell.
         self._begins: list[tuple[str, str]] = []
         self._doubtful: list[tuple[str, str]] = []
@@ -71,9 +79,13 @@ class SharedGroups(Groups[SharedLog]):
 
     def write_group(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
         """See `Groups.write_group`. If it is unknown whether the group was written, all of memory is forgotten."""
+        self._may_read = not any(job.command.writes for job in jobs)
         for _ in range(_MOST_ATTEMPTS):
             try:
                 outcomes = super().write_group(jobs, wait=wait)
+            except _ToBeSavedError:
+                self._may_read = False
+                continue
             except MovedError:
                 if self.server_meter is not None:
                     self.server_meter.repeated()
@@ -92,7 +104,13 @@ class SharedGroups(Groups[SharedLog]):
         reason = f"other servers have overtaken it {_MOST_ATTEMPTS} times"
         return [Outcome(error=StorageError(reason)) for _ in jobs]
 
+    def _group(self, jobs: Sequence[Job], wait: bool) -> AbstractContextManager[News | None]:
+        self._reads = self._may_read
+        return self.log.reading() if self._reads else super()._group(jobs, wait)
+
     def _append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
+        if self._reads:
+            raise _ToBeSavedError
         self._begins = [
             (unit.state.session.id, event.execution_id)
             for unit in units

@@ -19,6 +19,8 @@ SELECT_HEAD: Final = """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
 BEGIN: Final = f"BEGIN; SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
 TRY_TO_BEGIN: Final = f"BEGIN; SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
+# One state of the log, without its lock.
+BEGIN_TO_READ: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {SELECT_HEAD}"
 _HASH: Final = "SELECT hash FROM commits WHERE sequence = %s"
 _CHANGED: Final = """
     SELECT DISTINCT sessions.started_sequence, sessions.session_id, sessions.ended_sequence IS NOT NULL

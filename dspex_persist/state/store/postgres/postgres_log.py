@@ -133,6 +133,12 @@ class PostgresLog(_Stored, SharedLog):
         with self._writing.group(wait=wait) as news:
             yield news
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[News | None]:
+        """A transaction that sees one state of the log, without its lock."""
+        with self._writing.reading() as news:
+            yield news
+
     def advance(self, state: SessionState, until: int) -> SessionState | None:
         """See `SharedLog`. It applies only commits without events: most have none."""
         row = self._writing.driver.execute(_SINCE, (state.key, state.sequence, until)).fetchone()

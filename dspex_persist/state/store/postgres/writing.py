@@ -146,6 +146,22 @@ class Writing:
             raise
         self._note_written()
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[News | None]:
+        """See `SharedLog.reading`."""
+        self.written = None
+        try:
+            self.connect()
+            cursor = run(self.driver, heads.BEGIN_TO_READ.format(server=self._lease.server_id))
+            cursor.nextset()
+            yield self._known.learn(self.driver, HeadRow(*cursor.fetchone() or ()))
+            self.driver.execute("ROLLBACK")
+        except DRIVER_ERRORS as error:
+            self._end_failed(error, is_sent=False)
+        except BaseException:
+            self._roll_back()
+            raise
+
     def _note_written(self) -> None:
         assert self.written is not None, "there was something to commit"
         self._known.advance(self.written.head, self.written.keys, self.written.at)
