@@ -272,6 +272,8 @@ def _why_not(root: RecordedExecution, tools: Collection[str]) -> str:
     """The reason why an execution cannot be run again; "" if it can."""
     if root.tool == TRANSACTION and TRANSACTION not in tools:
         return "it was a transaction of a client, whose code is not among the tools"
+    if RECORDING_ID in root.metadata and not root.lm_calls:
+        return "a client recorded in it what its own code did, which is not a tool"
     if RECORDING_ID in root.metadata:
         return "it recorded the LM calls of a program, which is not a tool: play them back (docs/lm-calls.md)"
     if not root.ended:

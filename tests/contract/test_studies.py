@@ -16,6 +16,7 @@ from dspex_persist.errors import (
     StudyError,
     VariableLockedError,
 )
+from dspex_persist.replay import replay
 from dspex_persist.state.abilities import Recordable
 from dspex_persist.state.distributed import DistributedState
 from dspex_persist.state.events import ExecutionEnded
@@ -455,3 +456,11 @@ def facts_of(execution: Any) -> Any:
     recorded = {kind: entries for kind, entries in execution.recorded.items() if entries}
     metadata = dict(execution.metadata)
     return execution.id, execution.tool, metadata, execution.actor, execution.is_running, execution.ended_at, recorded
+
+
+def test_replays_leave_trials_out(ctx: Context, study_of: Callable[..., Any]) -> None:
+    study_of().optimize(squared, n_trials=1)
+    header, commits = Recordable.of(ctx.backend.provider).record(ctx.session_id)
+    report = replay((header, commits), [])
+    reasons = {each.reason for each in report.executions}
+    assert reasons == {"a client recorded in it what its own code did, which is not a tool"}
