@@ -1,9 +1,18 @@
 """Sessions of contexts that move to a database, and what has to stay where one process has the session."""
 
+import io
+from pathlib import Path
+
 import pytest
 
 from dspex_persist import Context, connect
-from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.audit import SessionQuery
+from dspex_persist.state.errors import SessionPrunedError, UnsupportedError
+from dspex_persist.state.recording import write_recording
+from dspex_persist.state.store.databases import check
+from dspex_persist.wiring.connecting import open_audit
+from dspex_persist.wiring.recordings import import_session, open_recording
+from tests.assets.make_database import fill
 
 
 def test_a_context_moves_its_session_to_a_database(url: str) -> None:
@@ -41,3 +50,31 @@ def test_a_session_leaves_a_database_by_export(url: str) -> None:
         with pytest.raises(UnsupportedError, match="export"):
             ctx.move_to("local.db")
         assert ctx["a"] == 1
+
+
+def recorded(address: Path | str, session_id: str, started: int | None = None) -> str:
+    text = io.StringIO()
+    with open_recording(address, session_id, started=started, reveal=True) as (header, commits):
+        write_recording(header, commits, text)
+    return text.getvalue()
+
+
+def test_a_database_exports_what_it_has_imported_as_a_file_does(url: str, tmp_path: Path) -> None:
+    """Each session of a file, live or ended: the same bytes as another file, and a sound log."""
+    file, other, exported = tmp_path / "file.db", tmp_path / "other.db", 0
+    fill(file)
+    with open_audit(file) as past:
+        sessions = list(past.iterate(SessionQuery()))
+    for number, session in enumerate(sessions):
+        try:
+            lines = recorded(file, session.session_id, session.started_sequence)
+        except SessionPrunedError:
+            continue
+        # Several sessions may have had one id.
+        name = f"{session.session_id}.{number}"
+        for place in (url, other):
+            import_session(place, lines.splitlines(keepends=True), session_id=name)
+        assert recorded(url, name) == recorded(other, name)
+        exported += 1
+    assert exported > 2
+    assert check(url).problems == ()

@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast
@@ -777,5 +777,19 @@ def streamed_rows(connection: Connection, statement: str, *parameters: object) -
 
     SQLite looks for each row when it is asked for it. Another database would send all of them at once.
     """
-    stream: Callable[[str, Sequence[object]], Iterator[Any]] | None = getattr(driver_of(connection), "stream", None)
-    return raw_rows(connection, statement, *parameters) if stream is None else stream(statement, parameters)
+    stream = _stream_of(connection)
+    return raw_rows(connection, statement, *parameters) if stream is None else stream(statement, parameters, False)
+
+
+def named_rows(connection: Connection, statement: str, *parameters: object) -> Generator[Any, None, None]:
+    """Iterate over such rows, which have the names of their columns. Close it before the end of the transaction."""
+    stream = _stream_of(connection)
+    if stream is not None:
+        yield from stream(statement, parameters, True)
+        return
+    with closing(connection.exec_driver_sql(statement, parameters)) as rows:
+        yield from rows
+
+
+def _stream_of(connection: Connection) -> Callable[[str, Sequence[object], bool], Iterator[Any]] | None:
+    return getattr(driver_of(connection), "stream", None)

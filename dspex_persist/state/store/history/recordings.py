@@ -43,7 +43,7 @@ from dspex_persist.state.recording import (
 )
 from dspex_persist.state.rules import Rules
 from dspex_persist.state.store import damage
-from dspex_persist.state.store.engine import raw_rows, snapshot
+from dspex_persist.state.store.engine import raw_rows, snapshot, streamed_rows
 from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.history.secrets import secrets_of
 from dspex_persist.state.store.schema import is_unicode
@@ -291,8 +291,8 @@ class _Reading(ABC, Generic[T]):
             return partial(raw_rows, connection, _VERSIONS), partial(raw_rows, connection, _EVENTS)
         ends = (sequences[0], sequences[-1])
         return (
-            _Merged(raw_rows(connection, _PAGE_VERSIONS, *ends, self._key)).rows_of,
-            _Merged(raw_rows(connection, _PAGE_EVENTS, *ends)).rows_of,
+            _Merged(streamed_rows(connection, _PAGE_VERSIONS, *ends, self._key)).rows_of,
+            _Merged(streamed_rows(connection, _PAGE_EVENTS, *ends)).rows_of,
         )
 
     def _commit(

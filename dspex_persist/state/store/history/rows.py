@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from dspex_persist.state.audit import Cursor, Page, Query, T, is_glob
 from dspex_persist.state.journal import check_name
 from dspex_persist.state.store import damage
+from dspex_persist.state.store.engine import named_rows
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.values.json_text import stored
 
@@ -41,7 +42,7 @@ def some_rows(connection: Connection, statement: str, most: int, *parameters: ob
     """
     page: list[Any] = []
     size_bytes = 0
-    rows = connection.exec_driver_sql(statement, (*parameters, most + 1))
+    rows = named_rows(connection, statement, *parameters, most + 1)
     for row in rows:
         if len(page) == most or size_bytes >= PAGE_BYTES:
             rows.close()

@@ -6,11 +6,12 @@ from itertools import count
 from typing import Any, Final
 
 import psycopg
+from psycopg.rows import namedtuple_row, tuple_row
 
 from dspex_persist.state.store.dialect import translated
 
 # What `stream` fetches in one round trip; a row may have some MiB.
-_STREAMED_ROWS: Final = 200
+_STREAMED_ROWS: Final = 50
 _QUERY: Final = re.compile(r"\s*(?:SELECT|WITH)\b", re.IGNORECASE)
 
 
@@ -54,13 +55,22 @@ class Connection(psycopg.Connection[Any]):
         self.cursor_factory = Cursor
         self._numbers = count()
 
-    def stream(self, statement: str, parameters: Sequence[object]) -> Iterator[Any]:
-        """Yield the rows of a statement with only some of them in memory. The transaction has to last as long."""
+    def stream(self, statement: str, parameters: Sequence[object], named: bool = False) -> Iterator[Any]:
+        """Yield the rows of a statement with only some of them in memory. The transaction has to last as long.
+
+        Args:
+            statement: A statement of the store.
+            parameters: Its parameters.
+            named: Whether the rows have the names of the columns.
+        """
         query, params = _translated(statement, parameters)
-        with psycopg.ServerCursor(self, f"stream_{next(self._numbers)}") as cursor:
-            cursor.itersize = _STREAMED_ROWS
-            cursor.execute(query, params)
-            yield from cursor
+        name = f"stream_{next(self._numbers)}"
+        with psycopg.Cursor(self, row_factory=namedtuple_row if named else tuple_row) as cursor:
+            cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {query}".encode(), params, prepare=False)
+            # Where the rest is not asked for, the end of the transaction closes it. Whoever closed it later might do so
+            # in another transaction.
+            while rows := cursor.execute(f"FETCH {_STREAMED_ROWS} FROM {name}".encode(), prepare=False).fetchall():
+                yield from rows
 
     def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> Cursor:
         """Run a statement once for each row."""
