@@ -11,7 +11,7 @@ import typer
 from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.cli.groups import Jobs, Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, new_table, one_line, say
-from dspex_persist.cli.places import Db, Server, database_of, file_of, refuse_missing, server_of
+from dspex_persist.cli.places import Db, Server, database_of, file_of, options_of, refuse_missing, server_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -238,9 +238,11 @@ def _prune_shared(
     from dspex_persist.wiring.connecting import connect
 
     started = time.monotonic()
+    options = {}
     if isinstance(place, DatabaseUrl):
         refuse_missing(place)
-    with connect(place) as server:
+        options = options_of(place)
+    with connect(place, **options) as server:
         report = Prunable.of(server).prune(policy, confirm=confirm, progress=progress)
     return ServerPrunedReport(target, **asdict(report), duration_s=time.monotonic() - started)
 

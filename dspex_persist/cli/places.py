@@ -1,7 +1,7 @@
 """The options that name a database or a server."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -58,6 +58,13 @@ def file_of(given: str | None, command: str) -> Path:
         instead = _INSTEAD.get(place.scheme, {}).get(command, _OF_FILES)
         raise typer.BadParameter(f"{command} is for files, not for {place}: {instead}")
     return place
+
+
+def options_of(place: Path | DatabaseUrl) -> dict[str, Any]:
+    """Return the options for `connect` that the settings have for a database that servers share: its durability."""
+    from dspex_persist.settings import load_settings
+
+    return {"durability": load_settings().durability} if isinstance(place, DatabaseUrl) else {}
 
 
 def refuse_missing(place: Path | DatabaseUrl) -> None:

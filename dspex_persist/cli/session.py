@@ -16,7 +16,7 @@ from dspex_persist.cli import completing
 from dspex_persist.cli.audit import options
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
-from dspex_persist.cli.places import Db, Server, database_of, expanded, refuse_missing, server_of
+from dspex_persist.cli.places import Db, Server, database_of, expanded, options_of, refuse_missing, server_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -266,14 +266,17 @@ def import_(
 
     def work(progress: Progress) -> ImportReport:
         limits = limits_of(load_settings()) if url is None else None
+        place = url or database_of(db)
+        options = {} if isinstance(place, str) else options_of(place)
         with _lines(file) as lines:
             return import_session(
-                url or database_of(db),
+                place,
                 lines,
                 name="stdin" if file == _STREAM else file,
                 session_id=new_id,
                 limits=limits,
                 progress=progress,
+                **options,
             )
 
     def show(report: ImportReport) -> None:
@@ -341,7 +344,8 @@ def fork(
             return connect(url)
         path, settings = database_of(db), load_settings()
         refuse_missing(path)
-        return connect(path, limits=limits_of(settings), session_ttl_s=settings.session_ttl_s)
+        options = {"limits": limits_of(settings), "session_ttl_s": settings.session_ttl_s}
+        return connect(path, **options, **options_of(path))
 
     def work(_: Progress) -> dict[str, Any]:
         path = url or database_of(db)

@@ -18,6 +18,7 @@ from dspex_persist.wiring.connecting import connect, open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
 from tests.deadline import within
 from tests.end_to_end.old_style import serve, target_of
+from tests.engines import Valkey
 from tests.valkey.conftest import address
 
 Run = Callable[..., tuple[int, str]]
@@ -122,6 +123,27 @@ def test_what_cannot_be_reached_says_so() -> None:
 def test_commands(run: Run, secret: str, words: tuple[str, ...]) -> None:
     code, printed = run(*words, "--db", secret)
     assert code == 0, printed
+
+
+def test_commands_take_the_durability_of_the_settings(
+    run: Run, own_valkey: Valkey, own_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_client.config_set("appendfsync", "everysec")
+    url = address(own_valkey.url(), "own")
+    with connect(url, durability="normal") as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+    code, printed = run("get", "s", "x", "--db", url)
+    assert (code, "choose the durability normal" in printed) == (5, True), printed
+    monkeypatch.setenv("DSPEX_PERSIST_DURABILITY", "normal")
+    for words in (
+        ("get", "s", "x"),
+        ("set", "s", "x", "2"),
+        ("session", "export", "s", "-o", "s.jsonl"),
+        ("session", "import", "s.jsonl", "--as", "copy"),
+    ):
+        code, printed = run(*words, "--db", url)
+        assert code == 0, printed
 
 
 @pytest.mark.parametrize(

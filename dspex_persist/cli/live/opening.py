@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.cli.hints import ExplainedError
-from dspex_persist.cli.places import database_of, refuse_missing, server_of
+from dspex_persist.cli.places import database_of, options_of, refuse_missing, server_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Place:
             refuse_missing(path)
         options: dict[str, Any] = {"limits": limits_of(settings), "session_ttl_s": settings.session_ttl_s}
         try:
-            state = connect(path, tools=list(tools) or None, **options)
+            state = connect(path, tools=list(tools) or None, **options, **options_of(path))
         except DatabaseInUseError as error:
             advice = f"reach it with --target {error.address or 'HOST:PORT'}, or stop it"
             raise ExplainedError(error.sentence, advice) from error
