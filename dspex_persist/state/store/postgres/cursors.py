@@ -9,6 +9,7 @@ import psycopg
 from psycopg.rows import namedtuple_row, tuple_row
 
 from dspex_persist.state.store.dialect import translated
+from dspex_persist.state.store.postgres.inserts import insert_of
 
 # What `stream` fetches in one round trip; a row may have some MiB.
 _STREAMED_ROWS: Final = 50
@@ -73,7 +74,13 @@ class Connection(psycopg.Connection[Any]):
                 yield from rows
 
     def executemany(self, statement: str, rows: Iterable[Sequence[object]]) -> Cursor:
-        """Run a statement once for each row."""
-        cursor = Cursor(self)
-        cursor.executemany(statement, rows)
-        return cursor
+        """Run a statement once for each row; an INSERT of several rows is one statement."""
+        cursor, rows = Cursor(self), list(rows)
+        if len(rows) == 1:
+            return cursor.execute(statement, rows[0])
+        insert = insert_of(statement)
+        arrays = insert.parameters(rows) if insert is not None and rows else None
+        if insert is None or arrays is None:
+            cursor.executemany(statement, rows)
+            return cursor
+        return cursor.execute(insert.text, arrays)

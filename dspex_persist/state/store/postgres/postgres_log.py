@@ -40,9 +40,13 @@ _SINCE: Final = """
     SELECT count(events.sequence), max(commits.sequence) FROM commits LEFT JOIN events USING (sequence)
     WHERE commits.session_key = %s AND commits.sequence > %s AND commits.sequence <= %s
 """
-_EXPIRES: Final = "UPDATE sessions SET expires_at = greatest(expires_at, %s) WHERE session_key = %s"
 # Of the session that asks, until it ends: whoever holds it prunes by the settings of all servers.
 _TRY_TO_PRUNE: Final = f"SELECT pg_try_advisory_lock({schema.LOCKS}, 'pruned'::regclass::oid::int)"
+_EXPIRES: Final = """
+    UPDATE sessions SET expires_at = greatest(sessions.expires_at, touched.expires_at)
+    FROM unnest(%s::bigint[], %s::bigint[]) AS touched (session_key, expires_at)
+    WHERE sessions.session_key = touched.session_key
+"""
 _SIZE: Final = text("""
     SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
@@ -163,10 +167,9 @@ class PostgresLog(_Stored, SharedLog):
         writer.flush()
         driver = self._writing.driver
         self._lease.note_executions(driver, units)
-        expiries = [(to_micros(state.lease.expires_at), state.key) for state in touched if state.lease is not None]
+        expiries = {state.key: to_micros(state.lease.expires_at) for state in touched if state.lease is not None}
         if expiries:
-            with driver.cursor() as cursor:
-                cursor.executemany(_EXPIRES, expiries)
+            driver.execute(_EXPIRES, (list(expiries), list(expiries.values())))
         written.head = writer.head
         self._writing.written = written
 

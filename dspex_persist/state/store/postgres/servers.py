@@ -26,8 +26,11 @@ _FENCE: Final = """
     WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
 """
 _LEAVE: Final = "DELETE FROM servers WHERE server_id = %s"
-_OWN: Final = "INSERT INTO execution_servers (began_sequence, server_id, epoch) VALUES (%s, %s, %s)"
-_DISOWN: Final = "DELETE FROM execution_servers WHERE began_sequence = %s"
+_OWN: Final = """
+    INSERT INTO execution_servers (began_sequence, server_id, epoch)
+    SELECT began_sequence, %s, %s FROM unnest(%s::bigint[]) AS began_sequence
+"""
+_DISOWN: Final = "DELETE FROM execution_servers WHERE began_sequence = ANY(%s::bigint[])"
 _ORPHANS: Final = text("""
     SELECT sessions.session_id, executions.execution_id
     FROM executions JOIN sessions ON sessions.session_key = executions.session_key
@@ -95,18 +98,18 @@ class Lease:
 
     def note_executions(self, connection: "psycopg.Connection[Any]", units: Iterable[UnitOfWork]) -> None:
         """Note, in the transaction of a group, which executions this server runs from now on, and no longer."""
-        began, ended = [], []
+        began: list[int] = []
+        ended: list[int] = []
         for unit in units:
             for event in unit.events:
                 if isinstance(event, ExecutionBegan):
-                    began.append((unit.sequence, self.server_id, self.epoch))
+                    began.append(unit.sequence)
                 elif isinstance(event, ExecutionEnded):
-                    ended.append((began_sequence(event.execution_id),))
-        with connection.cursor() as cursor:
-            if began:
-                cursor.executemany(_OWN, began)
-            if ended:
-                cursor.executemany(_DISOWN, ended)
+                    ended.append(began_sequence(event.execution_id))
+        if began:
+            connection.execute(_OWN, (self.server_id, self.epoch, began))
+        if ended:
+            connection.execute(_DISOWN, (ended,))
 
     def close(self) -> None:
         """Close its connection."""
