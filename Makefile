@@ -149,7 +149,7 @@ fix: .venv/.installed-dev  ## format, and mend what the linter can mend
 codegen:  ## generate the protocols' code from proto/
 	.ci/codegen
 
-bench: .venv/.installed-dev  ## measure: one table, some five minutes (ARGS="--help": sections, comparisons)
+bench: .venv/.installed-dev  ## measure: one table, some seven minutes (ARGS="--help": sections, comparisons)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # The peers' requirements do not fit ours, hence an environment of their own.

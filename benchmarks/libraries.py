@@ -49,6 +49,21 @@ class Adapter(ABC):
     lacks: ClassVar[str]
     durability: ClassVar[str]
 
+    @classmethod
+    def describe_durability(cls, path: Path) -> str:
+        """Return how the file is synced, according to the file and to the defaults of a new connection to it."""
+        connection = sqlite3.connect(path)
+        try:
+            (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+            # A build may have another default for WAL, which shows only after the first access.
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            (synchronous,) = connection.execute("PRAGMA synchronous").fetchone()
+        finally:
+            connection.close()
+        if journal_mode != "wal":
+            return f"journal_mode is {journal_mode}, not WAL"
+        return cls.durability.format(build=("OFF", "NORMAL", "FULL", "EXTRA")[synchronous])
+
 
 class ThreadAdapter(Adapter):
     """A library that is fastest with a thread for each caller."""
@@ -125,9 +140,12 @@ class DspexPersist(StateAdapter, ExecutingAdapter):
     durability = SET_BY_ITSELF
 
     def open(self, path: Path, sessions: Sequence[str]) -> None:
+        self._open(str(path), sessions)
+
+    def _open(self, url: str, sessions: Sequence[str]) -> None:
         tools = import_module("dspex_persist").Toolbox()
         tools.add(import_module("benchmarks.tools").set_variable)
-        self._provider: Any = import_module("dspex_persist").connect(str(path), tools=tools)
+        self._provider: Any = import_module("dspex_persist").connect(url, tools=tools)
         self._decode: Any = import_module("dspex_persist.state.values").decode
         for session in sessions:
             self._provider.initialize_session(session)
@@ -173,11 +191,14 @@ class LanggraphCheckpoint(StateAdapter):
 
     def _open_session(self, session: str) -> None:
         config = {"configurable": {"thread_id": session, "checkpoint_ns": ""}}
-        last = self._saver.get_tuple(config)
+        last = self._saver_of(session).get_tuple(config)
         self._configs[session] = last.config if last else config
         self._states[session] = dict(last.checkpoint["channel_values"]) if last else {}
         if not last:
             self.update_many(session, ZEROES)
+
+    def _saver_of(self, _session: str) -> Any:
+        return self._saver
 
     def update(self, session: str, name: str, value: float) -> None:
         self.update_many(session, {name: value})
@@ -187,10 +208,10 @@ class LanggraphCheckpoint(StateAdapter):
         state.update(values)
         checkpoint = {**self._empty_checkpoint(), "channel_values": state}
         metadata = {"source": "update", "step": 0, "parents": {}}
-        self._configs[session] = self._saver.put(self._configs[session], checkpoint, metadata, {})
+        self._configs[session] = self._saver_of(session).put(self._configs[session], checkpoint, metadata, {})
 
     def read(self, session: str) -> State:
-        last = self._saver.get_tuple({"configurable": {"thread_id": session}})
+        last = self._saver_of(session).get_tuple({"configurable": {"thread_id": session}})
         return dict(last.checkpoint["channel_values"])
 
     def close(self) -> None:
@@ -404,11 +425,14 @@ class Dbos(ExecutingAdapter):
         sqlalchemy: Any = import_module("sqlalchemy")
         if not sqlalchemy.event.contains(sqlalchemy.Engine, "connect", _set_wal_and_full_on_connect):
             sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _set_wal_and_full_on_connect)
+        self._launch({"system_database_url": f"sqlite:///{path}", "sys_db_pool_size": 2})
+
+    def _launch(self, database: Mapping[str, object]) -> None:
         self._set_id: Any = import_module("dbos").SetWorkflowID
         self._dbos: Any = import_module("dbos").DBOS
         self._set_variable = _dbos_workflow()
-        config = {"system_database_url": f"sqlite:///{path}", "sys_db_pool_size": 2, "log_level": "ERROR"}
-        self._dbos(config={"name": "peers", "application_version": "1", **config})
+        config = {"name": "peers", "application_version": "1", "log_level": "ERROR", **database}
+        self._dbos(config=config)
         self._dbos.launch()
 
     def execute(self, session: str, name: str, value: float) -> None:
@@ -445,7 +469,7 @@ def _dbos_workflow() -> Any:
     return execute
 
 
-ADAPTERS: dict[str, type[AnyAdapter]] = {
+ON_SQLITE: dict[str, type[AnyAdapter]] = {
     OURS: DspexPersist,
     "langgraph": LanggraphCheckpoint,
     "adk-database": AdkDatabaseSessions,

@@ -1,6 +1,7 @@
 """dspex-persist compared with similar libraries on the same work, in process: `make peers`; see `--help`.
 
-Each session has 20 small float variables, all in one SQLite file. Each caller works on its own session.
+Each session has 20 small float variables, all in one SQLite file, or one database of a PostgreSQL server that this run
+starts. Each caller works on its own session.
 
 - update: one variable is set per operation, durable when the call returns
 - batch:  all 20 variables are set in one durable operation
@@ -8,6 +9,8 @@ Each session has 20 small float variables, all in one SQLite file. Each caller w
 - execute: code that sets one variable is executed durably: its beginning, its result and its end are on record when
   the call returns. For dspex-persist that is a tool in its transaction, for DBOS a workflow of one step, its purpose.
   The others have nothing comparable, and DBOS has no variables.
+
+What is on PostgreSQL is compared with dspex-persist on PostgreSQL.
 
 64 callers do each of them concurrently, and one does each alone: the first shows how a library handles concurrency,
 such as by group commit, the second what an operation costs. Then one caller continues a session that has a long history
@@ -36,8 +39,9 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,19 +50,19 @@ from typing import Any
 from benchmarks.disk import IN_MEMORY, filesystem_of, sync_times_s
 from benchmarks.interpreter import describe_build
 from benchmarks.libraries import (
-    ADAPTERS,
     MOST_SESSIONS,
     NAMES,
+    ON_SQLITE,
     OPERATIONS,
     OURS,
     ZEROES,
-    Adapter,
     AnyAdapter,
     Operation,
     State,
     TaskAdapter,
     ThreadAdapter,
 )
+from benchmarks.libraries_on_postgresql import ON_POSTGRESQL, OURS_ON_POSTGRESQL, URL
 from benchmarks.load import percentile_ms
 from benchmarks.table import WIDTH, Row, Target, aligned, format_table, number
 
@@ -68,6 +72,7 @@ LOADS = 3
 SESSIONS = tuple(f"caller-{index:02d}" for index in range(MOST_SESSIONS))
 ROOT = Path(__file__).resolve().parents[1]
 NOT_INSTALLED = "not installed: make peers"
+ADAPTERS = {**ON_SQLITE, **ON_POSTGRESQL}
 
 
 # ---- the work ----
@@ -272,21 +277,6 @@ def load_key(updates: int) -> str:
     return f"load.after{updates}"
 
 
-def describe_durability(adapter: Adapter, path: Path) -> str:
-    """Return how the file is synced, according to the file and to the defaults of a new connection to it."""
-    connection = sqlite3.connect(path)
-    try:
-        (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-        # A build may have another default for WAL, which shows only after the first access.
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (synchronous,) = connection.execute("PRAGMA synchronous").fetchone()
-    finally:
-        connection.close()
-    if journal_mode != "wal":
-        return f"journal_mode is {journal_mode}, not WAL"
-    return adapter.durability.format(build=("OFF", "NORMAL", "FULL", "EXTRA")[synchronous])
-
-
 def measure_library(key: str, seconds: float, history: int, directory: Path) -> dict[str, Any]:
     """Measure the works of one library in this process; the answer fits JSON, errors are part of it."""
     adapter = ADAPTERS[key]()
@@ -296,7 +286,7 @@ def measure_library(key: str, seconds: float, history: int, directory: Path) -> 
             with tempfile.TemporaryDirectory(prefix="peers-", dir=directory) as folder:
                 path = Path(folder, "sessions.db")
                 answer["figures"].update(measure_work(adapter, path, work, seconds))
-                answer["durability"] = describe_durability(adapter, path)
+                answer["durability"] = adapter.describe_durability(path)
     except (PackageNotFoundError, ImportError) as error:
         return {"status": NOT_INSTALLED, "reason": str(error)}
     except Exception as error:  # noqa: BLE001  # the edge of this process: the parent prints the reason
@@ -314,7 +304,25 @@ def raise_open_files_limit() -> None:
 def python_of(key: str) -> str:
     """The interpreter with a library: this one, and for ours that of the checkout if there is one."""
     own = ROOT / ".venv" / "bin" / "python"
-    return str(own) if key == OURS and own.exists() else sys.executable
+    return str(own) if key in (OURS, OURS_ON_POSTGRESQL) and own.exists() else sys.executable
+
+
+@contextmanager
+def running_postgresql(directory: Path) -> Iterator[str]:
+    """Run PostgreSQL, by the interpreter of the checkout, which has it; yield its URL.
+
+    Raises:
+        RuntimeError: It did not start.
+    """
+    command = [python_of(OURS_ON_POSTGRESQL), "-m", "benchmarks.engines", "--directory", str(directory)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as engine:
+        assert engine.stdout is not None, "it is a pipe"
+        url = engine.stdout.readline().strip()
+        if not url:
+            raise RuntimeError("PostgreSQL did not start; it is a package of the extra dev: make setup")
+        # Leaving this block closes the pipes, and waits: it ends when its standard input does.
+        yield url
 
 
 def run_library(key: str, seconds: float, history: int, directory: Path) -> dict[str, Any]:
@@ -404,7 +412,6 @@ def format_figure(value: float | None) -> str:
 
 def format_operations(results: Sequence[Result], callers: int) -> str:
     """The table of all operations by so many callers: operations a second (of batches, values), and ratios."""
-    ours = find_ours(results)
     header = [f"{callers} caller{'s' if callers > 1 else ''}"]
     for operation in OPERATIONS:
         header += ["values/s" if operation == "batch" else f"{operation}/s", "of ours"]
@@ -415,21 +422,20 @@ def format_operations(results: Sequence[Result], callers: int) -> str:
             key = Work(operation, callers).key
             rate = result.median(key)
             shown = rate and rate * (len(NAMES) if operation == "batch" else 1)
-            cells += [format_figure(shown), format_figure(result.ratio_to(ours, key))]
+            cells += [format_figure(shown), format_figure(result.ratio_to(find_ours(results, result), key))]
         lines.append(cells)
     return aligned(header, lines, numbers=range(1, len(header)))
 
 
 def format_history(results: Sequence[Result], history: int) -> str:
     """The table of the session with a long history."""
-    ours = find_ours(results)
     load, update = load_key(history), Work("update", 1, history).key
     header = (f"1 caller, {history:,} updates before", "load ms", "of ours", "update/s", "of ours")
     lines = []
     for result in results:
         load_s = result.median(load)
         if load_s is not None:
-            title = f"{ADAPTERS[result.key].title} {result.version}"
+            title, ours = f"{ADAPTERS[result.key].title} {result.version}", find_ours(results, result)
             figures = (1000 * load_s, result.ratio_to(ours, load), result.median(update), result.ratio_to(ours, update))
             lines.append([title, *map(format_figure, figures)])
     return aligned(header, lines, numbers=range(1, len(header)))
@@ -437,24 +443,26 @@ def format_history(results: Sequence[Result], history: int) -> str:
 
 def target_rows(results: Sequence[Result]) -> list[Row]:
     """The targets of dspex-persist compared with the others."""
-    ours = find_ours(results)
-    others = {result.key: result for result in results if result.key != OURS and result.status == "measured"}
+    measured = {result.key: result for result in results if result.status == "measured"}
     rows = []
-    for operation, callers, keys, least in (
-        ("update", 1, [key for key in others if key != "dbos"], 1.0),
-        ("execute", MOST_SESSIONS, ["dbos"], 10.0),
-        ("execute", 1, ["dbos"], 3.0),
+    for reference, operation, callers, keys, least in (
+        (OURS, "update", 1, [key for key in measured if key in ON_SQLITE and key not in (OURS, "dbos")], 1.0),
+        (OURS, "execute", MOST_SESSIONS, ["dbos"], 10.0),
+        (OURS, "execute", 1, ["dbos"], 3.0),
+        (OURS_ON_POSTGRESQL, "update", MOST_SESSIONS, ["langgraph-postgresql"], 5.0),
+        (OURS_ON_POSTGRESQL, "execute", MOST_SESSIONS, ["dbos-postgresql"], 10.0),
     ):
         work = Work(operation, callers)  # type: ignore[arg-type]  # mypy does not keep the literals
-        rates = {key: rate for key in keys if key in others and (rate := others[key].median(work.key)) is not None}
-        mine = ours.median(work.key) if ours else None
+        rates = {key: rate for key in keys if key in measured and (rate := measured[key].median(work.key)) is not None}
+        mine = measured[reference].median(work.key) if reference in measured else None
         if mine is None or not rates:
             continue
         fastest = max(rates, key=rates.__getitem__)
         who = f"{callers} caller{'s' if callers > 1 else ''}"
         what = f"{operation}, {who}, compared with {ADAPTERS[fastest].title}"
         target = Target("ratio", "at least", least)
-        rows.append(Row(work.key, what, mine, f"{operation}s/s", ratio=mine / rates[fastest], target=target))
+        key = work.key if reference == OURS else f"postgresql.{work.key}"
+        rows.append(Row(key, what, mine, f"{operation}s/s", ratio=mine / rates[fastest], target=target))
     return rows
 
 
@@ -469,7 +477,7 @@ def format_report(results: Sequence[Result], run: Mapping[str, Any]) -> str:
         "",
         "update: one variable; values: all 20 in one durable operation; read: all 20 current values; execute: code",
         "that sets one variable, as a tool in its transaction (ours) or as a workflow of one step (DBOS)",
-        'of ours: the figure / that of dspex-persist in this run ("-": not measured, or not supported)',
+        'of ours: the figure / that of dspex-persist on that store in this run ("-": not measured, or not supported)',
     ]
     if run["filesystem"] in IN_MEMORY:
         lines.insert(0, "WARNING: these files are in memory, nothing is durable; choose another --directory")
@@ -493,17 +501,18 @@ def format_report(results: Sequence[Result], run: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def find_ours(results: Sequence[Result]) -> Result | None:
-    return next((result for result in results if result.key == OURS), None)
+def find_ours(results: Sequence[Result], beside: Result) -> Result | None:
+    """The result of dspex-persist on the same store."""
+    key = OURS_ON_POSTGRESQL if beside.key in ON_POSTGRESQL else OURS
+    return next((result for result in results if result.key == key), None)
 
 
 def as_json(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any]:
     """The report for machines: rates are operations a second, ratios are to dspex-persist in the same run."""
-    ours = find_ours(results)
     targets = [{**asdict(row), "verdict": row.verdict} for row in target_rows(results)]
     return {
         "run": dict(run),
-        "libraries": [library_as_json(result, ours, run["history"]) for result in results],
+        "libraries": [library_as_json(result, find_ours(results, result), run["history"]) for result in results],
         "targets": targets,
     }
 
@@ -572,7 +581,11 @@ def main(arguments: Sequence[str]) -> int:
         raise_open_files_limit()
         chosen.json.write_text(json.dumps(measure_library(chosen.measure, chosen.seconds, chosen.history, directory)))
         return 0
-    results = run_rounds(chosen.only or list(ADAPTERS), chosen.rounds, chosen.seconds, chosen.history, directory)
+    keys = chosen.only or list(ADAPTERS)
+    with ExitStack() as stack:
+        if not ON_POSTGRESQL.keys().isdisjoint(keys):
+            os.environ[URL] = stack.enter_context(running_postgresql(directory))
+        results = run_rounds(keys, chosen.rounds, chosen.seconds, chosen.history, directory)
     run = describe_run(chosen, directory)
     print(format_report(results, run))
     if chosen.json:

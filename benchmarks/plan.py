@@ -12,6 +12,7 @@ SectionName = Literal[
     "engine",
     "parts",
     "versions",
+    "distributed",
     "cognitive",
     "dspy",
     "commits",
@@ -30,6 +31,7 @@ SECTIONS: dict[SectionName, str] = {
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
     "parts": "where the time of an update goes, with one caller and with many",
     "versions": "SetVariable of a variable with few versions, and with many",
+    "distributed": "one server and two on PostgreSQL and on Valkey, compared with one on SQLite",
     "cognitive": "contexts on each backend: reads and writes beside those of a dict, callbacks, moves",
     "dspy": "calls of LMs by DSPy programs: what binding them to variables costs, and recording",
     "commits": "the cost of a commit for the system: bytes, calls, waits",
@@ -75,6 +77,10 @@ class Plan:
     watched_writes: int = 25
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
     version_turns: int = 8
+    store_in_flight: tuple[int, ...] = (1, 16, 64)
+    store_rounds: int = 3
+    store_slice_s: float = 0.15
+    stored_counts: tuple[int, int] = (10, 100_000)
     callbacks: int = 1_000
     called_writes: int = 40
     moved_variables: int = 1_000
@@ -95,6 +101,7 @@ class Plan:
         return replace(
             self,
             rounds=rounds,
+            store_rounds=rounds,
             slow_rounds=rounds,
             start_rounds=rounds,
             audit_rounds=rounds,
@@ -126,6 +133,10 @@ QUICK = Plan(
     watched_writes=3,
     version_counts=(10, 1_000),
     version_turns=3,
+    store_in_flight=(1, 16),
+    store_rounds=1,
+    store_slice_s=0.05,
+    stored_counts=(10, 100),
     callbacks=20,
     called_writes=3,
     moved_variables=10,

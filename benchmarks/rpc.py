@@ -47,17 +47,27 @@ def prepare(plan: Plan, path: Path) -> None:
     make_file(path, chain(*sessions, *histories))
 
 
-def start_server(path: Path, *options: str, variables: Mapping[str, str] | None = None) -> ServerProcess:
-    """Start the server as users do, on `path`, with default settings, these `options` and environment `variables`."""
-    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0", *options]
+def start_server(
+    db: Path | str, *options: str, folder: Path | None = None, variables: Mapping[str, str] | None = None
+) -> ServerProcess:
+    """Start the server as users do, with default settings.
+
+    Args:
+        db: The file, or the URL of a database.
+        options: Other options.
+        folder: Where it runs; by default in the folder of the file.
+        variables: Its environment, in addition to this process's.
+    """
+    folder = folder or Path(db).parent
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(db), "--listen", "127.0.0.1:0", *options]
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
     # For the tools of this package, as the server runs in the folder of the file.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
     # An installed package has bytecode; for this source tree, the environment may forbid it.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env.setdefault("PYTHONPYCACHEPREFIX", str(path.parent / "bytecode"))
+    env.setdefault("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
     # Not in the current folder, whose settings file would change the results.
-    return ServerProcess.start(argv, env={**env, **(variables or {})}, cwd=path.parent)
+    return ServerProcess.start(argv, env={**env, **(variables or {})}, cwd=folder)
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
@@ -72,13 +82,13 @@ def measure(plan: Plan, path: Path) -> list[Row]:
     return rows
 
 
-def check_versions(path: Path, newest: dict[int, int]) -> None:
-    """Raise RuntimeError if the file lacks the last acknowledged version of a caller's first variable."""
+def check_versions(path: Path | str, newest: Mapping[int, int]) -> None:
+    """Raise RuntimeError if the file or database lacks the last acknowledged version of a caller's first variable."""
     with dspex_persist.connect(path) as provider:
         for caller, version in newest.items():
             stored = provider.get_variable(session_id(caller), NAMES[0]).version
             if stored != version:
-                raise RuntimeError(f"{session_id(caller)}: version {stored} in the file, acknowledged was {version}")
+                raise RuntimeError(f"{session_id(caller)}: version {stored} stored, acknowledged was {version}")
 
 
 async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
@@ -141,23 +151,36 @@ PING = Rpc("Ping", "Ping", _ping, lambda _, answer: "ping" in answer.message)
 
 
 class Calls:
-    """The callers of one rpc, and their measurements."""
+    """The callers of one rpc, and their measurements.
 
-    def __init__(self, channel: grpc.aio.Channel, rpc: Rpc, in_flight: int) -> None:
+    Args:
+        channels: A channel, or one for each server: callers have them in turn; a single caller uses them in turn.
+        rpc: What they call.
+        in_flight: How many there are.
+    """
+
+    def __init__(self, channels: grpc.aio.Channel | Sequence[grpc.aio.Channel], rpc: Rpc, in_flight: int) -> None:
         self.rpc = rpc
         self.in_flight = in_flight
         self.series = Series()
         self.ratios: list[float] = []
-        invoke = caller_of(channel, rpc.name)
-        requests = [
-            cycle([rpc.request(caller, number).SerializeToString() for number in range(UNLIKE_REQUESTS)])
+        invokes = [caller_of(each, rpc.name) for each in (channels if isinstance(channels, Sequence) else [channels])]
+        step = 1 if in_flight == 1 else 0
+        calls = [
+            cycle(
+                [
+                    (invokes[(caller + step * number) % len(invokes)], rpc.request(caller, number).SerializeToString())
+                    for number in range(UNLIKE_REQUESTS)
+                ]
+            )
             for caller in range(in_flight)
         ]
         self._answers = answers = [None] * in_flight
         self.answered = answered = [0] * in_flight
 
         async def call(caller: int) -> None:
-            answers[caller] = await invoke(next(requests[caller]))
+            invoke, request = next(calls[caller])
+            answers[caller] = await invoke(request)
             answered[caller] += 1
 
         self._call = call

