@@ -204,6 +204,11 @@ class Settings(LimitSettings):
         "several servers (docs/postgresql.md; needs the extra `[postgresql]`), or "
         "`redis://HOST:PORT/NUMBER?prefix=NAME` (docs/valkey.md; needs the extra `[redis]`).",
     )
+    anchor_dir: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
+        None,
+        description="For a PostgreSQL database: a directory of this server's own machine, where it remembers the last "
+        "commit, so that it finds at its next start if that is lost.",
+    )
     listen: str = Field(
         LISTEN,
         description="The address to listen on: `HOST:PORT` (port 0: any free port), `[IPv6]:PORT` or `unix:PATH`.",

@@ -52,6 +52,10 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "stop that server to prune it now, or have the server do it: with --target ADDRESS, or by itself with the "
         "settings retention_keep_versions, retention_age_s, retention_ended_sessions_s"
     ),
+    "put_back_database": (
+        "put the copy of the database that has them in its place; or, to accept the loss, end all its servers, delete "
+        "their anchors (--anchor-dir), and start them again"
+    ),
     "put_back_file": (
         "put the original file back, with its -wal, or restore a backup with `dspex-persist db restore`, and open "
         "it again; what was written since the last check may be lost"

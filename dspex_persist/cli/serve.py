@@ -47,6 +47,13 @@ Db = _option(
     "The database: a file, created if missing, or one that several servers may share: postgresql://USER@HOST/DATABASE, "
     "redis://HOST:PORT/NUMBER.",
 )
+AnchorDir = _option(
+    _DATABASE,
+    "--anchor-dir",
+    "DIR",
+    "none",
+    "On PostgreSQL: where this machine remembers the last commit, to find out if it was lost.",
+)
 Durability = _option(
     _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."
 )
@@ -191,6 +198,7 @@ LogStyle = _option(_LOGS, "--log-style", "auto|json|console", "auto", "auto: con
 
 def serve(
     db: Annotated[str | None, Db] = None,
+    anchor_dir: Annotated[str | None, AnchorDir] = None,
     durability: Annotated[str | None, Durability] = None,
     cache_size_bytes: Annotated[str | None, CacheSize] = None,
     outcome_retention_s: Annotated[str | None, Retention] = None,

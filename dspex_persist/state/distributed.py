@@ -1,7 +1,9 @@
 """DistributedState: session state in a PostgreSQL database that several servers share, with execution of tools."""
 
+import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from dspex_persist.state.abilities import Durable
 from dspex_persist.state.around import (
@@ -23,6 +25,7 @@ from dspex_persist.state.shared import SWEEP_S, ServerMeter, SharedGroups, Share
 from dspex_persist.state.store.history.provided import StoredPast
 from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.postgres.postgres_log import LEASE_S, PostgresLog
+from dspex_persist.state.store.postgres.refused import check_limits
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
@@ -37,6 +40,8 @@ class PostgresState(SharedState, StoredPast, Durable):
         sweep_interval_s: How often expired sessions are ended, old outcomes deleted, and servers looked for that have
             died, in seconds.
         lease_s: After how many seconds without a sign of life the other servers take this one for dead.
+        anchor_dir: A directory on this machine, where this server remembers the last commit that it knows. If the
+            database does not have it at the next start, commits were lost. None: it is remembered until the end only.
         on_fatal: Called if the database has lost commits, or because of a bug. No more calls are possible then; a
             server should exit.
         actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
@@ -55,6 +60,7 @@ class PostgresState(SharedState, StoredPast, Durable):
         *,
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,
+        anchor_dir: str | os.PathLike[str] | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
         meter: Meter | None = None,
@@ -64,7 +70,9 @@ class PostgresState(SharedState, StoredPast, Durable):
         check_seconds("lease_s", lease_s)
         default_actor(actor)
         options = options or StoreOptions()
-        self._store = PostgresLog(url, durability=options.durability, lease_s=lease_s)
+        check_limits(options.limits)
+        directory = None if anchor_dir is None else Path(anchor_dir)
+        self._store = PostgresLog(url, durability=options.durability, anchor_dir=directory, lease_s=lease_s)
         self._past = self._store.readers
         self._pruning = threading.Lock()
         self._retention = Retention(options, self._prune_alone, self._store.size_bytes)
@@ -144,6 +152,7 @@ class DistributedState(
         *,
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,
+        anchor_dir: str | os.PathLike[str] | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
         tools: Mapping[str, ToolCode] | None = None,
@@ -153,6 +162,12 @@ class DistributedState(
         check_count("tool_threads", tool_threads)
         check_tools(tools)
         self.engine = PostgresState(
-            url, options, sweep_interval_s=sweep_interval_s, lease_s=lease_s, on_fatal=on_fatal, actor=actor
+            url,
+            options,
+            sweep_interval_s=sweep_interval_s,
+            lease_s=lease_s,
+            anchor_dir=anchor_dir,
+            on_fatal=on_fatal,
+            actor=actor,
         )
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)

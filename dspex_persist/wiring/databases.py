@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dspex_persist.addresses import DatabaseUrl
@@ -46,6 +47,7 @@ class Database(ABC):
         options: "StoreOptions",
         *,
         sweep_interval_s: float,
+        anchor_dir: Path | None,
         on_fatal: Callable[[BaseException], None],
         meter: "Meter | None",
     ) -> "ServedEngine":
@@ -88,6 +90,7 @@ class Postgresql(Database):
         options: "StoreOptions",
         *,
         sweep_interval_s: float,
+        anchor_dir: Path | None,
         on_fatal: Callable[[BaseException], None],
         meter: "Meter | None",
     ) -> "ServedEngine":
@@ -96,7 +99,14 @@ class Postgresql(Database):
         from dspex_persist.state.shared import SWEEP_S
 
         often_s = min(sweep_interval_s, SWEEP_S)
-        return PostgresState(self.url.url, options, sweep_interval_s=often_s, on_fatal=on_fatal, meter=meter)
+        return PostgresState(
+            self.url.url,
+            options,
+            sweep_interval_s=often_s,
+            anchor_dir=anchor_dir,
+            on_fatal=on_fatal,
+            meter=meter,
+        )
 
     def audit(self, *, reveal: bool) -> "AuditSource":
         """See `Database`."""
@@ -145,6 +155,7 @@ class Redis(Database):
         options: "StoreOptions",
         *,
         sweep_interval_s: float,
+        anchor_dir: Path | None,
         on_fatal: Callable[[BaseException], None],
         meter: "Meter | None",
     ) -> "ServedEngine":
@@ -152,6 +163,8 @@ class Redis(Database):
         from dspex_persist.state.shared import SWEEP_S
         from dspex_persist.state.valkey.valkey_state import ValkeyState
 
+        if anchor_dir is not None:
+            raise InvalidArgumentError("anchor_dir", f"servers on {self.url} remember the last commit in memory only")
         for name in ("retention_keep_versions", "retention_age_s", "retention_ended_sessions_s", "warn_size_bytes"):
             if getattr(options, name) is not None:
                 raise InvalidArgumentError(name, f"{self.url} keeps the whole history; nothing there prunes it")

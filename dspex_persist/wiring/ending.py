@@ -11,7 +11,7 @@ from typing import Final
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End
-from dspex_persist.state.errors import FileChangedError, OutcomeUnknownError
+from dspex_persist.state.errors import FileChangedError, LostCommitsError, OutcomeUnknownError
 
 EXIT_STORAGE_FAILED: Final = 70
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
@@ -34,8 +34,8 @@ class StorageFailedError(DspexError):
         """Return the message; `text_of` returns that of the failure."""
         # The advice of OutcomeUnknownError is meant for clients.
         reason = self.failure.sentence if isinstance(self.failure, OutcomeUnknownError) else text_of(self.failure)
-        # The error about a file that another program changed has its own advice, and the disk is not to blame.
-        is_disk = not isinstance(self.failure, FileChangedError)
+        # Errors about a changed file, or lost commits, have their own advice, and the disk is not to blame.
+        is_disk = not isinstance(self.failure, FileChangedError | LostCommitsError)
         advice = ". Check the disk, then start the server again; acknowledged writes are safe" if is_disk else ""
         return f"the storage of {self.path} failed, so the server ended: {reason}{advice}"
 

@@ -101,6 +101,8 @@ def _check_places(settings: Settings) -> tuple[Path | DatabaseUrl, str]:
     from dspex_persist.state.store import maintenance
 
     db, address = settings.db, parse_listen(settings.listen)
+    if settings.anchor_dir is not None and not isinstance(db, DatabaseUrl):
+        raise SettingsError("anchor_dir", "it is for databases that servers share: a file has its anchor beside it")
     place = db if isinstance(db, DatabaseUrl) else maintenance.refuse_owned(db)
     prepare(address)
     if settings.metrics_listen is not None:
@@ -145,7 +147,9 @@ def _open(
     if isinstance(place, DatabaseUrl):
         from dspex_persist.wiring.databases import database_at
 
-        return database_at(place).engine(options, sweep_interval_s=sweep_s, on_fatal=on_fatal, meter=meter)
+        return database_at(place).engine(
+            options, sweep_interval_s=sweep_s, anchor_dir=settings.anchor_dir, on_fatal=on_fatal, meter=meter
+        )
     from dspex_persist.state.embedded import SqliteState
 
     return SqliteState(place, options, sweep_interval_s=sweep_s, on_fatal=on_fatal, meter=meter)

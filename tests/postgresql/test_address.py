@@ -149,6 +149,11 @@ def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words:
     assert instead in plain
 
 
+def test_the_anchor_of_a_server_is_not_for_files(run: Run, tmp_path: Path) -> None:
+    code, printed = run("serve", "--db", "file.db", "--anchor-dir", str(tmp_path / "anchors"))
+    assert (code, "a file has its anchor beside it" in printed) == (2, True), printed
+
+
 def test_a_missing_database_is_not_created_by_a_command(run: Run, url: str, connection: Any) -> None:
     for words in (("set", "s", "x", "1"), ("session", "fork", "s", "t"), ("db", "prune", "--keep-versions", "1")):
         code, printed = run(*words, "--db", url)

@@ -27,7 +27,7 @@ from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.wiring.tools import plans_of
 
 ADDRESSES = ("metrics_listen", "advertise")
-FILES = ("tls_cert", "tls_key", "client_ca", "token_file", "worker_ca", "worker_cert", "worker_key")
+FILES = ("tls_cert", "anchor_dir", "tls_key", "client_ca", "token_file", "worker_ca", "worker_cert", "worker_key")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 MIB = 1024 * 1024
 

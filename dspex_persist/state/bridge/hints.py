@@ -49,6 +49,10 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.NEW_TRANSACTION: "begin another one, with BeginTransaction",
     Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: start the server again",
     Hint.PRUNE_ON_SERVER: "have its server prune it: with Prune, or by itself with a retention setting",
+    Hint.PUT_BACK_DATABASE: (
+        "put the copy of the database that has them in its place; or, to accept the loss, end all its servers, delete "
+        "their anchors (anchor_dir), and start them again"
+    ),
     Hint.PUT_BACK_FILE: (
         "put the original file back, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
         "the server again; what was written since the last check may be lost"

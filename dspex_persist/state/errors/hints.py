@@ -47,6 +47,8 @@ class Hint(StrEnum):
     OPEN_AGAIN = "open_again"
     """Everything acknowledged is in the file."""
     PRUNE_ON_SERVER = "prune_on_server"
+    PUT_BACK_DATABASE = "put_back_database"
+    """A database that servers share has lost commits."""
     PUT_BACK_FILE = "put_back_file"
     RAISE_SERVER_BUDGET = "raise_server_budget"
     RAISE_SESSION_BUDGET = "raise_session_budget"
@@ -132,6 +134,10 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.PRUNE_ON_SERVER: (
         "stop that server to prune it now, or have the server do it: connect('grpc://HOST:PORT').prune(...), or by "
         "itself with the settings retention_keep_versions, retention_age_s, retention_ended_sessions_s"
+    ),
+    Hint.PUT_BACK_DATABASE: (
+        "put the copy of the database that has them in its place; or, to accept the loss, end all its servers, delete "
+        "their anchors (anchor_dir), and start them again"
     ),
     Hint.PUT_BACK_FILE: (
         f"put the original file back, with its -wal, or restore a backup with {_MAINTENANCE}.restore(backup, path), "

@@ -1,20 +1,24 @@
 """The head of the log: the one row that says where it ends, compared with what this server knows of it."""
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import psycopg
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import LostCommitsError
+from dspex_persist.state.errors import FileChangedError, Hint, LostCommitsError
 from dspex_persist.state.log_store import News
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres.schema import LOCKS
+from dspex_persist.state.store.schema import REVISION
 
 SELECT_HEAD: Final = """
     SELECT database_id, sequence, hash, last_at, next_session_key, next_variable_key,
-        (SELECT epoch FROM servers WHERE server_id = '{server}') FROM head
+        (SELECT epoch FROM servers WHERE server_id = '{server}'),
+        (SELECT version_num FROM alembic_version)
+    FROM head
 """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
 BEGIN: Final = f"BEGIN; SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
@@ -30,7 +34,12 @@ _CHANGED: Final = """
 
 
 class HeadRow(NamedTuple):
-    """What `SELECT_HEAD` selects. `epoch`: that of this server's lease; None if it has none."""
+    """What `SELECT_HEAD` selects.
+
+    Attributes:
+        epoch: That of the lease of this server; None if it has none.
+        revision: That of the schema.
+    """
 
     database_id: str
     sequence: int
@@ -39,15 +48,20 @@ class HeadRow(NamedTuple):
     next_session_key: int
     next_variable_key: int
     epoch: int | None
+    revision: str
 
 
 class KnownHead:
     """The head as this server knows it.
 
+    Args:
+        name: How errors name the database.
+
     Attributes:
         head: The last commit.
         keys: The next free keys.
         last_at: The time of that commit.
+        on_change: Called with the last commit when another one is known.
     """
 
     def __init__(self, name: str) -> None:
@@ -56,6 +70,7 @@ class KnownHead:
         self.head = Head(0, bytes(32))
         self.keys = Keys(1, 1)
         self.last_at = from_micros(0)
+        self.on_change: Callable[[Head], None] = _nothing
 
     @property
     def database_id(self) -> str:
@@ -65,21 +80,38 @@ class KnownHead:
     def take(self, row: HeadRow) -> None:
         """Know the head of the database from now on."""
         self._database_id = row.database_id
-        self.head = Head(row.sequence, bytes(row.hash))
-        self.keys = Keys(row.next_session_key, row.next_variable_key)
-        self.last_at = from_micros(row.last_at)
+        keys = Keys(row.next_session_key, row.next_variable_key)
+        self.advance(Head(row.sequence, bytes(row.hash)), keys, from_micros(row.last_at))
 
     def advance(self, head: Head, keys: Keys, at: datetime) -> None:
         """Know what this server has committed."""
+        is_new = head.sequence != self.head.sequence
         self.head, self.keys, self.last_at = head, keys, at
+        if is_new:
+            self.on_change(head)
+
+    def remember(self, connection: "psycopg.Connection[Any]", head: Head, row: HeadRow) -> None:
+        """Compare the database with a commit that was known before this server began.
+
+        Raises:
+            LostCommitsError: The database does not have it.
+        """
+        if row.sequence < head.sequence:
+            raise self._lost(_gone(row.sequence, head.sequence))
+        if head.sequence and not has_commit(connection, head):
+            raise self._lost(f"commit {head.sequence} is not the one that this server has seen")
 
     def learn(self, connection: "psycopg.Connection[Any]", row: HeadRow) -> News | None:
         """Take the head of the database over; return what others have committed, or None if nothing.
 
         Raises:
             LostCommitsError: Commits that this server knows are not in the database.
+            FileChangedError: A newer release has upgraded the database.
         """
         before = self.head
+        if row.revision != REVISION:
+            reason = f"a server of another release has upgraded it to schema {row.revision}"
+            raise FileChangedError(self._name, reason).advising(Hint.UPGRADE_PACKAGE)
         self._compare(row)
         if row.sequence == before.sequence:
             self.take(row)
@@ -99,13 +131,22 @@ class KnownHead:
         if self._database_id not in ("", row.database_id):
             raise self._lost("it is another database than before")
         if row.sequence < known.sequence:
-            reason = f"it ends at commit {row.sequence}; commits {row.sequence + 1} to {known.sequence} are gone"
-            raise self._lost(reason)
+            raise self._lost(_gone(row.sequence, known.sequence))
         if row.sequence == known.sequence and known.sequence and bytes(row.hash) != known.hash:
             raise self._lost(f"commit {row.sequence} is not the one that this server has seen")
 
     def _lost(self, reason: str) -> LostCommitsError:
-        return LostCommitsError(self._name, reason)
+        error = LostCommitsError(self._name, reason)
+        error.advice = Hint.PUT_BACK_DATABASE
+        return error
+
+
+def _nothing(_: Head) -> None:
+    pass
+
+
+def _gone(last: int, known: int) -> str:
+    return f"it ends at commit {last}; commits {last + 1} to {known} are gone"
 
 
 def end_of_group(head: Head, keys: Keys, at: datetime) -> str:

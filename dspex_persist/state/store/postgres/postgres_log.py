@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 import psycopg
@@ -26,6 +27,8 @@ from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import Durability, snapshot
 from dspex_persist.state.store.postgres import schema, servers
+from dspex_persist.state.store.postgres.anchors import ServerAnchor
+from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
 from dspex_persist.state.store.postgres.heads import KnownHead
 from dspex_persist.state.store.postgres.notices import Notices
@@ -74,20 +77,27 @@ class PostgresLog(_Stored, SharedLog):
     Args:
         url: The database, postgresql://...
         durability: "normal": commits are acknowledged before they are on the disk of the database.
+        anchor_dir: Where this server remembers the last commit that it knows; None: only in memory.
         lease_s: See `SharedLog.lease_s`.
         settle_s: How long to look whether a group was stored whose COMMIT was not answered, in seconds.
 
     Raises:
         InvalidArgumentError: The URL is malformed.
         UnavailableError: The database cannot be reached.
-        OpenError: It is no database for us, or was written by a newer release.
+        OpenError: It is no database for us, was written by a newer release, or has lost commits.
     """
 
     driver_errors = DRIVER_ERRORS
     takes_pages = True
 
     def __init__(
-        self, url: str, *, durability: Durability = "full", lease_s: float = LEASE_S, settle_s: float = SETTLE_S
+        self,
+        url: str,
+        *,
+        durability: Durability = "full",
+        anchor_dir: Path | None = None,
+        lease_s: float = LEASE_S,
+        settle_s: float = SETTLE_S,
     ) -> None:
         server_id = uuid.uuid4().hex
         self._database = Database(url, durability=durability, server_id=server_id)
@@ -98,16 +108,28 @@ class PostgresLog(_Stored, SharedLog):
         # For reads that wait until memory has all that was committed before them.
         self._barrier: psycopg.Connection[Any] | None = None
         self._barrier_lock = threading.Lock()
+        self._anchor: ServerAnchor | None = None
         self.readers = self._database.readers()
         try:
             with self._database.reported():
                 schema.upgrade(self._database)
             with self._writing.using() as connection:
-                self._lease.register(connection)
-                self._known.take(self._writing.read_head(connection))
+                compare_clocks(connection, self._database.name)
+                self._begin(connection, anchor_dir)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, connection: "psycopg.Connection[Any]", anchor_dir: Path | None) -> None:
+        self._lease.register(connection)
+        row = self._writing.read_head(connection)
+        if anchor_dir is not None:
+            anchor = self._anchor = ServerAnchor(anchor_dir, row.database_id, self._database.name)
+            remembered = anchor.read()
+            if remembered is not None:
+                self._known.remember(connection, remembered, row)
+            self._known.on_change = anchor.write
+        self._known.take(row)
 
     @property
     def name(self) -> str:
@@ -161,11 +183,11 @@ class PostgresLog(_Stored, SharedLog):
         known, before = self._known, self._writing.written
         written = before or Written(known.head, known.keys.copy(), known.last_at)
         writer = log.LogWriter(self._connection, written.head, written.keys)
+        driver = self._writing.driver
         for unit in units:
             writer.add(unit)
             written.at = max(written.at, unit.now)
         writer.flush()
-        driver = self._writing.driver
         self._lease.note_executions(driver, units)
         expiries = {state.key: to_micros(state.lease.expires_at) for state in touched if state.lease is not None}
         if expiries:
@@ -330,6 +352,9 @@ class PostgresLog(_Stored, SharedLog):
             self._writing.close()
         if self._barrier is not None:
             self._barrier.close()
+        if self._anchor is not None:
+            self._known.on_change = lambda _: None
+            self._anchor.close()
         self._lease.close()
         self.readers.dispose()
 

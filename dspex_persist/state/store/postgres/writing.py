@@ -131,8 +131,7 @@ class Writing:
         self.written = None
         is_sent = False
         try:
-            self.connect()
-            yield self._begin(wait)
+            yield self._begin_connected(wait)
             if self.written is None:
                 self.driver.execute("ROLLBACK")
                 return
@@ -165,6 +164,19 @@ class Writing:
     def _note_written(self) -> None:
         assert self.written is not None, "there was something to commit"
         self._known.advance(self.written.head, self.written.keys, self.written.at)
+
+    def _begin_connected(self, wait: bool) -> News | None:
+        """Begin a transaction; on another connection if the one that was there has broken meanwhile."""
+        is_new = self._checked is None
+        self.connect()
+        try:
+            return self._begin(wait)
+        except psycopg.OperationalError:
+            if is_new or not self.driver.broken:
+                raise
+        self.drop()
+        self.connect()
+        return self._begin(wait)
 
     def _begin(self, wait: bool) -> News | None:
         statement = heads.BEGIN if wait else heads.TRY_TO_BEGIN

@@ -1,0 +1,232 @@
+"""What becomes of calls while the database fails, is away, or is not the one that this server knows."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dspex_persist.state.distributed import PostgresState
+from dspex_persist.state.errors import (
+    FileChangedError,
+    ForkedProcessError,
+    LostCommitsError,
+    OutcomeUnknownError,
+    StateError,
+    StorageError,
+    UnavailableError,
+)
+from dspex_persist.state.model import Value
+from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.store.postgres.notices import Notices
+from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from tests.deadline import within
+from tests.engines import Databases, Postgres, wait_until
+from tests.postgresql.conftest import fill
+from tests.postgresql.proxy import Proxy
+
+END_OTHERS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
+
+
+@pytest.fixture
+def state(filled: str) -> Iterator[PostgresState]:
+    with PostgresState(filled) as state:
+        yield state
+
+
+@pytest.fixture
+def beside(filled: str) -> Iterator[Any]:
+    """A connection that is not of ours."""
+    with psycopg.connect(filled, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def proxy(filled: str) -> Iterator[Proxy]:
+    # The path of a socket has at most some hundred bytes.
+    with tempfile.TemporaryDirectory() as folder, Proxy(filled, Path(folder)) as proxy:
+        yield proxy
+
+
+def value(state: SharedState) -> Value | None:
+    return state.get_variable("s", "x").value
+
+
+# Connections that break
+
+
+def test_connections_that_were_ended_are_replaced(state: PostgresState, beside: Any) -> None:
+    for number in (2, 3):
+        beside.execute(END_OTHERS, (beside.info.backend_pid,))
+        assert state.set_variable("s", "x", number) == number - 1
+        beside.execute(END_OTHERS, (beside.info.backend_pid,))
+        assert value(state) == Value(str(number))
+
+
+def test_a_commit_that_did_not_arrive_was_not_stored(proxy: Proxy) -> None:
+    with PostgresState(proxy.url) as state:
+        proxy.lose("before")
+        with pytest.raises(StorageError, match="the connection to the database was lost"):
+            state.set_variable("s", "x", 2)
+        assert proxy.happened.is_set()
+        assert value(state) == Value("1")
+        assert state.set_variable("s", "x", 3) == 1
+
+
+def test_a_commit_whose_answer_was_lost_was_stored(proxy: Proxy) -> None:
+    with PostgresState(proxy.url) as state:
+        proxy.lose("after")
+        assert state.set_variable("s", "x", 2) == 1
+        assert proxy.happened.is_set()
+        assert value(state) == Value("2")
+        assert state.set_variable("s", "x", 3) == 2
+
+
+@pytest.mark.parametrize(("fault", "stored"), [("before", False), ("after", True)])
+def test_an_unknown_outcome_is_settled_by_its_key(proxy: Proxy, fault: Any, stored: bool) -> None:
+    with SharedState(SharedGroups(PostgresLog(proxy.url, settle_s=0.2))) as state:
+        proxy.lose(fault, stays_away=True)
+        with pytest.raises(OutcomeUnknownError, match="did not answer whether it has stored the commit"):
+            state.set_variable("s", "x", 2, idempotency_key="once")
+        with pytest.raises(UnavailableError):
+            state.get_variable("s", "x")
+        with pytest.raises(StateError) as refused:
+            state.set_variable("s", "x", 9)
+        assert isinstance(refused.value, UnavailableError | StorageError)
+        proxy.is_away = False
+        assert value(state) == Value("2" if stored else "1")
+        assert state.set_variable("s", "x", 2, idempotency_key="once") == 1
+        assert state.get_variable("s", "x").version == 1
+
+
+def test_a_database_that_is_away_for_a_while(own_postgres: Postgres) -> None:
+    url = own_postgres.url()
+    fill(url)
+    with PostgresState(url) as state, PostgresState(url) as other:
+        own_postgres.take_away()
+        for each in (state, other):
+            with pytest.raises(UnavailableError):
+                each.get_variable("s", "x")
+            with pytest.raises((UnavailableError, StorageError)):
+                each.set_variable("s", "x", 2)
+        own_postgres.bring_back()
+        assert state.set_variable("s", "x", 3) == 1
+        assert value(other) == Value("3")
+
+
+def test_a_transaction_that_a_stopped_server_left_is_ended(state: PostgresState, filled: str) -> None:
+    with PostgresState(filled) as stopped:
+        writing = stopped._store._writing
+        stopped.set_variable("s", "x", 2)
+        writing.driver.execute("SET idle_in_transaction_session_timeout = '100ms'")
+        # In the transaction, it holds the lock.
+        with pytest.raises(StorageError), stopped._store.group():  # noqa: PT012
+            assert state.set_variable("s", "x", 3) == 2
+            writing.driver.execute("SELECT 1")
+        assert stopped.set_variable("s", "x", 4) == 3
+
+
+# Other servers
+
+
+def test_servers_tell_each_other(state: PostgresState, beside: Any) -> None:
+    beside.execute('LISTEN "dspex_persist.public"')
+    state.set_variable("s", "x", 2)
+    assert [each.channel for each in beside.notifies(timeout=within(5), stop_after=1)] == ["dspex_persist.public"]
+
+
+def test_a_lost_notice_is_not_missed(state: PostgresState, filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Notices, "tell", lambda _: None)
+    with PostgresState(filled) as other, state.watch("s", ["x"]) as watch:
+        other.set_variable("s", "x", 2)
+        assert next(iter(watch)).variable.version == 1
+
+
+# Commits that are gone
+
+
+def ended(state: PostgresState, use: Callable[[], object]) -> BaseException:
+    """Why the engine has ended after a call."""
+    with pytest.raises(StateError):
+        use()
+    wait_until(lambda: state._failed is not None)
+    assert state._failed is not None
+    return state._failed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("sequence = sequence - 1", "commits 3 to 3 are gone"),
+        ("hash = decode(repeat('77', 32), 'hex')", "commit 3 is not the one that this server has seen"),
+        ("database_id = 'another'", "it is another database than before"),
+    ],
+)
+def test_a_database_that_was_replaced_ends_its_server(filled: str, beside: Any, change: str, reason: str) -> None:
+    heard: list[BaseException] = []
+    with PostgresState(filled, on_fatal=heard.append) as state:
+        beside.execute(f"UPDATE head SET {change}".encode())
+        error = ended(state, lambda: state.set_variable("s", "x", 2))
+        assert isinstance(error, LostCommitsError)
+        assert reason in str(error)
+        assert "delete their anchors" in str(error)
+        wait_until(lambda: heard == [error])
+        with pytest.raises(LostCommitsError):
+            state.get_variable("s", "x")
+
+
+def test_a_newer_release_ends_older_servers(filled: str, beside: Any) -> None:
+    with PostgresState(filled) as state:
+        beside.execute("UPDATE alembic_version SET version_num = '0999'")
+        error = ended(state, lambda: state.set_variable("s", "x", 2))
+        assert isinstance(error, FileChangedError)
+        assert "has upgraded it to schema 0999" in str(error)
+
+
+def test_an_older_copy_is_refused(postgres: Databases, filled: str, tmp_path: Path) -> None:
+    anchors = tmp_path / "state" / "anchors"
+    with PostgresState(filled, anchor_dir=anchors) as state:
+        state.set_variable("s", "x", 2)
+        state.set_variable("s", "x", 3)
+    (anchor,) = anchors.iterdir()
+    assert anchor.stat().st_mode & 0o777 == 0o600
+    with PostgresState(filled, anchor_dir=anchors) as state:
+        assert value(state) == Value("3")
+    older = postgres.copy("filled", fill)
+    try:
+        with pytest.raises(LostCommitsError, match="commits 4 to 5 are gone"):
+            PostgresState(older, anchor_dir=anchors)
+        with PostgresState(older) as unknowing:
+            for number in range(3):
+                unknowing.set_variable("s", "x", number)
+        with pytest.raises(LostCommitsError, match="commit 5 is not the one that this server has seen"):
+            PostgresState(older, anchor_dir=anchors)
+        anchor.unlink()
+        PostgresState(older, anchor_dir=anchors).close()
+    finally:
+        postgres.drop(older)
+
+
+# Forks
+
+
+def test_a_forked_child_uses_no_connection_of_its_parent(state: PostgresState) -> None:
+    state.set_variable("s", "x", 2)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            state.get_variable("s", "x")
+        except ForkedProcessError:
+            state.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert state.set_variable("s", "x", 3) == 2
+    assert value(state) == Value("3")
+    assert threading.active_count() > 1
