@@ -85,6 +85,9 @@ def test_a_changed_cell_and_a_missing_row_are_found(changes: Changes, table: str
 def test_any_changed_cell_is_found(changes: Changes, table: str, column: str) -> None:
     for row in changes.rows[table][:4]:
         for value in alterations(table, column, row[column]):
+            if (table, column, value) == ("sessions", "ended_sequence", None):
+                # A later session may have its id: two of them cannot live.
+                continue
             assert changes.of(table, row, {**row, column: value}), f"{table}.{column} of {row} changed to {value!r}"
 
 
