@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
@@ -38,6 +39,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
+
+# An example may take long on a machine that does other things, too: what must not hang has the limit of its test.
+hypothesis.settings.register_profile("dspex_persist", deadline=None)
+hypothesis.settings.load_profile("dspex_persist")
 
 # Servers, which are most of the processes that the tests start, are forks.
 process.Popen = Started  # type: ignore[misc]

@@ -215,7 +215,7 @@ STEPS = {
 WEIGHTED = [*STEPS, *["read_by_name", "carry_out", "answer", "hit"] * 3, "deliver", "write"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(WEIGHTED), st.integers(0, 7)), max_size=80))
 def test_no_hit_is_too_old_or_goes_back(steps: list[tuple[str, int]]) -> None:
     world = World()

@@ -170,7 +170,7 @@ def _changes(op: Operation) -> st.SearchStrategy[Operation]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(histories())
 def test_agrees_with_a_search_through_all_orders(history: list[Operation]) -> None:
     assert (check(history, FIRST) == []) == is_linearizable(history)

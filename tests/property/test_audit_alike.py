@@ -381,7 +381,7 @@ def compare(steps: list[Any], *stored: Groups[Any]) -> None:
                 assert outcome(ask, memory) == outcome(ask, audit)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(STEPS)
 def test_a_file_answers_as_memory_does(steps: list[Any]) -> None:
     with TemporaryDirectory() as folder, closing(open_file(folder)) as file:
@@ -401,13 +401,13 @@ class TestPostgreSQL:
                 assert (columns, rows - of_database[view][1]) == (of_database[view][0], Counter())
                 assert rows == of_database[view][1]
 
-    @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(STEPS)
     def test_answers_as_memory_does(self, postgresql_url: str, steps: list[Any]) -> None:
         self.check(postgresql_url, steps)
 
     @pytest.mark.thorough
-    @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(STEPS)
     def test_answers_as_memory_does_always(self, postgresql_url: str, steps: list[Any]) -> None:
         self.check(postgresql_url, steps)

@@ -106,7 +106,7 @@ class Twins:
         self.run(*ends)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(COMMANDS | TOOLS, max_size=30))
 def test_the_state_as_of_every_commit_agrees_with_the_oracle(steps: list[Any]) -> None:
     with TemporaryDirectory() as folder:

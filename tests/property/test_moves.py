@@ -112,7 +112,7 @@ def check(ctx: Context, acknowledged: Iterable[tuple[str, int, int]]) -> None:
         assert sorted(history) == list(range(len(history)))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(PLANS)
 def test_nothing_is_lost_and_nothing_is_written_twice(
     plan: tuple[list[list[tuple[str, str]]], list[str | None]],

@@ -178,7 +178,7 @@ def histories(store: FileGroups, state: SessionState) -> dict[str, list[Variable
     }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(STEPS, st.sampled_from(["lives", "ends", "runs"]), st.integers(0, 2))
 def test_a_recorded_session_is_the_same_everywhere(steps: list[Any], end: str, before: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -86,7 +86,7 @@ def _last(state: State) -> int:
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_everything_is_as_it_was(kind: str) -> None:
-    @settings(deadline=None, max_examples=60 if kind == "memory" else 12)
+    @settings(max_examples=60 if kind == "memory" else 12)
     @given(given_rounds=rounds)
     def check(given_rounds: list[tuple[list[Any], float]]) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -90,7 +90,7 @@ class Sessions(MemoryGroups):
         return ended
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(groups)
 def test_rules_hold_after_every_commit(written: list[list[Any]]) -> None:
     sessions = Sessions()
@@ -111,7 +111,7 @@ def test_rules_hold_after_every_commit(written: list[list[Any]]) -> None:
             assert holds(sessions.state, rule.expression), (rule, facts(sessions.state))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(writes, batches, rules), max_size=20))
 def test_what_a_rule_refuses_would_have_violated_it(written: list[Any]) -> None:
     """The same command without the rules succeeds, and leaves what they do not allow; a refusal leaves nothing."""
@@ -136,7 +136,7 @@ def test_what_a_rule_refuses_would_have_violated_it(written: list[Any]) -> None:
         assert not all(holds(free.state, rule.expression) for rule in rules_then.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(writes, rules), max_size=8), st.dictionaries(names, numbers, min_size=1))
 def test_batches_write_what_fits_together(prepared: list[Any], updates: dict[str, Value]) -> None:
     sessions = Sessions()

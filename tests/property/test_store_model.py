@@ -694,7 +694,6 @@ def run_model(examples: int, model: type[StoreModel] = StoreModel, **more: Any) 
         settings=settings(
             max_examples=examples,
             stateful_step_count=STEPS,
-            deadline=None,
             phases=PHASES,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
             **more,

@@ -25,7 +25,7 @@ from dspex_persist.state.values import (
     type_names,
 )
 
-settings.register_profile("values", deadline=None, max_examples=100)
+settings.register_profile("values", max_examples=100)
 thorough = settings(settings.get_profile("values"))
 
 LIMITS = Limits()

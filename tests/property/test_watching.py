@@ -175,7 +175,7 @@ def check_merged(changes: list[Change[Any]], written: list[tuple[str, object, ob
         assert [change.old for change in of_one[1:]] == [change.value for change in of_one[:-1]]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(steps, min_size=1, max_size=25))
 def test_every_commit_comes_once_and_in_order(script: list[tuple[str, Any]]) -> None:
     folder = Path(tempfile.mkdtemp())
@@ -248,7 +248,7 @@ class BrokenStream(LostError):
         self._messages = iter(())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 9), max_size=6), st.lists(st.integers(1, 4), min_size=1, max_size=12))
 def test_streams_that_break_lose_and_repeat_nothing(breaks: list[int], sizes: list[int]) -> None:
     """Streams break after some messages, also within a commit of several parts, while others write."""

@@ -111,7 +111,7 @@ class LikeADict(RuleBasedStateMachine):
             self.context.close()
 
 
-LikeADict.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+LikeADict.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
 TestLikeADict = LikeADict.TestCase
 
 
