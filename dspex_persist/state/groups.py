@@ -395,12 +395,12 @@ class Groups(Generic[S_co]):
         if news.changed is None:
             self._cache.clear()
         else:
-            for first, session_id in news.changed.items():
-                self._catch_up(first, session_id, news)
+            self._catch_up(news.changed, news)
         self.hub.skip(news.changed, news.ended, news.sequence)
 
-    def _catch_up(self, first: int, session_id: str, news: News) -> None:
-        self._cache.drop(session_id)
+    def _catch_up(self, changed: Mapping[int, str], news: News) -> None:
+        for session_id in changed.values():
+            self._cache.drop(session_id)
 
     # The `Backing` of units of work, inside a group
 

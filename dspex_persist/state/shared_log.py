@@ -18,7 +18,7 @@ nothing that it appends under the old lease is accepted, and its executions are 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 
@@ -47,14 +47,17 @@ class SharedLog(LogStore):
     def news(self) -> News | None:
         """Bring `sequence` up to date; return what others have committed, or None if nothing. Not inside a group."""
 
-    def advance(self, state: SessionState, until: int) -> SessionState | None:
-        """Return a session in memory as of a later commit. None: forget it, and load it when it is needed.
+    def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
+        """Return sessions in memory as of a later commit, each in its place.
 
         Args:
-            state: The session, which does not change.
+            states: The sessions, which do not change.
             until: A commit that is not later than the head.
+
+        Returns:
+            None for a session that is to be forgotten, and loaded when it is needed.
         """
-        return None
+        return [None for _ in states]
 
     @abstractmethod
     def expiry_of(self, state: SessionState) -> datetime | None:

@@ -27,10 +27,10 @@ class Log(SharedMemoryLog):
 
     fails: Exception | None = None
 
-    def advance(self, state: SessionState, until: int) -> SessionState | None:
+    def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
         if self.fails is not None:
             raise self.fails
-        return self.load(state.session.id)
+        return [self.load(state.session.id) for state in states]
 
 
 def server(memory: SharedMemory, **options: Any) -> tuple[SharedGroups, Log]:

@@ -1,6 +1,6 @@
 """SharedGroups: the sessions of a shared log, as far as this server has them in memory."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -180,19 +180,20 @@ class SharedGroups(Groups[SharedLog]):
         if news.ended and news.changed is not None:
             self.on_ended([news.changed[first] for first in news.ended])
 
-    def _catch_up(self, first: int, session_id: str, news: News) -> None:
-        state = self._cache.find(session_id)
-        if state is None:
-            return
-        after = None
-        if state.session.sequence == first and first not in news.ended:
-            after = self.log.advance(state, news.sequence)
-        if after is not None:
-            self._cache.put(session_id, after)
-        elif state.session.sequence <= first:
-            self._cache.drop(session_id)
-        if self.server_meter is not None:
-            self.server_meter.caught_up(in_place=after is not None)
+    def _catch_up(self, changed: Mapping[int, str], news: News) -> None:
+        found = {first: self._cache.find(session_id) for first, session_id in changed.items()}
+        cached = {first: state for first, state in found.items() if state is not None}
+        same = [each for first, each in cached.items() if each.session.sequence == first and first not in news.ended]
+        later = self.log.advance(same, news.sequence)
+        advanced = {before.session.sequence: after for before, after in zip(same, later, strict=True)}
+        for first, state in cached.items():
+            after = advanced.get(first)
+            if after is not None:
+                self._cache.put(changed[first], after)
+            elif state.session.sequence <= first:
+                self._cache.drop(changed[first])
+            if self.server_meter is not None:
+                self.server_meter.caught_up(in_place=after is not None)
 
     def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork]) -> None:
         super()._publish(drafts, units)

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
+from sqlalchemy.dialects import sqlite
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
@@ -81,6 +82,17 @@ def select_versions(*more: Any) -> Select[Any]:
 _SELECT_VERSIONS = select_versions()
 _ONE_VERSION = _SELECT_VERSIONS.where(
     versions.c.variable_key == bindparam("variable_key"), versions.c.version == bindparam("version")
+)
+# Of the session's versions after a commit, up to and including another one, by commit, then by key. Run on the driver,
+# with a session key and both numbers; it returns `VersionRow`s.
+VERSIONS_BETWEEN = str(
+    _SELECT_VERSIONS.where(
+        commits.c.session_key == bindparam("session_key"),
+        commits.c.sequence > bindparam("after"),
+        commits.c.sequence <= bindparam("until"),
+    )
+    .order_by(commits.c.sequence, versions.c.variable_key, versions.c.version)
+    .compile(dialect=sqlite.dialect(paramstyle="qmark"))
 )
 # Run on the driver: SQLAlchemy's rows take three times as long, and this query returns a hundred rows at a time.
 _HISTORY = """
@@ -196,16 +208,6 @@ def iter_versions(connection: Connection, session_key: int, after: int, until: i
     return iter(connection.execute(query, execution_options={"yield_per": 16}))
 
 
-def versions_between(connection: Connection, session_key: int, after: int, until: int) -> list[Row[Any]]:
-    """Return the rows of the session's versions with `after` < sequence <= `until`, by commit, then by key."""
-    query = (
-        select_versions()
-        .where(commits.c.session_key == session_key, commits.c.sequence > after, commits.c.sequence <= until)
-        .order_by(commits.c.sequence, versions.c.variable_key, versions.c.version)
-    )
-    return list(connection.execute(query))
-
-
 _CONSTRAINTS_AS_OF = """
     SELECT constraints FROM variable_constraints WHERE variable_key = ? AND since_sequence <= ?
     ORDER BY since_sequence DESC LIMIT 1
@@ -250,7 +252,28 @@ def metadata_as_of(connection: Connection, variable_key: int, version: int) -> d
     return dict(merged)
 
 
-def version_of(row: Row[Any]) -> VariableVersion:
+class VersionRow(NamedTuple):
+    """A row of `select_versions` that comes from the driver."""
+
+    variable_key: int
+    variable_id: str
+    name: str
+    type: str
+    version: int
+    sequence: int
+    kind: int
+    source: int
+    value: str | None
+    binary: bytes | None
+    change_metadata: str | None
+    value_content: bytes | None
+    binary_content: bytes | None
+    actor: str
+    cause: str
+    created_at: int
+
+
+def version_of(row: Row[Any] | VersionRow) -> VariableVersion:
     """Return the version in a row of `select_versions`."""
     return VariableVersion(
         variable_id=row.variable_id,
@@ -267,7 +290,7 @@ def version_of(row: Row[Any]) -> VariableVersion:
     )
 
 
-def _value_of(row: Row[Any]) -> Value | None:
+def _value_of(row: Row[Any] | VersionRow) -> Value | None:
     text = row.value if row.value_content is None else row.value_content.decode()
     if text is None:
         return None

@@ -380,9 +380,9 @@ class ValkeyLog(SharedLog):
         """See `LogStore`."""
         return self.reads.changes_after(state, after, most_commits)
 
-    def advance(self, state: SessionState, until: int) -> SessionState | None:
+    def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
         """See `SharedLog`. It applies only commits without events: most have none."""
-        return self.reads.advance(state, until)
+        return [self.reads.advance(state, until) for state in states]
 
     @reported
     def expiry_of(self, state: SessionState) -> datetime | None:

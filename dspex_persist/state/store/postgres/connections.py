@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -217,3 +217,14 @@ def run(connection: psycopg.Connection[Any], statements: str) -> Cursor:
     cursor = Cursor(connection)
     cursor.execute(statements)
     return cursor
+
+
+def all_rows(
+    connection: psycopg.Connection[Any], statement: str, every: Sequence[Sequence[object]]
+) -> list[list[tuple[Any, ...]]]:
+    """Run a statement with each of several lists of parameters, all in one round trip; return the rows of each."""
+    if len(every) < 2:
+        return [connection.execute(statement, each).fetchall() for each in every]
+    with connection.pipeline():
+        cursors = [connection.execute(statement, each) for each in every]
+    return [cursor.fetchall() for cursor in cursors]

@@ -29,7 +29,7 @@ from dspex_persist.state.store.engine import Durability, snapshot
 from dspex_persist.state.store.postgres import schema, servers
 from dspex_persist.state.store.postgres.anchors import ServerAnchor
 from dspex_persist.state.store.postgres.clocks import compare_clocks
-from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
+from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
 from dspex_persist.state.store.postgres.heads import KnownHead
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.servers import Lease
@@ -165,18 +165,21 @@ class PostgresLog(_Stored, SharedLog):
         with self._writing.reading() as news:
             yield news
 
-    def advance(self, state: SessionState, until: int) -> SessionState | None:
+    def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
         """See `SharedLog`. It applies only commits without events: most have none."""
-        row = self._writing.driver.execute(_SINCE, (state.key, state.sequence, until)).fetchone()
-        assert row is not None, "it counts"
-        events, last = row
-        if events:
-            return None
-        after = state.copy()
-        for version in stored_variables.versions_between(self._connection, state.key, state.sequence, until):
-            fold_version(after, stored_variables.version_of(version), [])
-        after.sequence = last
-        return after
+        driver = self._writing.driver
+        ranges = [(state.key, state.sequence, until) for state in states]
+        counted = [rows[0] for rows in all_rows(driver, _SINCE, ranges)]
+        quiet = [place for place, (events, _) in enumerate(counted) if not events]
+        found = all_rows(driver, stored_variables.VERSIONS_BETWEEN, [ranges[place] for place in quiet])
+        advanced: list[SessionState | None] = [None for _ in states]
+        for place, rows in zip(quiet, found, strict=True):
+            after = states[place].copy()
+            for row in rows:
+                fold_version(after, stored_variables.version_of(stored_variables.VersionRow(*row)), [])
+            _, after.sequence = counted[place]
+            advanced[place] = after
+        return advanced
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """See `LogStore`."""
