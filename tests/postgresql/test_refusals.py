@@ -1,8 +1,10 @@
 """What is demanded of a database, of names in it, and of this machine's clock; how connections are set."""
 
 import io
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -23,6 +25,7 @@ from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.wiring.connecting import open_audit
 from dspex_persist.wiring.recordings import import_session
 from tests.engines import Postgres
+from tests.postgresql.pooler import Pooler
 
 
 @pytest.fixture(scope="class")
@@ -90,6 +93,17 @@ def test_other_servers(fact: dict[str, Any], reason: str) -> None:
     Database("postgresql://host/db")._check(**FACTS)
     with pytest.raises(NotADatabaseError, match=reason):
         Database("postgresql://host/db")._check(**FACTS | fact)
+
+
+@pytest.mark.parametrize("by_session", [False, True])
+def test_poolers(filled: str, by_session: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder, Pooler(filled, Path(folder), by_session=by_session) as pooler:
+        if by_session:
+            with PostgresState(pooler.url) as state:
+                assert state.set_variable("s", "x", 2) == 1
+            return
+        with pytest.raises(NotADatabaseError, match="a pooler gives its connections to others between transactions"):
+            PostgresState(pooler.url)
 
 
 # Connections

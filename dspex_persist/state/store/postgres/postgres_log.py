@@ -32,6 +32,7 @@ from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
 from dspex_persist.state.store.postgres.heads import KnownHead
 from dspex_persist.state.store.postgres.notices import Notices
+from dspex_persist.state.store.postgres.poolers import refuse_shared
 from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.store.postgres.writing import Writing, Written
 from dspex_persist.state.store.stored import StoredSessions
@@ -112,6 +113,8 @@ class PostgresLog(_Stored, SharedLog):
         self.readers = self._database.readers()
         try:
             with self._database.reported():
+                with contextlib.closing(self._database.connect()) as first:
+                    refuse_shared(first, self._database.connect, self._database.name)
                 schema.upgrade(self._database)
             with self._writing.using() as connection:
                 compare_clocks(connection, self._database.name)
