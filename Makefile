@@ -38,7 +38,7 @@ TESTS_bridge := tests/bridge tests/infra tests/workers tests/contract/test_bridg
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_metrics.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
 TESTS_shared := tests/contract/test_shared.py tests/contract/test_valkey.py tests/valkey tests/infra/test_engines.py \
-	tests/contract/test_postgresql.py tests/postgresql
+	tests/contract/test_postgresql.py tests/postgresql tests/faults/test_shared_faults.py
 TESTS_replay := tests/contract/test_programs.py tests/contract/test_studies.py tests/unit/test_study_spaces.py \
 	tests/end_to_end/test_studies.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \
 	tests/unit/test_binding.py tests/unit/test_program_options.py tests/unit/test_lm_accounts.py tests/unit/test_lm_budgets.py \

@@ -333,11 +333,16 @@ def valkey() -> str:
 @pytest.fixture(scope="class")
 def valkey_prefix(valkey: str) -> Iterator[str]:
     """What the keys of a class of tests begin with: nothing else has it."""
-    import redis
-
     prefix = f"t{uuid.uuid4().hex}"
     yield prefix
-    with redis.Redis.from_url(valkey) as client:
+    remove_keys(valkey, prefix)
+
+
+def remove_keys(url: str, prefix: str) -> None:
+    """Remove the keys of a prefix from a Valkey server."""
+    import redis
+
+    with redis.Redis.from_url(url) as client:
         for key in client.scan_iter(f"*{prefix}*", count=1000):
             client.unlink(key)
 

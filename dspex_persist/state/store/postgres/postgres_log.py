@@ -312,7 +312,16 @@ class PostgresLog(_Stored, SharedLog):
                     return int(row[0])
 
     def news(self) -> News | None:
-        """See `SharedLog`."""
+        """See `SharedLog`. A connection that has broken is replaced once, as for `head`."""
+        is_new = not self._writing.is_open
+        try:
+            return self._read_news()
+        except UnavailableError:
+            if is_new:
+                raise
+            return self._read_news()
+
+    def _read_news(self) -> News | None:
         with self._writing.using() as connection:
             row = self._writing.read_head(connection)
             if row.epoch != self._lease.epoch:

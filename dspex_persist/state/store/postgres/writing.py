@@ -55,6 +55,11 @@ class Writing:
         self.written: Written | None = None
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is a connection. It may have broken since it was used."""
+        return self._checked is not None
+
+    @property
     def connection(self) -> Checked:
         """The connection, while it is open."""
         assert self._checked is not None, "it is connected"
@@ -172,11 +177,15 @@ class Writing:
         try:
             return self._begin(wait)
         except psycopg.OperationalError:
-            if is_new or not self.driver.broken:
+            if is_new or not self._is_broken():
                 raise
         self.drop()
         self.connect()
         return self._begin(wait)
+
+    def _is_broken(self) -> bool:
+        # SQLAlchemy invalidates the connection if it is the first to notice, and has no driver's connection any more.
+        return self._checked is None or self._checked.invalidated or self.driver.broken or self.driver.closed
 
     def _begin(self, wait: bool) -> News | None:
         statement = heads.BEGIN if wait else heads.TRY_TO_BEGIN
@@ -214,7 +223,7 @@ class Writing:
     def _end_failed(self, error: Exception, is_sent: bool) -> None:
         """Raise the error for a group that was not stored. Return if it was, although its COMMIT failed."""
         reason = self._database.reason(error)
-        if self._checked is None or self.driver.broken or self.driver.closed:
+        if self._is_broken():
             self.drop()
             if is_sent and self._is_stored(reason):
                 return

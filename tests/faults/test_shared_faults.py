@@ -1,0 +1,338 @@
+"""What a server does when its connections to a shared log break, when the log goes away, and when it is an older copy.
+
+Each of these proofs on PostgreSQL has to find a bug that is planted at the end; those of Valkey are in `tests/valkey`.
+"""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from dspex_persist.state.errors import (
+    LostCommitsError,
+    OutcomeUnknownError,
+    StateError,
+    StorageError,
+    UnavailableError,
+)
+from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.store.log import LogWriter
+from dspex_persist.state.store.postgres import heads, notices, writing
+from tests.deadline import within
+from tests.engines import Postgres, Server, Valkey, wait_until
+from tests.faults.cutting import Cut, CuttingProxy
+from tests.faults.places import Place, PostgresPlace, ValkeyPlace
+
+SESSION: Final = "session"
+
+
+class Scene(NamedTuple):
+    """Two servers on one log; the connections of the first one can be cut."""
+
+    place: Place
+    proxy: CuttingProxy
+    behind: SharedState
+    other: SharedState
+
+    def write(self, value: int = 1, **given: Any) -> int:
+        return self.behind.set_variable(SESSION, "x", value, **given)
+
+    def versions(self) -> list[int]:
+        return versions_of(self.other)
+
+
+def versions_of(state: SharedState) -> list[int]:
+    return sorted(each.version for each in state.get_variable_history(SESSION, "x", 10_000))
+
+
+@pytest.fixture(scope="module", params=[Postgres, Valkey])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    server: Server = request.param.own()
+    yield server
+    server.end()
+
+
+def place_on(server: Server) -> Place:
+    if isinstance(server, Postgres):
+        return PostgresPlace(server)
+    assert isinstance(server, Valkey)
+    return ValkeyPlace(server)
+
+
+def scene_on(server: Server) -> Iterator[Scene]:
+    place = place_on(server)
+    with (
+        CuttingProxy(place.socket) as proxy,
+        place.open(proxy.socket, settle_s=1.0) as behind,
+        place.open() as other,
+    ):
+        behind.initialize_session(SESSION)
+        behind.register_variable(SESSION, "x", "integer", 0)
+        yield Scene(place, proxy, behind, other)
+    place.remove()
+
+
+@pytest.fixture
+def scene(server: Server) -> Iterator[Scene]:
+    yield from scene_on(server)
+
+
+# ---- connections ----
+
+
+def test_commit_that_did_not_arrive(scene: Scene) -> None:
+    scene.proxy.cut(Cut.BEFORE)
+    with pytest.raises(StorageError):
+        scene.write()
+    assert scene.versions() == [0]
+    assert scene.write() == 1
+    assert scene.versions() == [0, 1]
+
+
+def test_answer_lost(scene: Scene) -> None:
+    scene.proxy.cut(Cut.AFTER)
+    assert scene.write() == 1
+    assert scene.proxy.cuts_made.acquire(blocking=False)
+    assert scene.versions() == [0, 1]
+    assert versions_of(scene.behind) == [0, 1]
+
+
+def settles_what_arrives_late(scene: Scene) -> None:
+    """A server looks whether its commit is stored while that is on its way: what it answers has to stay true."""
+    scene.proxy.cut(Cut.LATE)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(scene.write)
+        assert scene.proxy.cuts_made.acquire(timeout=within(10))
+        # If it does not wait for the commit, it answers before that arrives.
+        with suppress(TimeoutError):
+            writing.exception(0.3)
+        scene.proxy.deliver()
+        error = writing.exception()
+    assert error is None or isinstance(error, StorageError)
+    wait_until(lambda: _writes(scene.other, "y"))
+    assert scene.versions() == ([0, 1] if error is None else [0])
+    assert versions_of(scene.behind) == scene.versions()
+
+
+def _writes(state: SharedState, name: str) -> bool:
+    try:
+        state.register_variable(SESSION, name, "integer", 0)
+    except (StorageError, UnavailableError):
+        return False
+    return True
+
+
+def test_commit_that_arrives_late(scene: Scene) -> None:
+    settles_what_arrives_late(scene)
+
+
+def test_log_goes_away_in_the_middle(scene: Scene) -> None:
+    """Nobody can say whether the write was stored: its key says it once the log is there again."""
+    scene.proxy.cut(Cut.AFTER)
+    leaving = threading.Thread(target=lambda: (scene.proxy.cuts_made.acquire(), scene.proxy.take_away()))
+    leaving.start()
+    with pytest.raises(OutcomeUnknownError):
+        scene.write(idempotency_key="key")
+    leaving.join()
+    with pytest.raises(UnavailableError):
+        scene.behind.get_variable(SESSION, "x")
+    with pytest.raises((UnavailableError, StorageError)):
+        scene.write(2)
+    scene.proxy.bring_back()
+    assert scene.write(idempotency_key="key") == 1
+    assert scene.versions() == [0, 1]
+
+
+@pytest.mark.parametrize("first", ["read", "write"])
+def test_all_connections_break(scene: Scene, first: str) -> None:
+    """Nothing was under way, so nobody notices."""
+    scene.proxy.cut_all()
+    written = scene.other.set_variable(SESSION, "x", 2)
+    if first == "read":
+        assert scene.behind.get_variable(SESSION, "x").version == written
+    assert scene.write() == written + 1
+    assert versions_of(scene.behind) == scene.versions()
+
+
+@pytest.mark.parametrize("server", [Postgres], indirect=True)
+def test_connection_breaks_while_a_group_writes(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = LogWriter.flush
+
+    def cut_and_flush(self: LogWriter) -> None:
+        scene.proxy.cut_all()
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogWriter, "flush", cut_and_flush)
+        with pytest.raises(StorageError):
+            scene.write()
+    assert scene.write() == 1
+    assert scene.versions() == [0, 1]
+
+
+@pytest.mark.crash
+def test_log_is_killed_under_load(scene: Scene) -> None:
+    acknowledged = list[int]()
+    ended, progress = threading.Event(), threading.Semaphore(0)
+
+    def write(state: SharedState) -> None:
+        while not ended.is_set():
+            try:
+                acknowledged.append(state.set_variable(SESSION, "x", 7))
+                progress.release()
+            except (StorageError, UnavailableError, OutcomeUnknownError):
+                ended.wait(0.01)
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, state) for state in (scene.behind, scene.other) * 2]
+        for number in (signal.SIGQUIT, signal.SIGKILL, None):
+            for _ in range(20):
+                assert progress.acquire(timeout=within(20))
+            if number is not None:
+                scene.place.server.restart(number)
+        ended.set()
+        for each in writers:
+            each.result()
+    there = scene.versions()
+    assert len(acknowledged) == len(set(acknowledged))
+    assert {*acknowledged} <= {*there}
+    assert there == list(range(len(there)))
+
+
+# ---- several servers ----
+
+
+def takes_turns(scene: Scene) -> None:
+    """No write fails because another server writes at the same time."""
+
+    def write(state: SharedState) -> None:
+        for _ in range(25):
+            state.set_variable(SESSION, "x", 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(write, state) for state in (scene.behind, scene.other) * 2]:
+            error = each.exception()
+            assert error is None, error
+    assert scene.versions() == list(range(101))
+
+
+def test_servers_take_turns(scene: Scene) -> None:
+    takes_turns(scene)
+
+
+def watches_without_notices(scene: Scene) -> None:
+    with scene.other.watch(SESSION, ["x"]) as watch:
+        scene.write()
+        deadline, updates = time.monotonic() + within(3), list[Any]()
+        while not updates and time.monotonic() < deadline:
+            updates = watch.next(0.2)
+        assert [each.version.version for each in updates] == [1]
+
+
+def test_watch_without_notices(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(scene.behind._shared.log), "tell", lambda _: None)
+    watches_without_notices(scene)
+
+
+# ---- older copies ----
+
+
+def notices_an_older_copy(scene: Scene) -> None:
+    """The log is put back to what it was, under servers that run."""
+    server, copy = scene.place.server, scene.place.server.directory.with_suffix(".copy")
+    data = server.directory / ("data" if isinstance(server, Postgres) else "appendonlydir")
+    server.take_away(signal.SIGINT)
+    try:
+        shutil.copytree(data, copy, symlinks=True)
+        server.bring_back()
+        wait_until(lambda: _writes(scene.behind, "y"))
+        assert scene.write() == 1
+        server.take_away(signal.SIGINT)
+        shutil.rmtree(data)
+        shutil.copytree(copy, data, symlinks=True)
+        for each in (data, *data.rglob("*")):
+            shutil.chown(each, *_owner(server))
+        server.bring_back()
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    assert _ends_with(scene.behind) is LostCommitsError
+    with pytest.raises(StateError):
+        scene.write()
+
+
+def _owner(server: Server) -> tuple[int, int]:
+    facts = server.directory.stat()
+    return facts.st_uid, facts.st_gid
+
+
+def _ends_with(state: SharedState) -> type[BaseException] | None:
+    """Write until it can be said whether the server goes on."""
+    deadline = time.monotonic() + within(10)
+    while time.monotonic() < deadline:
+        try:
+            state.set_variable(SESSION, "x", 3)
+        except (StorageError, UnavailableError):
+            time.sleep(0.02)
+        except StateError as error:
+            return type(error)
+        else:
+            return None
+    return None
+
+
+@pytest.mark.crash
+def test_older_copy_under_a_server(scene: Scene) -> None:
+    notices_an_older_copy(scene)
+
+
+# ---- planted bugs ----
+
+
+def _settle_without_the_lock(patch: pytest.MonkeyPatch, _: Scene) -> None:
+    patch.setattr(writing.Writing, "_look_up", lambda self, head: heads.has_commit(self.connect(), head))
+
+
+def _lock_and_head_at_once(patch: pytest.MonkeyPatch, _: Scene) -> None:
+    """The head is then read as it was before the wait for the lock."""
+    lock = f"pg_advisory_xact_lock({heads.LOCKS}, 'head'::regclass::oid::int)"
+    at_once = heads.SELECT_HEAD.replace(" FROM head\n", f", {lock} FROM head\n")
+    assert lock in at_once
+    patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {at_once}")
+    patch.setattr(writing, "HeadRow", lambda *row: heads.HeadRow(*row[:7]))
+
+
+def _notices_alone(patch: pytest.MonkeyPatch, _: Scene) -> None:
+    patch.setattr(notices.Notices, "tell", lambda _: None)
+    patch.setattr(SharedGroups, "check", lambda _: None)
+
+
+def _never_compared(patch: pytest.MonkeyPatch, _: Scene) -> None:
+    """As if the anchor were only looked at when a server starts."""
+    patch.setattr(heads.KnownHead, "learn", lambda self, _, row: self.take(row))
+
+
+@pytest.mark.parametrize("server", [Postgres], indirect=True)
+@pytest.mark.parametrize(
+    ("plant", "proof"),
+    [
+        (_settle_without_the_lock, settles_what_arrives_late),
+        (_lock_and_head_at_once, takes_turns),
+        pytest.param(_notices_alone, watches_without_notices, marks=pytest.mark.thorough),
+        pytest.param(_never_compared, notices_an_older_copy, marks=(pytest.mark.thorough, pytest.mark.crash)),
+    ],
+)
+def test_finds(
+    plant: Callable[[pytest.MonkeyPatch, Scene], None],
+    proof: Callable[[Scene], None],
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant(monkeypatch, scene)
+    with pytest.raises(AssertionError):
+        proof(scene)
