@@ -38,7 +38,7 @@ TESTS_bridge := tests/bridge tests/infra tests/workers tests/contract/test_bridg
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_metrics.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
 TESTS_shared := tests/contract/test_shared.py tests/contract/test_valkey.py tests/valkey tests/infra/test_engines.py \
-	tests/contract/test_postgresql.py tests/postgresql tests/faults/test_shared_faults.py
+	tests/contract/test_postgresql.py tests/postgresql tests/faults/test_shared_faults.py tests/faults/test_distributed.py
 TESTS_replay := tests/contract/test_programs.py tests/contract/test_studies.py tests/unit/test_study_spaces.py \
 	tests/end_to_end/test_studies.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \
 	tests/unit/test_binding.py tests/unit/test_program_options.py tests/unit/test_lm_accounts.py tests/unit/test_lm_budgets.py \
@@ -65,10 +65,10 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 
 .PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs docs-serve
 .PHONY: fix codegen bench peers crash-test powercut-test fault-test files-test refused-test
-.PHONY: fuzz chaos-test soak mutants observations clean
+.PHONY: fuzz chaos-test distributed-test soak mutants observations clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed-dev  ## set up .venv (every other target does what it needs of this)
 
@@ -182,6 +182,9 @@ fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to
 
 chaos-test: .venv/.installed-dev  ## kill, stop and starve workers and servers at random for MINUTES (default 15)
 	$(BIN)/python -m tests.faults.chaos_test --minutes $(MINUTES) $(ARGS)
+
+distributed-test: .venv/.installed-dev  ## kill, stop and cut servers on one database, and it, for MINUTES (default 15)
+	$(BIN)/python -m tests.faults.distributed_test --minutes $(MINUTES) $(ARGS)
 
 soak: .venv/.installed-dev  ## use a server in every way at once for MINUTES (default 15)
 	$(BIN)/python -m tests.faults.soak_test --minutes $(MINUTES) $(ARGS)

@@ -63,9 +63,10 @@ def _request(session_id: str, tool: str, arguments: Mapping[str, object], key: s
 
 
 class Bridge:
-    """One channel to one server."""
+    """One channel to one server. Calls of it wait `timeout_s` for their answers, in seconds."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self._methods = {
             method.name: self._channel.unary_unary(
@@ -89,7 +90,7 @@ class Bridge:
     async def call(self, name: str, request: Any, key: str | None = None) -> Any:
         """Call a unary rpc, with an idempotency key; raises `grpc.aio.AioRpcError`."""
         metadata = (("x-dspex-idempotency-key", key),) if key is not None else ()
-        return await self._methods[name](request, timeout=CALL_TIMEOUT_S, metadata=metadata)
+        return await self._methods[name](request, timeout=self._timeout_s, metadata=metadata)
 
     async def set(
         self,
@@ -125,11 +126,11 @@ class Bridge:
         arguments: Mapping[str, object],
         *,
         key: str | None = None,
-        timeout_s: float = CALL_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> ToolAnswer:
         """Execute a tool and return its outcome."""
         request = _request(session_id, tool, arguments, key)
-        response = await self._methods["ExecuteTool"](request, timeout=timeout_s)
+        response = await self._methods["ExecuteTool"](request, timeout=timeout_s or self._timeout_s)
         metadata = dict(response.metadata)
         result = json.loads(response.result.value) if response.success else None
         return ToolAnswer(metadata.get("error_code", ""), result, metadata, response.error_message)
@@ -139,7 +140,7 @@ class Bridge:
     ) -> ToolAnswer:
         """Execute a streaming tool; the result is the list of its chunks."""
         chunks: list[Any] = []
-        async for chunk in self._stream(_request(session_id, tool, arguments, key), timeout=CALL_TIMEOUT_S):
+        async for chunk in self._stream(_request(session_id, tool, arguments, key), timeout=self._timeout_s):
             if chunk.is_final:
                 return ToolAnswer("", chunks, dict(chunk.metadata))
             chunks.append(json.loads(chunk.data))

@@ -8,7 +8,7 @@ import json
 import shutil
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +83,28 @@ class Checker:
             problems = [*self._read_commits(connection)]
             problems += self.journal.check(connection, known, ledger, started=started)
             self._ended = {row[0] for row in connection.execute(_ENDED)}
-        problems += self._check_writes(ledger)
-        problems += self._check_rollbacks(ledger)
-        problems += [f"deleted, but still there: {id_}" for id_ in sorted(ledger.deleted) if not self._is_deleted(id_)]
-        problems += [
-            f"ended, but still there: {session_id}" for session_id in sorted(ledger.ended.keys() - self._ended)
-        ]
-        return problems
+        return [*problems, *self._check_knowledge(ledger)]
+
+    def check_rows(self, rows: Iterable[Row], ended: Collection[str], ledger: Ledger) -> list[str]:
+        """Return the problems of what any store has.
+
+        Args:
+            rows: All of its versions, in the order of their commits.
+            ended: The sessions that have ended.
+            ledger: What the clients know.
+        """
+        problems = [*self._take(rows, frozenset())]
+        self._ended = {*ended}
+        return [*problems, *self._check_knowledge(ledger)]
+
+    def _check_knowledge(self, ledger: Ledger) -> Iterator[str]:
+        yield from self._check_writes(ledger)
+        yield from self._check_rollbacks(ledger)
+        for variable_id in sorted(ledger.deleted):
+            if not self._is_deleted(variable_id):
+                yield f"deleted, but still there: {variable_id}"
+        for session_id in sorted(ledger.ended.keys() - self._ended):
+            yield f"ended, but still there: {session_id}"
 
     def values(self, session_id: str) -> dict[str, tuple[int, str | None]]:
         """Return version and value of the existing variables, by id."""
@@ -118,8 +133,12 @@ class Checker:
     def _read_commits(self, connection: sqlite3.Connection) -> Iterator[str]:
         yield from self._check_chain(connection)
         pruned = {row[0] for row in connection.execute(_PRUNED_SESSIONS)}
+        yield from self._take(_rows(connection, self.head.sequence), pruned)
+        self.head = _head_of(connection)
+
+    def _take(self, rows: Iterable[Row], pruned: Collection[str]) -> Iterator[str]:
         commits: dict[tuple[str, int], list[tuple[str, int]]] = {}
-        for row in _rows(connection, self.head.sequence):
+        for row in rows:
             newest = self._newest.get(row.variable_id)
             if row.version != (newest.version + 1 if newest is not None else 0) and row.session_id not in pruned:
                 yield f"gap: {row} follows {newest}"
@@ -132,7 +151,6 @@ class Checker:
             commits.setdefault((row.session_id, row.sequence), []).append((row.variable_id, row.version))
         for (session_id, sequence), places in commits.items():
             self._commits[session_id].append((sequence, tuple(sorted(places))))
-        self.head = _head_of(connection)
 
     def _check_chain(self, connection: sqlite3.Connection) -> Iterator[str]:
         """New commits follow the known ones, which have not changed."""

@@ -21,7 +21,7 @@ def test_databases_are_apart(postgres: Databases) -> None:
         with psycopg.connect(url) as connection:
             connection.execute("CREATE TABLE rows AS SELECT 1 AS one")
 
-    copies = [postgres.copy("filled", fill) for _ in range(2)]
+    copies = [postgres.copy("apart", fill) for _ in range(2)]
     with psycopg.connect(copies[0]) as connection:
         connection.execute("DELETE FROM rows")
     with psycopg.connect(copies[1]) as connection:
