@@ -2,10 +2,10 @@
 
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.shared_log import SharedLog
 from tests.engines import Databases, Postgres, Server, Valkey, remove_keys
@@ -37,9 +37,11 @@ class Place(ABC):
     def remove(self) -> None:
         """Remove the log, once nobody has it open."""
 
-    def open(self, socket: Path | None = None, options: SessionOptions | None = None, **given: Any) -> SharedState:
+    def open(
+        self, socket: Path | None = None, *, on_fatal: Callable[[BaseException], None] | None = None, **given: Any
+    ) -> SharedState:
         """Open an engine as another server does."""
-        return SharedState(SharedGroups(self.log(socket, **given), options))
+        return SharedState(SharedGroups(self.log(socket, **given)), on_fatal=on_fatal)
 
 
 class PostgresPlace(Place):
@@ -70,18 +72,19 @@ class ValkeyPlace(Place):
         self._prefix = f"t{uuid.uuid4().hex}"
 
     def remove(self) -> None:
-        remove_keys(self.url(), self._prefix)
+        remove_keys(self.server.url(), self._prefix)
 
     @property
     def socket(self) -> Path:
         return self.server.directory / "s"
 
     def url(self, socket: Path | None = None) -> str:
-        return f"unix://{socket or self.socket}"
+        return f"redis+unix://{socket or self.socket}?prefix={self._prefix}"
 
     def log(self, socket: Path | None = None, *, lease_s: float = 15.0, settle_s: float = 10.0) -> SharedLog:
         import redis
 
         from dspex_persist.state.valkey.valkey_log import ValkeyLog
 
-        return ValkeyLog(lambda: redis.Redis.from_url(self.url(socket)), prefix=self._prefix, lease_s=lease_s)
+        path = str(socket or self.socket)
+        return ValkeyLog(lambda: redis.Redis(unix_socket_path=path), prefix=self._prefix, lease_s=lease_s)

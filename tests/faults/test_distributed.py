@@ -1,4 +1,4 @@
-"""Three servers on one PostgreSQL database for some seconds; `make distributed-test` runs for minutes."""
+"""Three servers on one database for some seconds; `make distributed-test` runs for minutes."""
 
 import asyncio
 import secrets
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import Postgres, Server, Valkey
 from tests.faults.distributed_test import Distributed
 from tests.faults.shared_server import BUGS
 
@@ -18,9 +19,10 @@ FOUND = {
 @pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.timeout(1200)
-def test_servers_and_database_in_trouble(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Postgres, pytest.param(Valkey, marks=pytest.mark.thorough)])
+def test_servers_and_database_in_trouble(tmp_path: Path, kind: type[Server]) -> None:
     seed = secrets.randbelow(1_000_000)
-    report = asyncio.run(Distributed(tmp_path, seed).run(4))
+    report = asyncio.run(Distributed(tmp_path, seed, kind=kind).run(4))
     print(report)
     assert report.problems == [], f"seed {seed}"
     # A run without any activity proves nothing.

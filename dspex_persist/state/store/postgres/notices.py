@@ -87,6 +87,8 @@ class Notices:
             try:
                 if connection is None or connection.closed:
                     connection = self._database.connect()
+                    # A hint need not be on the disk: waiting for that would delay the commits that follow.
+                    connection.execute("SET synchronous_commit = off")
                 connection.execute("SELECT pg_notify(%s, %s)", (self._channel, self._server_id))
             except (psycopg.Error, StateError):
                 # The others poll.
