@@ -79,7 +79,7 @@ class Plan:
     version_turns: int = 8
     store_in_flight: tuple[int, ...] = (1, 16, 64)
     store_rounds: int = 3
-    store_slice_s: float = 0.15
+    store_slice_s: float = 0.12
     stored_counts: tuple[int, int] = (10, 100_000)
     callbacks: int = 1_000
     called_writes: int = 40
