@@ -294,16 +294,17 @@ class Holdable(Ability):
 
     lacking = "holds of sessions"
     instead = (
-        "move sessions that are in memory, in a database file, or on a server on one; from a database that servers "
-        "share, export and import them"
+        "move sessions that are in memory, in a database file, in PostgreSQL, or on a server on one of these; from "
+        "Redis or Valkey, export and import them"
     )
 
     @abstractmethod
     def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
         """Have all writers of a live session wait, whoever they are, until the hold is closed. Reads go on.
 
-        It first waits for the tools that run in the session, while no new ones begin. Nothing of it is stored: if the
-        process ends, or forgets the hold, so does the hold. On a server, it also ends after five minutes.
+        It first waits for the tools that run in the session, while no new ones begin. A hold is no part
+        of the history. If the process ends, or forgets the hold, so does the hold: on a log that servers share, when
+        the lease of its server is over. On a server, it also ends after five minutes.
 
         Args:
             session_id: The session's id.

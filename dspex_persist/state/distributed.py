@@ -10,6 +10,7 @@ from dspex_persist.state.around import (
     AuditsAround,
     DurableAround,
     ForksAround,
+    HoldsAround,
     ImportsAround,
     OrderAround,
     PrunesAround,
@@ -21,7 +22,7 @@ from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.shared import SWEEP_S, ServerMeter, SharedGroups, SharedState
+from dspex_persist.state.shared import SWEEP_S, HoldingState, ServerMeter, SharedGroups
 from dspex_persist.state.store.history.provided import StoredPast
 from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.postgres.postgres_log import LEASE_S, PostgresLog
@@ -31,7 +32,7 @@ from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
 
-class PostgresState(SharedState, StoredPast, Durable):
+class PostgresState(HoldingState, StoredPast, Durable):
     """The engine of one of several servers on a PostgreSQL database. It executes no tools.
 
     Args:
@@ -132,6 +133,7 @@ class DistributedState(
     AuditsAround,
     RecordsAround,
     ImportsAround,
+    HoldsAround,
     ForksAround,
     PrunesAround,
     RestoresAround,

@@ -1,4 +1,4 @@
-"""Hold a session: its writers wait, while it is moved to another backend. Nothing of a hold outlives the process."""
+"""Hold a session: its writers wait, while it is moved to another backend. Nothing of a hold outlives its process."""
 
 import threading
 from collections.abc import Callable
@@ -10,6 +10,15 @@ from dspex_persist.state.commands import BeginExecution, Command
 from dspex_persist.state.errors import SessionMovedError, StateError
 
 R = TypeVar("R")
+
+
+def concerns(command: Command[Any], *, is_full: bool) -> bool:
+    """Return whether a hold of its session concerns a command. `is_full`: it is of all writes."""
+    if not command.writes:
+        return False
+    if is_full:
+        return not command.passes_holds
+    return isinstance(command, BeginExecution) and command.parent_id is None
 
 
 class Held:
@@ -41,11 +50,7 @@ class Held:
         return not self._over.is_set() and self._concerns(command)
 
     def _concerns(self, command: Command[Any]) -> bool:
-        if not command.writes or command.session_id != self.session_id:
-            return False
-        if self._full:
-            return not command.passes_holds
-        return isinstance(command, BeginExecution) and command.parent_id is None
+        return command.session_id == self.session_id and concerns(command, is_full=self._full)
 
     def wait(self) -> None:
         """Wait until the hold is over; raise `SessionMovedError` if the session has moved."""

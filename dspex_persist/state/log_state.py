@@ -385,22 +385,23 @@ class LogEngine(StateProvider, KeepsOrder, Importable):
             self._fatal_callback(error)
 
 
-class LogState(LogEngine, Holdable, Derives):
-    """The engine of a log with one owner.
+class HoldsSessions(LogEngine, Holdable):
+    """An engine that holds sessions. This process is their only writer, unless a subclass tells the others."""
 
-    Only this process writes to the log. So it can hold a session, and derived variables are computed whoever writes.
-    """
+    _poll_s = _POLL_S
 
     def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
         """See `Holdable.hold_session`."""
         self.check_open()
         session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
-        held = Held(session_id)
+        held = self._new_hold(session_id)
         if self._groups.held.setdefault(session_id, held) is not held:
             raise SessionHeldError(session_id)
         hold = _Hold(self, held, origin)
         try:
+            self._begin_hold(held)
             self._fill(held, timeout_s)
+            self._note_full(held)
         except BaseException:
             hold.close()
             raise
@@ -413,7 +414,32 @@ class LogState(LogEngine, Holdable, Derives):
             if time.monotonic() > deadline:
                 reason = f"a tool is still running in session {quote(held.session_id)} after {timeout_s:g} s"
                 raise UnavailableError(reason)
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)
+
+    def _new_hold(self, session_id: str) -> Held:
+        return Held(session_id)
+
+    def _begin_hold(self, held: Held) -> None:
+        """Have nobody else begin executions in the session any more."""
+
+    def _note_full(self, held: Held) -> None:
+        """Have nobody else write it any more."""
+
+    def _release(self, held: Held, moved_to: str | None) -> None:
+        """End a hold; from any thread, also twice."""
+        held.release(moved_to)
+        if self._groups.held.get(held.session_id) is held:
+            del self._groups.held[held.session_id]
+
+    def _await_release(self) -> None:
+        """Wait until everybody may go on."""
+
+
+class LogState(HoldsSessions, Derives):
+    """The engine of a log with one owner.
+
+    Only this process writes to the log, so derived variables are computed whoever writes.
+    """
 
     def add_derivation(self, session_id: str, derivation: Derivation) -> Callable[[], None]:
         """See `Derives.add_derivation`."""
@@ -441,27 +467,24 @@ def _refuse(ticket: Ticket[StateError], error: StateError) -> None:
 class _Hold(SessionHold):
     """A session that is held, for whoever moves it. It ends when this is closed, or collected."""
 
-    def __init__(self, state: LogState, held: Held, origin: Origin | None) -> None:
+    def __init__(self, state: HoldsSessions, held: Held, origin: Origin | None) -> None:
         self._state = state
         self._held = held
         self._origin = origin
-        self._end = weakref.finalize(self, _release, state._groups.held, held, None)
+        self._end = weakref.finalize(self, state._release, held, None)
 
     def move(self, moved_to: str) -> None:
         """See `SessionHold.move`."""
         command = EndMovedSession(self._held.session_id, moved_to)
         self._state.submit(command, self._origin).result()
-        _release(self._state._groups.held, self._held, moved_to)
+        self._state._release(self._held, moved_to)
+        self._state._await_release()
 
     def close(self) -> None:
         """See `SessionHold.close`."""
-        self._end()
-
-
-def _release(all_held: dict[str, Held], held: Held, moved_to: str | None) -> None:
-    held.release(moved_to)
-    if all_held.get(held.session_id) is held:
-        del all_held[held.session_id]
+        if self._end.alive:
+            self._end()
+            self._state._await_release()
 
 
 class OnLoop:

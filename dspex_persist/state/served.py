@@ -80,11 +80,15 @@ class ServedEngine(LogEngine):
 
     def _on_writer(self, action: Callable[[], None]) -> None:
         """Have the writer do something between two groups, and wait for that."""
+        # It may have ended.
+        self._do_beside(action).wait(_BESIDE_S)
+
+    def _do_beside(self, action: Callable[[], None]) -> threading.Event:
+        """Have the writer do something between two groups; returns what says when it is done."""
         done = threading.Event()
         self._beside.append((action, done))
         self._writer.check_soon()
-        # It may have ended.
-        done.wait(_BESIDE_S)
+        return done
 
     def _check(self) -> None:
         super()._check()

@@ -14,16 +14,33 @@ with these differences:
 - `LostCommitsError` means that commits which this server has seen are gone. The store is then unusable.
 
 Each server has a lease, which it renews while it lives. A server whose lease has run out is fenced by another one:
-nothing that it appends under the old lease is accepted, and its executions are interrupted.
+nothing that it appends under the old lease is accepted, its executions are interrupted, and its holds of sessions end.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from typing import NamedTuple
 
 from dspex_persist.state.log_store import LogStore, News
 from dspex_persist.state.session_state import SessionState
+
+
+class SharedHold(NamedTuple):
+    """A session that a server holds, as the others know it from the log.
+
+    Attributes:
+        hold_id: Which hold it is.
+        is_own: Whether this server holds it.
+        is_full: Whether all writes have to wait, and not only new executions.
+        since: The last commit when it began.
+    """
+
+    hold_id: str
+    is_own: bool
+    is_full: bool
+    since: int
 
 
 class SharedLog(LogStore):
@@ -99,3 +116,34 @@ class SharedLog(LogStore):
     @abstractmethod
     def fence(self) -> None:
         """Fence the servers whose lease has run out. `unfinished` returns their executions from now on."""
+
+    # Holds of sessions. A log that does not override these has none.
+
+    @property
+    def holds(self) -> Mapping[str, SharedHold]:
+        """The holds of servers that live, by the session's id, as of the last `group`, `reading` or `news`.
+
+        A group is not stored if a hold has begun, or become full, that it has not seen. In a group, these are all.
+        """
+        return {}
+
+    def hold(self, session_id: str, hold_id: str) -> None:
+        """Begin a hold, in the name of this server. Not inside a group.
+
+        Raises:
+            SessionHeldError: There is one, or this server has lost its lease.
+            StateError: It has not begun.
+        """
+        raise NotImplementedError
+
+    def fill_hold(self, hold_id: str) -> bool:
+        """Make a hold full; return whether it still existed. Not inside a group."""
+        raise NotImplementedError
+
+    def end_hold(self, hold_id: str) -> None:
+        """End a hold, if it exists. Not inside a group."""
+        raise NotImplementedError
+
+    def moved_to(self, session_id: str, since: int) -> str | None:
+        """Return where the session with this id has moved after a commit; None if it has not."""
+        raise NotImplementedError

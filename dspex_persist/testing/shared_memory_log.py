@@ -6,17 +6,28 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from dspex_persist.clock import EARLIEST
 from dspex_persist.state.budgets import Spent
-from dspex_persist.state.events import ExecutionBegan, ExecutionEnded
+from dspex_persist.state.commands.sessions import MOVED
+from dspex_persist.state.errors import SessionHeldError
+from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.local import MemoryLog
 from dspex_persist.state.log_store import FencedError, MovedError, News
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import Lease, SessionState
-from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.shared_log import SharedHold, SharedLog
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
+
+
+class MemoryHold(NamedTuple):
+    """A hold of a session, by a server with a lease."""
+
+    hold_id: str
+    owner: tuple[str, int]
+    is_full: bool
+    since: int
 
 
 class SharedMemory(MemoryLog):
@@ -33,6 +44,10 @@ class SharedMemory(MemoryLog):
         self.owners: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, str] = {}
         self.listeners: list[Callable[[], None]] = []
+        # By the session's id; how often they have changed; and where sessions have moved, after which commits.
+        self.holds: dict[str, MemoryHold] = {}
+        self.holds_changed = 0
+        self.moves: dict[str, tuple[int, str]] = {}
 
     def copy_of(self, session_id: str) -> SessionState | None:
         """Return a session as another process would load it."""
@@ -65,6 +80,8 @@ class SharedMemory(MemoryLog):
                     self.owners[event.execution_id] = server
                 elif isinstance(event, ExecutionEnded):
                     self.owners.pop(event.execution_id, None)
+                elif isinstance(event, SessionEnded) and event.reason.startswith(MOVED):
+                    self.moves[event.session_id] = (unit.sequence, event.reason.removeprefix(MOVED))
         for state in touched:
             if state.lease is not None:
                 self.save_expiry(state.session.sequence, state.lease.expires_at)
@@ -96,6 +113,8 @@ class SharedMemoryLog(SharedLog):
         self._id = uuid.uuid4().hex
         self._epoch = 0
         self._appended: list[Any] = []
+        self._holds: dict[str, SharedHold] = {}
+        self._holds_seen = 0
         self._register()
 
     def _register(self) -> None:
@@ -118,6 +137,7 @@ class SharedMemoryLog(SharedLog):
 
     def news(self) -> News | None:
         """See `SharedLog`."""
+        self._see_holds()
         after, numbers = self._sequence, self._memory.numbers
         sequence = len(numbers)
         if sequence == after:
@@ -140,7 +160,7 @@ class SharedMemoryLog(SharedLog):
     def store(self) -> None:
         """Store what was appended in the group, within the turn. A test may override it to lose the answer."""
         self._check_lease()
-        if self._memory.sequence != self._sequence:
+        if self._memory.sequence != self._sequence or self._memory.holds_changed != self._holds_seen:
             raise MovedError
         for units, touched in self._appended:
             self._memory.keep(units, touched, (self._id, self._epoch))
@@ -208,6 +228,55 @@ class SharedMemoryLog(SharedLog):
         for each in tuple(self._memory.listeners):
             if each is not getattr(self, "_on_news", None):
                 each()
+
+    @property
+    def holds(self) -> Mapping[str, SharedHold]:
+        """See `SharedLog`."""
+        return self._holds
+
+    def _see_holds(self) -> None:
+        with self._memory.turn:
+            self._holds_seen = self._memory.holds_changed
+            self._holds = {
+                session_id: SharedHold(hold.hold_id, hold.owner[0] == self._id, hold.is_full, hold.since)
+                for session_id, hold in self._memory.holds.items()
+                if self._is_leased(hold.owner)
+            }
+
+    def _is_leased(self, owner: tuple[str, int]) -> bool:
+        server, epoch = owner
+        return self._memory.leases.get(server, (0, 0.0))[0] == epoch
+
+    def hold(self, session_id: str, hold_id: str) -> None:
+        """See `SharedLog`."""
+        with self._memory.turn:
+            hold = self._memory.holds.get(session_id)
+            if (hold is not None and self._is_leased(hold.owner)) or not self.has_lease():
+                raise SessionHeldError(session_id)
+            held = MemoryHold(hold_id, (self._id, self._epoch), is_full=False, since=self._memory.sequence)
+            self._memory.holds[session_id] = held
+            self._memory.holds_changed += 1
+
+    def fill_hold(self, hold_id: str) -> bool:
+        """See `SharedLog`."""
+        with self._memory.turn:
+            for session_id, hold in self._memory.holds.items():
+                if hold.hold_id == hold_id and self._is_leased(hold.owner):
+                    self._memory.holds[session_id] = hold._replace(is_full=True)
+                    self._memory.holds_changed += 1
+                    return True
+        return False
+
+    def end_hold(self, hold_id: str) -> None:
+        """See `SharedLog`."""
+        with self._memory.turn:
+            holds = self._memory.holds
+            self._memory.holds = {each: hold for each, hold in holds.items() if hold.hold_id != hold_id}
+
+    def moved_to(self, session_id: str, since: int) -> str | None:
+        """See `SharedLog`."""
+        sequence, place = self._memory.moves.get(session_id, (0, ""))
+        return place if sequence > since else None
 
     def announce(self, address: str) -> None:
         """See `SharedLog`."""

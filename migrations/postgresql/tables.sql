@@ -186,6 +186,16 @@ CREATE TABLE execution_servers (
     epoch BIGINT NOT NULL
 );
 
+-- The sessions that servers hold while these are moved. Not a part of the log. A hold is over with its server's epoch.
+CREATE TABLE holds (
+    session_id TEXT COLLATE "C" PRIMARY KEY,
+    hold_id TEXT NOT NULL UNIQUE,
+    server_id TEXT NOT NULL,
+    epoch BIGINT NOT NULL,
+    is_full BOOLEAN NOT NULL DEFAULT false,
+    since BIGINT NOT NULL
+);
+
 INSERT INTO head VALUES (1, gen_random_uuid()::text, 0, decode(repeat('00', 32), 'hex'), 0, 1, 1);
 
 CREATE UNIQUE INDEX sessions_live ON sessions (session_id) WHERE ended_sequence IS NULL;

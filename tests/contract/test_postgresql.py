@@ -11,6 +11,7 @@ from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import (
@@ -56,7 +57,14 @@ class Two:
 
 
 class TestTwoServers(
-    Two, SessionContract, VariableContract, HistoryContract, IdempotencyContract, WatchContract, ConcurrencyContract
+    Two,
+    SessionContract,
+    VariableContract,
+    HistoryContract,
+    IdempotencyContract,
+    WatchContract,
+    ConcurrencyContract,
+    HoldContract,
 ):
     """What several servers may break."""
 

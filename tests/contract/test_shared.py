@@ -2,35 +2,40 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, TypeVar
 
 import pytest
 
+from dspex_persist.state.abilities import Holdable, SessionHold
 from dspex_persist.state.commands import Command
 from dspex_persist.state.model import Origin
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.shared import HoldingState, SharedGroups, SharedState
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract
 from dspex_persist.testing.shared_memory_log import SharedMemory, SharedMemoryLog
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
+from tests.deadline import within
 
 R = TypeVar("R")
 
 
-class Alternating(StateProvider):
+class Alternating(StateProvider, Holdable):
     """Several servers behind a balancer: each call goes to the next one, once the calls before it are answered."""
 
     def __init__(self, servers: Sequence[SharedState]) -> None:
         self._servers = servers
         self._next = itertools.cycle(servers)
+        self._holders = itertools.cycle(servers)
         self._server = servers[0]
         self._pending: list[Future[Any]] = []
         self._lock = threading.Lock()
@@ -52,6 +57,17 @@ class Alternating(StateProvider):
         for each in self._servers:
             each.close()
 
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0, origin: Origin | None = None) -> SessionHold:
+        """Have the next server hold it, and wait until each has heard of that: whoever calls then is to wait there."""
+        with self._lock:
+            holder = next(self._holders)
+        held = Holdable.of(holder).hold_session(session_id, timeout_s=timeout_s, origin=origin)
+        deadline = time.monotonic() + within(10)
+        while not all(each._groups.held.get(session_id) for each in self._servers):
+            assert time.monotonic() < deadline, "a server has not heard of it"
+            time.sleep(0.001)
+        return held
+
     def check_open(self) -> None:
         self._servers[0].check_open()
 
@@ -62,7 +78,7 @@ class Alternating(StateProvider):
 def servers(count: int, options: SessionOptions, *, optimistic: bool) -> list[SharedState]:
     memory = SharedMemory()
     logs = [SharedMemoryLog(memory, optimistic=optimistic) for _ in range(count)]
-    return [SharedState(SharedGroups(log, options)) for log in logs]
+    return [HoldingState(SharedGroups(log, options)) for log in logs]
 
 
 @pytest.fixture(scope="class")
@@ -80,11 +96,11 @@ class Shared:
         return alternating
 
 
-class TestShared(Shared, ProviderContract):
+class TestShared(Shared, ProviderContract, HoldContract):
     """Servers that take turns."""
 
 
-class TestSharedOptimistic(Shared, ProviderContract):
+class TestSharedOptimistic(Shared, ProviderContract, HoldContract):
     """Servers that overtake each other."""
 
     optimistic = True

@@ -1,18 +1,29 @@
 """Sessions of contexts that move to a database, and what has to stay where one process has the session."""
 
 import io
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from dspex_persist import Context, connect
 from dspex_persist.audit import SessionQuery
-from dspex_persist.state.errors import SessionPrunedError, UnsupportedError
+from dspex_persist.state.errors import (
+    SessionMovedError,
+    SessionNotFoundError,
+    SessionPrunedError,
+    StateError,
+    UnsupportedError,
+)
+from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store.databases import check
 from dspex_persist.wiring.connecting import open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
 from tests.assets.make_database import fill
+from tests.deadline import within
+from tests.engines import Databases
 
 
 def test_a_context_moves_its_session_to_a_database(url: str) -> None:
@@ -44,14 +55,6 @@ def test_a_database_derives_nothing(url: str) -> None:
             ctx.derive("double", ["a"], lambda a: 2 * a)
 
 
-def test_a_session_leaves_a_database_by_export(url: str) -> None:
-    with Context("s", url) as ctx:
-        ctx["a"] = 1
-        with pytest.raises(UnsupportedError, match="export"):
-            ctx.move_to("local.db")
-        assert ctx["a"] == 1
-
-
 def recorded(address: Path | str, session_id: str, started: int | None = None) -> str:
     text = io.StringIO()
     with open_recording(address, session_id, started=started, reveal=True) as (header, commits):
@@ -78,3 +81,59 @@ def test_a_database_exports_what_it_has_imported_as_a_file_does(url: str, tmp_pa
         exported += 1
     assert exported > 2
     assert check(url).problems == ()
+
+
+def test_a_session_leaves_a_database_while_others_write_it(url: str, tmp_path: Path) -> None:
+    acknowledged: list[list[int]] = [[] for _ in range(3)]
+    refused: list[StateError] = []
+
+    def client(state: StateProvider, name: str, mine: list[int]) -> None:
+        number = 0
+        while True:
+            number += 1
+            try:
+                state.set_variable("s", name, number)
+            except (SessionMovedError, SessionNotFoundError) as error:
+                refused.append(error)
+                return
+            mine.append(number)
+
+    with Context("s", url) as ctx, connect(url) as other, connect(url) as third:
+        for name in ("x0", "x1", "x2"):
+            ctx[name] = 0
+        threads = [
+            threading.Thread(target=client, args=(state, f"x{number}", acknowledged[number]))
+            for number, state in enumerate((other, other, third))
+        ]
+        for thread in threads:
+            thread.start()
+        while min(len(each) for each in acknowledged) < 20:
+            time.sleep(0.01)
+        ctx.move_to(tmp_path / "moved.db")
+        for thread in threads:
+            thread.join(within(30))
+        assert len(refused) == 3
+        # Each acknowledged write is here, and none was acknowledged there after the move.
+        for number, mine in enumerate(acknowledged):
+            values = [
+                version.value.json for version in ctx.backend.provider.get_variable_history("s", f"x{number}", 5000)
+            ]
+            assert [int(each) for each in reversed(values)][1:] == mine
+        ctx["x0"] = -1
+        assert ctx["x0"] == -1
+        with pytest.raises(SessionNotFoundError):
+            other.get_session("s")
+
+
+def test_a_session_moves_from_a_database_to_another(url: str, postgres: Databases) -> None:
+    there = postgres.create()
+    try:
+        with Context("s", url) as ctx:
+            ctx["a"] = 1
+            ctx.move_to(there)
+            ctx["a"] = 2
+            with connect(there) as other, connect(url) as before:
+                assert other.get_value("s", "a") == 2
+                assert not before.heartbeat("s")
+    finally:
+        postgres.drop(there)

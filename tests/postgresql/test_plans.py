@@ -131,7 +131,7 @@ def histories(postgres: Databases) -> Iterator[tuple[Reading, Reading]]:
         postgres.drop(url)
 
 
-SMALL = {"denials", "head", "imports", "pruned", "servers", "execution_servers", "outcomes"}
+SMALL = {"denials", "head", "imports", "pruned", "servers", "holds", "execution_servers", "outcomes"}
 """Tables that are empty here, or always small."""
 IN_WINDOWS = {
     "history of sessions",

@@ -14,7 +14,7 @@ from dspex_persist.state.store import schema
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from tests.engines import Databases
 
-_OF_SERVERS = {"head", "servers", "execution_servers"}
+_OF_SERVERS = {"head", "servers", "execution_servers", "holds"}
 _COLUMNS = """
     SELECT column_name, data_type, is_nullable = 'YES' FROM information_schema.columns
     WHERE table_schema = 'public' AND table_name = %s ORDER BY ordinal_position

@@ -225,6 +225,10 @@ class HoldSession(Command[bool]):
         return True
 
 
+MOVED: Final = "moved to "
+"""What the reason begins with for which a session ended that goes on elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class EndMovedSession(Command[None]):
     """End a session that goes on elsewhere. Its history stays."""
@@ -236,7 +240,7 @@ class EndMovedSession(Command[None]):
 
     def apply(self, uow: UnitOfWork) -> None:
         uow.session(self.session_id)
-        uow.end_session(self.session_id, f"moved to {self.moved_to}")
+        uow.end_session(self.session_id, f"{MOVED}{self.moved_to}")
 
 
 @dataclass(frozen=True, slots=True)

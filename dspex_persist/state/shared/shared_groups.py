@@ -1,19 +1,30 @@
 """SharedGroups: the sessions of a shared log, as far as this server has them in memory."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Any, Final
 
 from dspex_persist import clock
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
+from dspex_persist.spelling import quote
+from dspex_persist.state.commands import Command, EndMovedSession
+from dspex_persist.state.errors import (
+    OutcomeUnknownError,
+    SessionHeldError,
+    StateError,
+    StorageError,
+    UnavailableError,
+)
 from dspex_persist.state.events import ExecutionBegan
-from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups, Job, Outcome
+from dspex_persist.state.groups import CACHE_SIZE_BYTES, GroupMoment, Groups, Job, Outcome
+from dspex_persist.state.holds import concerns
 from dspex_persist.state.log_store import FencedError, MovedError, News
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.server_meter import ServerMeter
+from dspex_persist.state.shared.shared_held import HeldElsewhere, HeldHere
 from dspex_persist.state.shared_log import SharedLog
 from dspex_persist.state.unit_of_work import Drafts, UnitOfWork
 
@@ -69,6 +80,8 @@ class SharedGroups(Groups[SharedLog]):
         self._begins: list[tuple[str, str]] = []
         self._doubtful: list[tuple[str, str]] = []
         self._told = log.sequence
+        # Holds of this server that are over, but not in the log yet.
+        self.released: deque[str] = deque()
         self._away: tuple[type[Exception], ...] = (*_AWAY, *log.driver_errors)
         super().__init__(log, options, cache_size_bytes=cache_size_bytes, meter=meter)
 
@@ -108,6 +121,23 @@ class SharedGroups(Groups[SharedLog]):
         self._reads = self._may_read
         return self.log.reading() if self._reads else super()._group(jobs, wait)
 
+    def _begin(self, news: News | None) -> int:
+        before = super()._begin(news)
+        self._note_holds()
+        return before
+
+    def prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
+        """See `Groups.prepare`. What other servers hold is what the log says inside the group."""
+        hold = self.log.holds.get(command.session_id)
+        if hold is not None and not hold.is_own and concerns(command, is_full=hold.is_full):
+            raise SessionHeldError(command.session_id)
+        if isinstance(command, EndMovedSession) and (hold is None or not hold.is_own):
+            # Others have written since it was copied.
+            raise UnavailableError(
+                f"session {quote(command.session_id)} was not moved: other servers took this one for dead meanwhile"
+            )
+        super().prepare(command, drafts, at, units)
+
     def _append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         if self._reads:
             raise _ToBeSavedError
@@ -143,9 +173,11 @@ class SharedGroups(Groups[SharedLog]):
         try:
             if self._is_fenced:
                 self._begin_lease()
+            self._end_holds()
             news = self.log.news()
             if news is not None:
                 self.learn(news)
+            self._release_held()
         except FencedError:
             self._begin_anew()
         except self._away as error:
@@ -156,6 +188,42 @@ class SharedGroups(Groups[SharedLog]):
             _logger.warning("the log can be reached again")
         self._advance(self.log.sequence)
         self.hub.wake()
+
+    # Holds of sessions
+
+    def _note_holds(self) -> None:
+        """Have the calls of sessions wait that other servers hold."""
+        for session_id, hold in self.log.holds.items():
+            if hold.is_own:
+                continue
+            held = self.held.setdefault(session_id, HeldElsewhere(session_id, hold))
+            if isinstance(held, HeldElsewhere) and held.hold.hold_id == hold.hold_id and hold.is_full:
+                held.fill()
+
+    def _release_held(self) -> None:
+        """Have the calls go on that have waited for a hold which is over. Not in a group, as they make some."""
+        holds = self.log.holds
+        for session_id, held in tuple(self.held.items()):
+            hold = holds.get(session_id)
+            if isinstance(held, HeldElsewhere):
+                if hold is None or hold.hold_id != held.hold.hold_id:
+                    self._let_go(held, self.log.moved_to(session_id, held.hold.since))
+            elif isinstance(held, HeldHere) and held.is_begun and (hold is None or hold.hold_id != held.hold_id):
+                # It has ended with the lease.
+                self._let_go(held, None)
+        self._note_holds()
+
+    def _let_go(self, held: HeldElsewhere | HeldHere, moved_to: str | None) -> None:
+        held.release(moved_to)
+        if self.held.get(held.session_id) is held:
+            del self.held[held.session_id]
+
+    def _end_holds(self) -> None:
+        while self.released:
+            hold_id = self.released[0]
+            self.log.end_hold(hold_id)
+            self.released.popleft()
+            self.log.tell()
 
     def _miss(self, error: Exception) -> None:
         if not self._is_away:

@@ -1,6 +1,6 @@
 """The head of the log: the one row that says where it ends, compared with what this server knows of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -9,6 +9,7 @@ import psycopg
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.errors import FileChangedError, Hint, LostCommitsError
 from dspex_persist.state.log_store import News
+from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres.schema import LOCKS
@@ -17,7 +18,9 @@ from dspex_persist.state.store.schema import REVISION
 SELECT_HEAD: Final = """
     SELECT database_id, sequence, hash, last_at, next_session_key, next_variable_key,
         (SELECT epoch FROM servers WHERE server_id = '{server}'),
-        (SELECT version_num FROM alembic_version)
+        (SELECT version_num FROM alembic_version),
+        (SELECT json_agg(json_build_array(session_id, hold_id, server_id = '{server}', is_full, since))
+            FROM holds JOIN servers USING (server_id, epoch))
     FROM head
 """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
@@ -39,6 +42,7 @@ class HeadRow(NamedTuple):
     Attributes:
         epoch: That of the lease of this server; None if it has none.
         revision: That of the schema.
+        holds: The holds of servers that have not been fenced, each with the session's id; None if there are none.
     """
 
     database_id: str
@@ -49,6 +53,7 @@ class HeadRow(NamedTuple):
     next_variable_key: int
     epoch: int | None
     revision: str
+    holds: Sequence[Sequence[Any]] | None
 
 
 class KnownHead:
@@ -62,6 +67,7 @@ class KnownHead:
         keys: The next free keys.
         last_at: The time of that commit.
         on_change: Called with the last commit when another one is known.
+        holds: The sessions that are held, as this server has seen last; see `SharedLog.holds`.
     """
 
     def __init__(self, name: str) -> None:
@@ -71,6 +77,7 @@ class KnownHead:
         self.keys = Keys(1, 1)
         self.last_at = from_micros(0)
         self.on_change: Callable[[Head], None] = _nothing
+        self.holds: Mapping[str, SharedHold] = {}
 
     @property
     def database_id(self) -> str:
@@ -82,6 +89,7 @@ class KnownHead:
         self._database_id = row.database_id
         keys = Keys(row.next_session_key, row.next_variable_key)
         self.advance(Head(row.sequence, bytes(row.hash)), keys, from_micros(row.last_at))
+        self.holds = {session_id: SharedHold(*hold) for session_id, *hold in row.holds or ()}
 
     def advance(self, head: Head, keys: Keys, at: datetime) -> None:
         """Know what this server has committed."""

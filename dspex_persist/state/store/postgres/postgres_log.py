@@ -20,13 +20,13 @@ from dspex_persist.state.log_store import FencedError, News
 from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import CommitChanges, VariableVersion
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.shared_log import SharedHold, SharedLog
 from dspex_persist.state.store import damage, log, log_reader, outcomes
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import Durability, snapshot
-from dspex_persist.state.store.postgres import schema, servers
+from dspex_persist.state.store.postgres import holds, schema, servers
 from dspex_persist.state.store.postgres.anchors import ServerAnchor
 from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
@@ -359,6 +359,31 @@ class PostgresLog(_Stored, SharedLog):
         """See `SharedLog`."""
         with self._writing.using() as connection:
             self._lease.fence(connection)
+
+    @property
+    def holds(self) -> Mapping[str, SharedHold]:
+        """See `SharedLog`."""
+        return self._known.holds
+
+    def hold(self, session_id: str, hold_id: str) -> None:
+        """See `SharedLog`."""
+        with self._writing.beside() as connection:
+            holds.begin(connection, session_id, hold_id, self._lease)
+
+    def fill_hold(self, hold_id: str) -> bool:
+        """See `SharedLog`."""
+        with self._writing.beside() as connection:
+            return holds.fill(connection, hold_id)
+
+    def end_hold(self, hold_id: str) -> None:
+        """See `SharedLog`."""
+        with self._writing.beside() as connection:
+            holds.end(connection, hold_id)
+
+    def moved_to(self, session_id: str, since: int) -> str | None:
+        """See `SharedLog`."""
+        with snapshot(self.readers) as connection:
+            return holds.moved_to(connection, session_id, since)
 
     def close(self) -> None:
         """See `LogStore`."""
