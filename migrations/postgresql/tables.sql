@@ -166,7 +166,9 @@ CREATE TABLE head (
     hash BYTEA NOT NULL,
     last_at BIGINT NOT NULL,
     next_session_key BIGINT NOT NULL,
-    next_variable_key BIGINT NOT NULL
+    next_variable_key BIGINT NOT NULL,
+    -- Whether there may be rows in `holds`, which most groups need not ask then.
+    has_holds BOOLEAN NOT NULL DEFAULT false
 );
 
 -- The servers that share the log. One whose lease has run out gets another epoch: nothing that it writes is accepted.

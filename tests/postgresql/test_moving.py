@@ -4,11 +4,13 @@ import io
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dspex_persist import Context, connect
 from dspex_persist.audit import SessionQuery
+from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.errors import (
     SessionMovedError,
     SessionNotFoundError,
@@ -137,3 +139,21 @@ def test_a_session_moves_from_a_database_to_another(url: str, postgres: Database
                 assert not before.heartbeat("s")
     finally:
         postgres.drop(there)
+
+
+def test_groups_look_for_holds_only_while_there_are_some(url: str, connection: Any) -> None:
+    def has_holds() -> bool:
+        return bool(connection.execute("SELECT has_holds FROM head").fetchone()[0])
+
+    with PostgresState(url, sweep_interval_s=0.05), PostgresState(url, lease_s=30) as dying:
+        dying.initialize_session("s")
+        dying.hold_session("s").close()
+        assert not has_holds()
+        held = dying.hold_session("s")
+        assert has_holds()
+        connection.execute("UPDATE servers SET renewed_at = 'epoch' WHERE lease_s = 30")
+        deadline = time.monotonic() + within(10)
+        while has_holds():
+            assert time.monotonic() < deadline, "the hold of a server that is dead is still there"
+            time.sleep(0.01)
+        held.close()

@@ -1,6 +1,6 @@
 """The head of the log: the one row that says where it ends, compared with what this server knows of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -18,9 +18,7 @@ from dspex_persist.state.store.schema import REVISION
 SELECT_HEAD: Final = """
     SELECT database_id, sequence, hash, last_at, next_session_key, next_variable_key,
         (SELECT epoch FROM servers WHERE server_id = '{server}'),
-        (SELECT version_num FROM alembic_version),
-        (SELECT json_agg(json_build_array(session_id, hold_id, server_id = '{server}', is_full, since))
-            FROM holds JOIN servers USING (server_id, epoch))
+        (SELECT version_num FROM alembic_version), has_holds
     FROM head
 """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
@@ -28,6 +26,10 @@ BEGIN: Final = f"BEGIN; SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::
 TRY_TO_BEGIN: Final = f"BEGIN; SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
 # One state of the log, without its lock.
 BEGIN_TO_READ: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {SELECT_HEAD}"
+# Those of servers that have not been fenced.
+_HOLDS: Final = """
+    SELECT session_id, hold_id, server_id = %s, is_full, since FROM holds JOIN servers USING (server_id, epoch)
+"""
 _HASH: Final = "SELECT hash FROM commits WHERE sequence = %s"
 _CHANGED: Final = """
     SELECT DISTINCT sessions.started_sequence, sessions.session_id, sessions.ended_sequence IS NOT NULL
@@ -42,7 +44,7 @@ class HeadRow(NamedTuple):
     Attributes:
         epoch: That of the lease of this server; None if it has none.
         revision: That of the schema.
-        holds: The holds of servers that have not been fenced, each with the session's id; None if there are none.
+        has_holds: Whether sessions may be held.
     """
 
     database_id: str
@@ -53,7 +55,7 @@ class HeadRow(NamedTuple):
     next_variable_key: int
     epoch: int | None
     revision: str
-    holds: Sequence[Sequence[Any]] | None
+    has_holds: bool
 
 
 class KnownHead:
@@ -61,22 +63,26 @@ class KnownHead:
 
     Args:
         name: How errors name the database.
+        server_id: This server.
 
     Attributes:
         head: The last commit.
         keys: The next free keys.
         last_at: The time of that commit.
         on_change: Called with the last commit when another one is known.
+        has_holds: Whether there may be some.
         holds: The sessions that are held, as this server has seen last; see `SharedLog.holds`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, server_id: str) -> None:
         self._name = name
+        self._server_id = server_id
         self._database_id = ""
         self.head = Head(0, bytes(32))
         self.keys = Keys(1, 1)
         self.last_at = from_micros(0)
         self.on_change: Callable[[Head], None] = _nothing
+        self.has_holds = False
         self.holds: Mapping[str, SharedHold] = {}
 
     @property
@@ -89,7 +95,7 @@ class KnownHead:
         self._database_id = row.database_id
         keys = Keys(row.next_session_key, row.next_variable_key)
         self.advance(Head(row.sequence, bytes(row.hash)), keys, from_micros(row.last_at))
-        self.holds = {session_id: SharedHold(*hold) for session_id, *hold in row.holds or ()}
+        self.has_holds = row.has_holds
 
     def advance(self, head: Head, keys: Keys, at: datetime) -> None:
         """Know what this server has committed."""
@@ -121,6 +127,7 @@ class KnownHead:
             reason = f"a server of another release has upgraded it to schema {row.revision}"
             raise FileChangedError(self._name, reason).advising(Hint.UPGRADE_PACKAGE)
         self._compare(row)
+        self.holds = self._read_holds(connection) if row.has_holds else {}
         if row.sequence == before.sequence:
             self.take(row)
             return None
@@ -133,6 +140,10 @@ class KnownHead:
         ended = frozenset(first for first, _, has_ended in rows if has_ended)
         changed = {first: session_id for first, session_id, _ in rows}
         return News(before.sequence, row.sequence, from_micros(row.last_at), changed, ended)
+
+    def _read_holds(self, connection: "psycopg.Connection[Any]") -> Mapping[str, SharedHold]:
+        rows = connection.execute(_HOLDS, (self._server_id,)).fetchall()
+        return {session_id: SharedHold(*hold) for session_id, *hold in rows}
 
     def _compare(self, row: HeadRow) -> None:
         known = self.head

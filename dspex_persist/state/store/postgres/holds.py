@@ -26,6 +26,9 @@ _FILL: Final = text("""
     UPDATE holds SET is_full = true FROM servers
     WHERE hold_id = :hold_id AND servers.server_id = holds.server_id AND servers.epoch = holds.epoch RETURNING 1
 """)
+# Groups look for holds only if the head says so.
+_BEGIN_TO_SAY: Final = text("UPDATE head SET has_holds = true WHERE NOT has_holds")
+_END_TO_SAY: Final = text("UPDATE head SET has_holds = false WHERE NOT EXISTS (SELECT 1 FROM holds)")
 _END: Final = text("DELETE FROM holds WHERE hold_id = :hold_id")
 _ENDED: Final = text("""
     SELECT events.body FROM sessions JOIN events ON events.sequence = sessions.ended_sequence
@@ -45,6 +48,7 @@ def begin(connection: Connection, session_id: str, hold_id: str, lease: Lease) -
     row = {"session_id": session_id, "hold_id": hold_id, "server_id": lease.server_id, "epoch": lease.epoch}
     if connection.execute(_HOLD, row).scalar() is None:
         raise SessionHeldError(session_id)
+    connection.execute(_BEGIN_TO_SAY)
 
 
 def fill(connection: Connection, hold_id: str) -> bool:
@@ -54,8 +58,17 @@ def fill(connection: Connection, hold_id: str) -> bool:
 
 
 def end(connection: Connection, hold_id: str) -> None:
-    """End a hold."""
+    """End a hold, in a transaction."""
+    connection.execute(_LOCK)
     connection.execute(_END, {"hold_id": hold_id})
+    connection.execute(_END_TO_SAY)
+
+
+def forget(connection: Connection) -> None:
+    """Forget the holds of servers that have been fenced, in a transaction."""
+    connection.execute(_LOCK)
+    connection.execute(_FORGET)
+    connection.execute(_END_TO_SAY)
 
 
 def moved_to(connection: Connection, session_id: str, since: int) -> str | None:

@@ -102,7 +102,7 @@ class PostgresLog(_Stored, SharedLog):
     ) -> None:
         server_id = uuid.uuid4().hex
         self._database = Database(url, durability=durability, server_id=server_id)
-        self._known = KnownHead(self._database.name)
+        self._known = KnownHead(self._database.name, server_id)
         self._lease = Lease(self._database, server_id, lease_s)
         self._notices = Notices(self._database, server_id)
         self._writing = Writing(self._database, self._lease, self._known, settle_s)
@@ -359,6 +359,9 @@ class PostgresLog(_Stored, SharedLog):
         """See `SharedLog`."""
         with self._writing.using() as connection:
             self._lease.fence(connection)
+        if self._known.has_holds:
+            with self._writing.beside() as checked:
+                holds.forget(checked)
 
     @property
     def holds(self) -> Mapping[str, SharedHold]:
