@@ -18,8 +18,8 @@ from benchmarks.files import NAMES, begin_session, carry_out, session_id
 from benchmarks.load import run_threads
 from benchmarks.plan import CALLERS, Plan
 from benchmarks.table import Row
+from dspex_persist.state.anchor import Anchor
 from dspex_persist.state.groups import Groups
-from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.inherited import Connection
 from dspex_persist.state.store.session_store import SessionStore

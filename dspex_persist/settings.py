@@ -206,8 +206,8 @@ class Settings(LimitSettings):
     )
     anchor_dir: Annotated[FilePath | None, BeforeValidator(_read_none)] = Field(
         None,
-        description="For a PostgreSQL database: a directory of this server's own machine, where it remembers the last "
-        "commit, so that it finds at its next start if that is lost.",
+        description="For a database that servers share: a directory of this server's own machine, where it remembers "
+        "the last commit, so that it finds at its next start if that is lost.",
     )
     listen: str = Field(
         LISTEN,

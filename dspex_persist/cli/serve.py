@@ -52,7 +52,7 @@ AnchorDir = _option(
     "--anchor-dir",
     "DIR",
     "none",
-    "On PostgreSQL: where this machine remembers the last commit, to find out if it was lost.",
+    "For a shared database: where this machine remembers the last commit, to find out if it was lost.",
 )
 Durability = _option(
     _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."

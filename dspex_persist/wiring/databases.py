@@ -163,8 +163,6 @@ class Redis(Database):
         from dspex_persist.state.shared import SWEEP_S
         from dspex_persist.state.valkey.valkey_state import ValkeyState
 
-        if anchor_dir is not None:
-            raise InvalidArgumentError("anchor_dir", f"servers on {self.url} remember the last commit in memory only")
         for name in ("retention_keep_versions", "retention_age_s", "retention_ended_sessions_s", "warn_size_bytes"):
             if getattr(options, name) is not None:
                 raise InvalidArgumentError(name, f"{self.url} keeps the whole history; nothing there prunes it")
@@ -174,6 +172,7 @@ class Redis(Database):
             durability=options.durability,
             cache_size_bytes=options.cache_size_bytes,
             sweep_interval_s=min(sweep_interval_s, SWEEP_S),
+            anchor_dir=anchor_dir,
             on_fatal=on_fatal,
             meter=meter,
             denials_kept=options.denials_kept,

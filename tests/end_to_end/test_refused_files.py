@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from dspex_persist.state.anchor import Anchor, Head
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NotADatabaseError
-from dspex_persist.state.store.anchor import Anchor, Head
 from tests.deadline import within
 from tests.end_to_end.test_db_commands import FINE, IN_USE, PROBLEMS, UNUSABLE, clean_environment
 from tests.prepared import commands

@@ -16,8 +16,8 @@ from pathlib import Path
 from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
+from dspex_persist.state.anchor import Head, remembered
 from dspex_persist.state.store import log_reader
-from dspex_persist.state.store.anchor import Head, remembered
 from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.verify import iter_problems
 from tests.concurrency import linearizability

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import dspex_persist
+from dspex_persist.state.anchor import Anchor
 from dspex_persist.state.groups import Groups
-from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.session_store import SessionStore
 

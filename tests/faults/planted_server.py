@@ -20,6 +20,7 @@ from dspex_persist.infra import server
 from dspex_persist.infra.workers import orphans, worker
 from dspex_persist.infra.workers.leases import Loan
 from dspex_persist.infra.workers.pool import WorkerPool
+from dspex_persist.state.anchor import Anchor
 from dspex_persist.state.bridge.workers.lending import Lender, Lending
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError, WorkerExitedError
@@ -27,7 +28,6 @@ from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import engine, session_store
-from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.session_store import FileGroups, SessionStore

@@ -211,6 +211,14 @@ def test_an_older_copy_is_refused(postgres: Databases, filled: str, tmp_path: Pa
         postgres.drop(older)
 
 
+def test_another_database_at_the_same_address_is_refused(filled: str, beside: Any, tmp_path: Path) -> None:
+    PostgresState(filled, anchor_dir=tmp_path).close()
+    beside.execute("UPDATE head SET database_id = 'another'")
+    with pytest.raises(LostCommitsError, match="it is another database than before"):
+        PostgresState(filled, anchor_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 # Forks
 
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from dspex_persist.state.anchor import Head, parse
 from dspex_persist.state.commands import (
     BeginExecution,
     CleanupSession,
@@ -41,7 +42,6 @@ from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageE
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, Value
 from dspex_persist.state.store import sessions as stored_sessions
-from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.store.verify import iter_problems

@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection, event
 
 from dspex_persist import clock
+from dspex_persist.state.anchor import Head, parse
 from dspex_persist.state.commands import (
     AddDependency,
     CleanupSession,
@@ -53,7 +54,6 @@ from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import Origin, PrunePolicy, Source, Value
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import sessions as stored_sessions
-from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.history import prune_plan
 from dspex_persist.state.store.log import LogWriter

@@ -19,7 +19,7 @@ from freezegun.api import FrozenDateTimeFactory
 from sqlalchemy import Connection, event
 
 from dspex_persist import clock
-from dspex_persist.state import errors
+from dspex_persist.state import anchor, errors
 from dspex_persist.state.commands import (
     AddDependency,
     CleanupSession,
@@ -40,7 +40,7 @@ from dspex_persist.state.commands import (
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.model import Origin, Source, Value, Variable
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.store import anchor, log
+from dspex_persist.state.store import log
 from dspex_persist.state.store.history import recordings
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups

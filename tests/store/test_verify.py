@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine
 
 from dspex_persist.state import commands as c
+from dspex_persist.state.anchor import Head, parse
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
 from dspex_persist.state.store import log_reader, maintenance, verify
-from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.chain import (
     GENESIS,
     commit_text,

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra.helpers import Helper
+from dspex_persist.state.anchor import parse
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.store import maintenance, verify
-from dspex_persist.state.store.anchor import parse
 from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.verify import log, sharing

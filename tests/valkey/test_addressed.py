@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from dspex_persist.state.recording import write_recording
 from dspex_persist.wiring.connecting import connect, open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
 from tests.deadline import within
-from tests.end_to_end.old_style import serve, target_of
+from tests.end_to_end.old_style import environment, serve, target_of
 from tests.engines import Valkey
 from tests.valkey.conftest import address
 
@@ -65,6 +66,27 @@ def test_connect(secret: str) -> None:
         assert other.get_variable("s", "x").version == 1
     with pytest.raises(TypeError, match="a Redis store has no option timeout_s"):
         connect(secret, timeout_s=1.0)
+
+
+def test_a_server_with_an_anchor(secret: str, client: redis.Redis, valkey_prefix: str, tmp_path: Path) -> None:
+    with connect(secret, anchor_dir=tmp_path / "anchors") as state:
+        state.set_variable("s", "x", 2)
+    client.delete("{" + valkey_prefix + "}:head")
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", secret, "--listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [*argv, "--anchor-dir", str(tmp_path / "anchors")],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=within(30),
+        check=False,
+    )
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 5, printed
+    assert "it is another database than before" in printed
+    assert "(--anchor-dir)" in printed
+    assert "geheim" not in printed
 
 
 def test_a_context(secret: str) -> None:

@@ -1,11 +1,14 @@
 """A store that was put back to an older copy, or lost commits, is noticed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from dspex_persist.state.errors import LostCommitsError, StateError
+from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, StateError
+from dspex_persist.state.model import Value
+from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.engines import wait_until
 from tests.valkey.conftest import Open
 
@@ -17,11 +20,13 @@ def copy_of(client: redis.Redis, prefix: str) -> dict[bytes, bytes]:
 
 
 def put_back(client: redis.Redis, prefix: str, copy: dict[bytes, bytes]) -> None:
-    kept: Any = client
-    for key in copy_of(client, prefix):
-        kept.delete(key)
-    for key, content in copy.items():
-        kept.restore(key, 0, content)
+    # At once: a server that looks in between would find another database.
+    with client.pipeline(transaction=True) as pipeline:
+        for key in copy_of(client, prefix):
+            pipeline.delete(key)
+        for key, content in copy.items():
+            pipeline.restore(key, 0, content)
+        pipeline.execute()
 
 
 def test_a_server_notices_that_its_store_was_put_back(
@@ -36,7 +41,7 @@ def test_a_server_notices_that_its_store_was_put_back(
     with pytest.raises(StateError):
         server.register_variable("s", "y", "integer", 0)
     wait_until(lambda: bool(ended))
-    assert "its last commit is 1, but it had 2" in str(ended[0])
+    assert "it ends at commit 1; commits 2 to 2 are gone" in str(ended[0])
     with pytest.raises(LostCommitsError):
         server.get_session("s")
 
@@ -58,7 +63,7 @@ def test_a_server_notices_that_another_one_has_written_on(
         server.set_variable("s", "x", 1)
     wait_until(lambda: bool(ended))
     assert isinstance(ended[0], LostCommitsError)
-    assert "commit 2 is gone, or is another one" in str(ended[0])
+    assert "commit 2 is not the one that this server has seen" in str(ended[0])
 
 
 def test_a_server_notices_that_everything_is_gone(open_server: Open, client: redis.Redis, valkey_prefix: str) -> None:
@@ -67,3 +72,119 @@ def test_a_server_notices_that_everything_is_gone(open_server: Open, client: red
     put_back(client, valkey_prefix, {})
     with pytest.raises(LostCommitsError, match="another database"):
         server._store.news()
+
+
+# Found at a start
+
+
+Copy = dict[bytes, bytes]
+
+
+@pytest.fixture
+def anchors(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "anchors"
+
+
+@pytest.fixture
+def older(open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path) -> Copy:
+    """A copy that lacks the last two commits, 3 and 4, of a store that a server with an anchor has left."""
+    with open_server(anchor_dir=anchors) as server:
+        server.initialize_session("s")
+        server.register_variable("s", "x", "integer", 0)
+        older = copy_of(client, valkey_prefix)
+        server.set_variable("s", "x", 1)
+        server.set_variable("s", "x", 2)
+    return older
+
+
+def write(server: ValkeyState, times: int) -> None:
+    for number in range(times):
+        server.set_variable("s", "x", number)
+
+
+def test_an_older_copy_is_refused(
+    open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path, older: Copy
+) -> None:
+    (anchor,) = anchors.iterdir()
+    assert anchor.stat().st_mode & 0o777 == 0o600
+    with open_server(anchor_dir=anchors) as server:
+        assert server.get_variable("s", "x").value == Value("2")
+    put_back(client, valkey_prefix, older)
+    with pytest.raises(LostCommitsError, match=r"ends at commit 2; commits 3 to 4 are gone.*delete their anchors"):
+        open_server(anchor_dir=anchors)
+    with open_server() as unknowing:
+        write(unknowing, 3)
+    with pytest.raises(LostCommitsError, match="commit 4 is not the one that this server has seen"):
+        open_server(anchor_dir=anchors)
+    anchor.unlink()
+    open_server(anchor_dir=anchors)
+
+
+def test_another_database_at_the_same_address_is_refused(
+    open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path, older: Copy
+) -> None:
+    newest = copy_of(client, valkey_prefix)
+    put_back(client, valkey_prefix, {})
+    for _ in range(2):
+        with pytest.raises(LostCommitsError, match="it is another database than before"):
+            open_server(anchor_dir=anchors)
+    with open_server() as unknowing:
+        unknowing.initialize_session("t")
+    with pytest.raises(LostCommitsError, match="it is another database than before"):
+        open_server(anchor_dir=anchors)
+    assert len(list(anchors.iterdir())) == 1
+    put_back(client, valkey_prefix, newest)
+    with open_server(anchor_dir=anchors) as server:
+        assert server.get_variable("s", "x").value == Value("2")
+
+
+def test_an_anchor_has_what_others_have_committed(
+    open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path, older: Copy
+) -> None:
+    with open_server(anchor_dir=anchors) as server, open_server() as other:
+        write(other, 2)
+        assert server.get_variable("s", "x").version == 4
+    put_back(client, valkey_prefix, older)
+    with pytest.raises(LostCommitsError, match="commits 3 to 6 are gone"):
+        open_server(anchor_dir=anchors)
+
+
+def test_a_running_server_with_an_anchor_ends(
+    open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path, older: Copy
+) -> None:
+    ended: list[BaseException] = []
+    server = open_server(anchor_dir=anchors, on_fatal=ended.append)
+    put_back(client, valkey_prefix, older)
+    with pytest.raises(StateError):
+        server.set_variable("s", "x", 3)
+    wait_until(lambda: bool(ended))
+    assert "commits 3 to 4 are gone" in str(ended[0])
+    assert "delete their anchors" in str(ended[0])
+    server.close()
+    # It has not taken the older copy for what it knows.
+    with pytest.raises(LostCommitsError, match="commits 3 to 4 are gone"):
+        open_server(anchor_dir=anchors)
+
+
+def test_databases_share_a_directory(own_valkey: Any, anchors: Path, older: Copy) -> None:
+    url = own_valkey.url().replace("unix://", "redis+unix://")
+    for prefix in ("one", "other"):
+        for _ in range(2):
+            with ValkeyState(f"{url}?prefix={prefix}", anchor_dir=anchors) as server:
+                server.initialize_session(f"s{server.head_sequence}")
+    assert len(list(anchors.iterdir())) == 3
+
+
+def test_an_anchor_that_cannot_be_made(open_server: Open, anchors: Path) -> None:
+    anchors.parent.mkdir()
+    anchors.write_text("")
+    with pytest.raises(NotADatabaseError, match="its anchor"):
+        open_server(anchor_dir=anchors)
+
+
+def test_an_id_that_names_no_file(
+    open_server: Open, client: redis.Redis, valkey_prefix: str, anchors: Path, older: Copy
+) -> None:
+    client.hset("{" + valkey_prefix + "}:head", "database_id", "../../elsewhere")
+    with pytest.raises(NotADatabaseError, match="its id is not one that dspex-persist gives"):
+        open_server(anchor_dir=anchors)

@@ -26,6 +26,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import did_you_mean
 from dspex_persist.state.conditions import value_holds
 from dspex_persist.state.errors import DatabaseInUseError, Hint, NotADatabaseError, ReadFailedError, printable
+from dspex_persist.state.side_files import open_side_file, reported
 from dspex_persist.state.store import inherited
 from dspex_persist.state.values.json_text import mended
 
@@ -153,7 +154,7 @@ class OwnershipLock:
         self._is_announced = False
         refuse_name(path)
         name = resolved(path)
-        with gate(), _named(path), _reported(name):
+        with gate(), _named(path), reported(name):
             _refuse_own(name)
             if create:
                 _refuse_nowhere(path)
@@ -240,20 +241,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _lock_side_file(path: Path, file: int) -> None:
-    with _reported(path, ".lock"):
+    with reported(path, ".lock"):
         if _is_taken(file):
             text = os.pread(file, holder.TEXT_MAX_BYTES, 0)
             raise DatabaseInUseError(str(path), holder.pid_of(text), holder.address_of(text))
-
-
-@contextmanager
-def _reported(path: Path, suffix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = Hint.READ_ONLY if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
-        name = f"{path.name}{suffix}: " if suffix else ""
-        raise NotADatabaseError(str(path), f"{name}{error.strerror or error}").advising(advice) from error
 
 
 def _refuse_own(path: Path) -> None:
@@ -277,7 +268,7 @@ def _refuse_nowhere(path: Path) -> None:
 
 def _take(path: Path, create: bool, replace: bool) -> tuple[Identity, int | None]:
     """Lock the database itself; return its identity, and the descriptor that holds the lock (None if not on Linux)."""
-    with _reported(path):
+    with reported(path):
         if create and not os.path.lexists(path):
             # A new file has no locks yet, so this descriptor may be closed.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -363,49 +354,6 @@ def _other_names(path: Path, identity: Identity) -> list[Path]:
             if entry.name != path.name and identity_of(entry.stat(follow_symlinks=False)) == identity
         ]
     return []
-
-
-def open_side_file(database: Path, suffix: str) -> int:
-    """Open, and if necessary create, a private file next to the database.
-
-    In a folder that others can write to, they may have put a file or a link there to have it, or its target,
-    overwritten. So links are not followed, and files of other users are not touched.
-
-    Args:
-        database: The database.
-        suffix: What its name gets appended, such as ".lock".
-
-    Returns:
-        The file's descriptor, which forked children close.
-
-    Raises:
-        NotADatabaseError: The file cannot be created or opened, or is not ours.
-    """
-    path = database.with_name(database.name + suffix)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    with _reported(database, suffix):
-        if path.is_symlink():
-            raise NotADatabaseError(str(database), f"{path.name} is a link that dspex-persist did not make: remove it")
-        file = os.open(path, flags, 0o600)
-        try:
-            _refuse_strange(database, path, os.fstat(file))
-        except BaseException:
-            os.close(file)
-            raise
-    # A child that outlives this process must not keep its locks.
-    return forks.own(file)
-
-
-def _refuse_strange(database: Path, path: Path, status: os.stat_result) -> None:
-    folder = path.parent.stat()
-    trusted = {0, os.geteuid(), folder.st_uid}
-    with suppress(OSError):
-        trusted.add(database.stat().st_uid)
-    is_shared = status.st_nlink > 1 and folder.st_mode & 0o022
-    if not stat.S_ISREG(status.st_mode) or is_shared:
-        raise NotADatabaseError(str(database), f"{path.name} is not a regular file with one name: remove it")
-    if status.st_uid not in trusted:
-        raise NotADatabaseError(str(database), f"{path.name} belongs to another user ({status.st_uid}): remove it")
 
 
 def open_writer(path: Path, durability: Durability = "full") -> Engine:

@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 
 from dspex_persist.infra.file_status import status_of
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import FileChangedError, Hint
 from dspex_persist.state.store import log_reader
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, driver_of, identity_of
 
 _logger: Final = get_logger(__name__)

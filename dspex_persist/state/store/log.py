@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.dialects import sqlite
 
 from dspex_persist.clock import to_micros
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.events import (
     DependencyAdded,
     DependencyRemoved,
@@ -36,7 +37,6 @@ from dspex_persist.state.model import (
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import blobs, outcomes, pruned
 from dspex_persist.state.store import executions as stored_executions
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
 from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.lm_rows import rows_of

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from sqlalchemy import Connection, Row, select, text
 
 from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.events import OptimizationStarted
 from dspex_persist.state.fold import described
 from dspex_persist.state.log_store import affected
@@ -21,7 +22,6 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
 from dspex_persist.state.store.engine import streamed_rows

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
+from dspex_persist.state import anchor as anchors
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, ReadFailedError, printable
-from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import log_reader, migrate, pruned
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.untouched import is_half_written, read_untouched

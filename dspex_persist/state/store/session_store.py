@@ -16,6 +16,7 @@ from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.anchor import Anchor, Head
 from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import (
     CheckpointError,
@@ -35,18 +36,17 @@ from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.model import CommitChanges
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.side_files import open_side_file
 from dspex_persist.state.store import damage, log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
-from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.engine import (
     Durability,
     OwnershipLock,
     checkpoint,
     code_of,
     open_readers,
-    open_side_file,
     open_writer,
     read_error,
     resolved,

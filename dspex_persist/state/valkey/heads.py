@@ -5,8 +5,9 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from dspex_persist.clock import EARLIEST, from_micros
-from dspex_persist.state.errors import LostCommitsError
+from dspex_persist.state import anchor
 from dspex_persist.state.log_store import News
+from dspex_persist.state.shared import lost
 from dspex_persist.state.valkey import codec
 from dspex_persist.state.valkey.chain import GENESIS
 from dspex_persist.state.valkey.keys import Keys
@@ -36,6 +37,11 @@ class Head(NamedTuple):
         """The id of its entry in the log."""
         return f"{self.sequence}-0"
 
+    @property
+    def anchored(self) -> anchor.Head:
+        """What an anchor remembers of it."""
+        return anchor.Head(self.sequence, self.hash)
+
 
 NO_HEAD: Final = Head(0, GENESIS, EARLIEST, b"")
 
@@ -56,14 +62,14 @@ def news_between(client: Any, keys: Keys, name: str, known: Head, head: Head) ->
     if head == known:
         return None
     if head.database_id != known.database_id:
-        raise LostCommitsError(name, "it is another database than before")
+        raise lost.other_database(name)
     if head.sequence < known.sequence:
-        raise LostCommitsError(name, f"its last commit is {head.sequence}, but it had {known.sequence}")
+        raise lost.gone(name, head.sequence, known.sequence)
     rows: list[Any] = client.xrange(keys.log, known.entry, head.entry, count=_MOST_NEWS + 1)
     if known.sequence:
         # Put back to an older copy, and written on: then another commit has its number.
         if not rows or rows[0][0] != known.entry.encode() or rows[0][1][b"h"] != known.hash:
-            raise LostCommitsError(name, f"commit {known.sequence} is gone, or is another one")
+            raise lost.other_commit(name, known.sequence)
         del rows[0]
     if len(rows) >= _MOST_NEWS:
         return News(known.sequence, head.sequence, head.last_at, None)
@@ -72,7 +78,8 @@ def news_between(client: Any, keys: Keys, name: str, known: Head, head: Head) ->
     return News(known.sequence, head.sequence, head.last_at, changed, ended)
 
 
-def has_commit(client: Any, keys: Keys, head: Head) -> bool:
+def has_commit(client: Any, keys: Keys, head: anchor.Head) -> bool:
     """Whether the log has this commit."""
-    rows = client.xrange(keys.log, head.entry, head.entry)
+    entry = f"{head.sequence}-0"
+    rows = client.xrange(keys.log, entry, entry)
     return bool(rows) and rows[0][1][b"h"] == head.hash

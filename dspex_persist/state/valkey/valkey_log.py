@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 import redis
@@ -27,6 +28,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.log_store import FencedError, MovedError, News, UnwritableError, WouldWaitError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared.server_anchor import ServerAnchor
 from dspex_persist.state.shared_log import SharedLog
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
 from dspex_persist.state.valkey import codec, heads
@@ -60,6 +62,7 @@ class ValkeyLog(SharedLog):
         connect: Makes a client of the store; called several times.
         name: How errors name the store; without a password.
         prefix: What the keys begin with; see `Keys`.
+        anchor_dir: Where this server remembers the last commit that it knows; None: only in memory.
         lease_s: See `SharedLog.lease_s`.
         check: Raises `NotADatabaseError` if the settings of the store do not let it keep what it acknowledges. Returns
             whether each append waits until it is on disk, because nobody may ask whether the store does so. Called
@@ -67,7 +70,8 @@ class ValkeyLog(SharedLog):
 
     Raises:
         UnavailableError: The store cannot be reached.
-        NotADatabaseError: `check` raises it.
+        NotADatabaseError: `check` raises it, or there cannot be an anchor.
+        LostCommitsError: It has lost commits.
         NewerSchemaError: A newer release wrote it.
     """
 
@@ -80,6 +84,7 @@ class ValkeyLog(SharedLog):
         *,
         name: str = "the store",
         prefix: str = PREFIX,
+        anchor_dir: Path | None = None,
         lease_s: float = 15.0,
         check: Callable[[Any], bool] = lambda _: False,
     ) -> None:
@@ -95,23 +100,46 @@ class ValkeyLog(SharedLog):
         self._check = check
         self._refusal: NotADatabaseError | None = None
         self._head = NO_HEAD
+        self._anchor: ServerAnchor | None = None
         self._is_current = False
         self._appended: list[tuple[tuple[UnitOfWork, ...], tuple[SessionState, ...]]] = []
         self._import: Import | None = None
         self._owners: dict[int, str] = {}
         self._began: dict[str, codec.Began] = {}
         self._closed = threading.Event()
-        with converted():
-            self._waits_for_disk = check(self._client)
-            self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
-            self._client.hsetnx(self.keys.head, "format", FORMAT)
-            found = int(self._client.hget(self.keys.head, "format"))
-            if found > FORMAT:
-                raise NewerSchemaError(name, str(found), str(FORMAT))
-            self._leases.begin()
-            self._head = self._read_head()
+        try:
+            with converted():
+                self._begin_log(anchor_dir)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _begin_log(self, anchor_dir: Path | None) -> None:
+        self._waits_for_disk = self._check(self._client)
+        self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
+        self._client.hsetnx(self.keys.head, "format", FORMAT)
+        found = int(self._client.hget(self.keys.head, "format"))
+        if found > FORMAT:
+            raise NewerSchemaError(self.name, str(found), str(FORMAT))
+        head = self._read_head()
+        if anchor_dir is not None:
+            self._anchor = ServerAnchor(
+                anchor_dir,
+                head.database_id.decode("ascii", "replace"),
+                self.name,
+                last=head.sequence,
+                has_commit=lambda known: has_commit(self._client, self.keys, known),
+            )
+        self._leases.begin()
+        self._know(head)
 
     # The head
+
+    def _know(self, head: Head) -> None:
+        is_new = head.sequence != self._head.sequence
+        self._head = head
+        if is_new and self._anchor is not None:
+            self._anchor.write(head.anchored)
 
     def _read_head(self) -> Head:
         return Head.of(self._client.hmget(self.keys.head, heads.FIELDS))
@@ -138,7 +166,7 @@ class ValkeyLog(SharedLog):
 
     def _learn(self, head: Head) -> News | None:
         news = news_between(self._client, self.keys, self.name, self._head, head)
-        self._head = head
+        self._know(head)
         return news
 
     # Groups
@@ -252,7 +280,7 @@ class ValkeyLog(SharedLog):
             raise StorageError(OVER)
         if answer == b"fenced":
             self._take_for_dead()
-        self._head = head
+        self._know(head)
 
     def _sent(self, keys: Sequence[str], words: Sequence[Any], head: Head) -> bytes:
         """Return the answer to an append; it is looked up if it was lost."""
@@ -277,7 +305,7 @@ class ValkeyLog(SharedLog):
             try:
                 self._writing.reconnect()
                 is_alive = self._leases.give_up_calls(self._writing)
-                is_stored = has_commit(self._writing.client, self.keys, head)
+                is_stored = has_commit(self._writing.client, self.keys, head.anchored)
                 # What this connection has written comes after the commit.
                 is_on_disk = not (self._waits_for_disk and is_stored) or self._writing.wait_for_disk(_SETTLE_S)
                 break
@@ -489,6 +517,9 @@ class ValkeyLog(SharedLog):
             self._notices.close()
         self._reading.close()
         self._writing.close()
+        anchor, self._anchor = self._anchor, None
+        if anchor is not None:
+            anchor.close()
 
 
 def _refused(error: redis.RedisError, appended: Sequence[tuple[Sequence[UnitOfWork], Any]]) -> Exception:

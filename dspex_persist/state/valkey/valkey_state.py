@@ -1,6 +1,8 @@
 """RedisState: session state in Redis or Valkey, which several servers share, with execution of tools."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Final, get_args
 
 from dspex_persist.spelling import quote
@@ -37,6 +39,8 @@ class ValkeyState(SharedState, Durable, Recordable):
         sweep_interval_s: How often expired sessions are ended, old outcomes deleted, and servers looked for that have
             died, in seconds.
         lease_s: After how many seconds without a sign of life the other servers take this one for dead.
+        anchor_dir: A directory on this machine, where this server remembers the last commit that it knows. If the store
+            does not have it at the next start, commits were lost. None: it is remembered until the end only.
         on_fatal: Called if the store has lost commits, or because of a bug. No more calls are possible then; a server
             should exit.
         actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
@@ -58,6 +62,7 @@ class ValkeyState(SharedState, Durable, Recordable):
         cache_size_bytes: int = CACHE_SIZE_BYTES,
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,
+        anchor_dir: str | os.PathLike[str] | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
         meter: Meter | None = None,
@@ -72,7 +77,12 @@ class ValkeyState(SharedState, Durable, Recordable):
         address = Address.of(url)
         settings = StoreSettings(address.name, durability, assumes_durable=address.assumes_durable)
         self._store = ValkeyLog(
-            address.client, name=address.name, prefix=address.prefix, lease_s=lease_s, check=settings.check
+            address.client,
+            name=address.name,
+            prefix=address.prefix,
+            anchor_dir=None if anchor_dir is None else Path(anchor_dir),
+            lease_s=lease_s,
+            check=settings.check,
         )
         self._recordings = Recordings(self._store.reads, self._store.keys)
         try:
@@ -139,6 +149,7 @@ class RedisState(WithTools, DurableAround, OrderAround, RecordsAround, ImportsAr
         durability: Durability = "full",
         sweep_interval_s: float = SWEEP_S,
         lease_s: float = LEASE_S,
+        anchor_dir: str | os.PathLike[str] | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         actor: str | None = None,
         tools: Mapping[str, ToolCode] | None = None,
@@ -153,6 +164,7 @@ class RedisState(WithTools, DurableAround, OrderAround, RecordsAround, ImportsAr
             durability=durability,
             sweep_interval_s=sweep_interval_s,
             lease_s=lease_s,
+            anchor_dir=anchor_dir,
             on_fatal=on_fatal,
             actor=actor,
         )

@@ -12,11 +12,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state import arguments
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.events import Pruned
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.store import log_reader, verify
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.maintenance.opening import read_anchor, reading, refuse_older
 from dspex_persist.state.store.maintenance.sizes import find_scalar

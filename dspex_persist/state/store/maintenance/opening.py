@@ -10,6 +10,8 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from dspex_persist.state import anchor as anchors
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import (
     Hint,
     InvalidArgumentError,
@@ -17,9 +19,7 @@ from dspex_persist.state.errors import (
     ReadFailedError,
     StorageError,
 )
-from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import migrate, recovery
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import (
     OwnershipLock,
     checkpoint,

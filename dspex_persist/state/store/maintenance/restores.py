@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import (
     Hint,
     LostCommitsError,
@@ -17,7 +18,6 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.store import log_reader, migrate, recovery
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_writer, resolved, snapshot
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.maintenance.checks import check_opened

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from dspex_persist.clock import now
-from dspex_persist.state.store.anchor import Anchor, Head
-from dspex_persist.state.store.engine import SIDE_FILES, open_side_file
+from dspex_persist.state.anchor import Anchor, Head
+from dspex_persist.state.side_files import open_side_file
+from dspex_persist.state.store.engine import SIDE_FILES
 
 _ANCHOR: Final = ".anchor"
 SIDE_SUFFIXES: Final = (*SIDE_FILES, _ANCHOR, ".lock")

@@ -7,10 +7,11 @@ from typing import Any, Final, NamedTuple
 import psycopg
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import FileChangedError, Hint, LostCommitsError
+from dspex_persist.state.anchor import Head
+from dspex_persist.state.errors import FileChangedError, Hint
 from dspex_persist.state.log_store import News
+from dspex_persist.state.shared import lost
 from dspex_persist.state.shared_log import SharedHold
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres.schema import LOCKS
 from dspex_persist.state.store.schema import REVISION
@@ -104,17 +105,6 @@ class KnownHead:
         if is_new:
             self.on_change(head)
 
-    def remember(self, connection: "psycopg.Connection[Any]", head: Head, row: HeadRow) -> None:
-        """Compare the database with a commit that was known before this server began.
-
-        Raises:
-            LostCommitsError: The database does not have it.
-        """
-        if row.sequence < head.sequence:
-            raise self._lost(_gone(row.sequence, head.sequence))
-        if head.sequence and not has_commit(connection, head):
-            raise self._lost(f"commit {head.sequence} is not the one that this server has seen")
-
     def learn(self, connection: "psycopg.Connection[Any]", row: HeadRow) -> News | None:
         """Take the head of the database over; return what others have committed, or None if nothing.
 
@@ -134,7 +124,7 @@ class KnownHead:
         if before.sequence:
             found = connection.execute(_HASH, (before.sequence,)).fetchone()
             if found is None or found[0] != before.hash:
-                raise self._lost(f"commit {before.sequence} is not the one that this server has seen")
+                raise lost.other_commit(self._name, before.sequence)
         rows = connection.execute(_CHANGED, (before.sequence, row.sequence)).fetchall()
         self.take(row)
         ended = frozenset(first for first, _, has_ended in rows if has_ended)
@@ -148,24 +138,15 @@ class KnownHead:
     def _compare(self, row: HeadRow) -> None:
         known = self.head
         if self._database_id not in ("", row.database_id):
-            raise self._lost("it is another database than before")
+            raise lost.other_database(self._name)
         if row.sequence < known.sequence:
-            raise self._lost(_gone(row.sequence, known.sequence))
+            raise lost.gone(self._name, row.sequence, known.sequence)
         if row.sequence == known.sequence and known.sequence and bytes(row.hash) != known.hash:
-            raise self._lost(f"commit {row.sequence} is not the one that this server has seen")
-
-    def _lost(self, reason: str) -> LostCommitsError:
-        error = LostCommitsError(self._name, reason)
-        error.advice = Hint.PUT_BACK_DATABASE
-        return error
+            raise lost.other_commit(self._name, row.sequence)
 
 
 def _nothing(_: Head) -> None:
     pass
-
-
-def _gone(last: int, known: int) -> str:
-    return f"it ends at commit {last}; commits {last + 1} to {known} are gone"
 
 
 def end_of_group(head: Head, keys: Keys, at: datetime) -> str:

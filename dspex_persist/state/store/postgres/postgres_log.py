@@ -20,6 +20,7 @@ from dspex_persist.state.log_store import FencedError, News
 from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import CommitChanges, VariableVersion
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared.server_anchor import ServerAnchor
 from dspex_persist.state.shared_log import SharedHold, SharedLog
 from dspex_persist.state.store import damage, log, log_reader, outcomes
 from dspex_persist.state.store import denials as stored_denials
@@ -27,10 +28,9 @@ from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import Durability, snapshot
 from dspex_persist.state.store.postgres import holds, schema, servers
-from dspex_persist.state.store.postgres.anchors import ServerAnchor
 from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
-from dspex_persist.state.store.postgres.heads import KnownHead
+from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.poolers import refuse_shared
 from dspex_persist.state.store.postgres.servers import Lease
@@ -127,11 +127,14 @@ class PostgresLog(_Stored, SharedLog):
         self._lease.register(connection)
         row = self._writing.read_head(connection)
         if anchor_dir is not None:
-            anchor = self._anchor = ServerAnchor(anchor_dir, row.database_id, self._database.name)
-            remembered = anchor.read()
-            if remembered is not None:
-                self._known.remember(connection, remembered, row)
-            self._known.on_change = anchor.write
+            self._anchor = ServerAnchor(
+                anchor_dir,
+                row.database_id,
+                self._database.name,
+                last=row.sequence,
+                has_commit=lambda head: has_commit(connection, head),
+            )
+            self._known.on_change = self._anchor.write
         self._known.take(row)
 
     @property

@@ -11,9 +11,9 @@ from sqlalchemy import Connection as Checked
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
 from dspex_persist.state.log_store import FencedError, News, UnwritableError, WouldWaitError
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres import heads
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run

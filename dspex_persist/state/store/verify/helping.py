@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dspex_persist.infra.helpers import reply, requests
-from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.store.engine import identity_of, open_readers, snapshot
 from dspex_persist.state.store.verify.parts import Part, PartChecker
 

@@ -5,8 +5,8 @@ from typing import Final
 
 from sqlalchemy import Connection
 
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.store import log_reader, pruned
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import GENESIS, link
 from dspex_persist.state.store.verify.documents import unsound_in
 from dspex_persist.state.store.verify.walk import (

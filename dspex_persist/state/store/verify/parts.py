@@ -6,7 +6,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Engine
 
-from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.verify.contents import BlobWalk
 from dspex_persist.state.store.verify.denials import DenialWalk

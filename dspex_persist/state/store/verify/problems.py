@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from sqlalchemy import Connection, Engine
 
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.store import migrate
-from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.verify.parts import LOG, Meter, Part, PartChecker, parts_of
 from dspex_persist.state.store.verify.sharing import Team
 from dspex_persist.state.store.verify.walk import Problem, Progress

@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 
 from dspex_persist.infra.helpers import Helper, HelperEndedError
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.anchor import Head
 from dspex_persist.state.store.engine import identity_of
 from dspex_persist.state.store.verify.parts import Meter, Part, PartChecker, PartResult
 from dspex_persist.state.store.verify.walk import Problem

@@ -1,4 +1,4 @@
-"""The anchor: a file of 48 bytes next to the database that stores its head.
+"""The anchor: a file of 48 bytes next to the database, or on the machine of one of its servers, that stores its head.
 
 It is written after each group commit, without a sync, so it is never ahead of durable data. A database that is behind
 its anchor has lost acknowledged commits, for example through a damaged or missing WAL, which SQLite does not detect.
@@ -14,6 +14,8 @@ from typing import Final
 from dspex_persist.infra import forks
 
 _FORMAT = struct.Struct(">Q32s8s")
+SIZE: Final = _FORMAT.size
+"""That of the file of a database, in bytes."""
 _READS: Final = 10
 
 
