@@ -13,6 +13,8 @@ _SYNONYMS: Final = {
 }
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _USER: Final = re.compile(r"(://[^:@/?#]*):.*@", re.DOTALL)
+# Without a host, what follows the colon is no port, unless it is a number.
+_LEFT_OUT: Final = re.compile(r"(://[^:@/?#\[\],]*):(?![0-9]{0,5}(?:[,/?#]|$))[^@]*$", re.DOTALL)
 _SECRET: Final = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
 
 
@@ -46,4 +48,4 @@ def scheme_of(text: str) -> str | None:
 
 def shown(url: str) -> str:
     """Return a URL without its password, also one that is misspelled."""
-    return _SECRET.sub(r"\1***", _USER.sub(r"\1:***@", url))
+    return _SECRET.sub(r"\1***", _LEFT_OUT.sub(r"\1:***", _USER.sub(r"\1:***@", url)))

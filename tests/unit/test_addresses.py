@@ -33,6 +33,11 @@ def test_a_url_of_a_database(url: str) -> None:
         ("postgresql://host/db?password=secret&schema=x", "postgresql://host/db?password=***&schema=x"),
         ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
         ("mysql://me:secret@host/db", "mysql://me:***@host/db"),
+        ("redis://:secret/0", "redis://:***"),
+        ("postgresql://me:sec/ret?schema=x", "postgresql://me:***"),
+        ("postgresql://one:5432,two:5433/db?schema=x", "postgresql://one:5432,two:5433/db?schema=x"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis+unix:///a:b?db=1", "redis+unix:///a:b?db=1"),
         ("/a/path", "/a/path"),
     ],
 )
