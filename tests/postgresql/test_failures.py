@@ -22,6 +22,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import Value
 from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from tests.deadline import within
@@ -137,6 +138,22 @@ def test_servers_tell_each_other(state: PostgresState, beside: Any) -> None:
     beside.execute('LISTEN "dspex_persist.public"')
     state.set_variable("s", "x", 2)
     assert [each.channel for each in beside.notifies(timeout=within(5), stop_after=1)] == ["dspex_persist.public"]
+
+
+def test_servers_tell_each_other_in_a_schema_with_a_long_name(url: str) -> None:
+    own = f"{url}&schema={'%C3%A9' * 31}"
+    heard, told = threading.Event(), threading.Event()
+    listening, telling = (Notices(Database(own), name) for name in ("one", "other"))
+    try:
+        # Once it listens, whatever it hears is from the other one.
+        listening.listen(lambda: (heard if told.is_set() else told).set())
+        assert told.wait(within(10))
+        telling.listen(lambda: None)
+        telling.tell()
+        assert heard.wait(within(10))
+    finally:
+        listening.close()
+        telling.close()
 
 
 def test_a_lost_notice_is_not_missed(state: PostgresState, filled: str, monkeypatch: pytest.MonkeyPatch) -> None:

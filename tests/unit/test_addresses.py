@@ -87,6 +87,8 @@ def test_a_database_has_no_workers() -> None:
         "postgresql://me:secret@host:port/db",
         "postgresql://me:secret@host/db?schema=",
         "postgresql://me:secret@host/db?schema=a&schema=b",
+        "postgresql://me:secret@host/db?schema=%00",
+        f"postgresql://me:secret@host/db?schema={'%C3%A9' * 32}",
         "postgresql://me:sec%ZZret@host/db",
         "postgresql://me:secret@host/db?unknown=1",
     ],

@@ -65,6 +65,8 @@ _FACTS: Final = sql.SQL("""
 _OF_ROWS: Final = ("22", "42", "XX")
 _HOST: Final = r"(?:\[[0-9A-Fa-f:.%]+\]|[^\[\]/?#:@,]*)(?::[0-9]{1,5})?"
 _URL: Final = re.compile(rf"postgres(?:ql)?://(?:[^/?#@:]*(?::[^/?#@]*)?@)?{_HOST}(?:,{_HOST})*(?:/[^/?#]*)?")
+_MOST_NAME_BYTES: Final = 63
+"""PostgreSQL cuts longer names off, and so would take another schema for this one."""
 _logger: Final = get_logger(__name__)
 
 
@@ -199,6 +201,11 @@ def _read(url: str) -> tuple[dict[str, str], str]:
     if _URL.fullmatch(head) is None or len(schemas) > 1 or not all(schemas):
         reason = f"{shown(url)} is not postgresql://USER@HOST:PORT/DATABASE?schema=NAME"
         raise InvalidArgumentError("url", f"{reason}; characters such as @ and / in a password are written %40 and %2F")
+    schema = (schemas or ["public"])[0]
+    if "\0" in schema or len(schema.encode("utf-8", "replace")) > _MOST_NAME_BYTES:
+        raise InvalidArgumentError(
+            "url", f"{shown(url)}: the name of a schema has at most {_MOST_NAME_BYTES} bytes, and no NUL"
+        )
     try:
         known = conninfo_to_dict("?".join([head, "&".join(rest)]) if rest else head)
         parameters_of = {name: str(value) for name, value in known.items() if value is not None}
@@ -209,7 +216,7 @@ def _read(url: str) -> tuple[dict[str, str], str]:
     if "," in parameters_of.get("host", ""):
         # Of several, the one that takes writes.
         parameters_of.setdefault("target_session_attrs", "read-write")
-    return parameters_of, (schemas or ["public"])[0]
+    return parameters_of, schema
 
 
 def run(connection: psycopg.Connection[Any], statements: str) -> Cursor:

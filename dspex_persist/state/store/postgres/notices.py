@@ -13,6 +13,7 @@ from dspex_persist.state.errors import StateError
 from dspex_persist.state.store.postgres.connections import Database
 
 _POLL_S: Final = 1.0
+_MOST_NAME_BYTES: Final = 63
 _logger: Final = get_logger(__name__)
 
 
@@ -30,7 +31,9 @@ class Notices:
     def __init__(self, database: Database, server_id: str) -> None:
         self._database = database
         self._server_id = server_id
-        self._channel = f"dspex_persist.{database.schema}"[:63]
+        # In bytes, as the database counts: it cuts off the name to listen to, and refuses to notify a longer one.
+        name = f"dspex_persist.{database.schema}".encode()[:_MOST_NAME_BYTES]
+        self._channel = name.decode(errors="ignore")
         self._closed = threading.Event()
         self._to_tell = threading.Event()
         self._threads: list[threading.Thread] = []
