@@ -102,12 +102,13 @@ class NewerSchemaError(OpenError):
 
 @dataclass(eq=False)
 class UpgradeError(OpenError):
-    """A migration failed; the file is unchanged."""
+    """A migration failed; nothing has changed. `kind`: whether it is one of a file, or of a database."""
 
-    template = "the upgrade of {path} to {revision} failed, the file is unchanged: {reason}"
+    template = "the upgrade of {path} to {revision} failed, the {kind} is unchanged: {reason}"
     path: str
     revision: str
     reason: str
+    kind: str = "file"
 
 
 @dataclass(eq=False)

@@ -102,5 +102,5 @@ def _migrate(connection: Connection, database: Database, revision: str | None) -
             _create_schema(connection, database.schema)
         command.upgrade(config, "head")
     except Exception as error:
-        raise UpgradeError(database.name, REVISION, database.reason(error)) from error
+        raise UpgradeError(database.name, REVISION, database.reason(error), "database") from error
     _logger.info("upgraded" if revision else "created", db=database.name, revision=REVISION)
