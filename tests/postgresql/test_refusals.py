@@ -171,6 +171,19 @@ def test_names_that_no_index_takes(url: str) -> None:
         assert state.set_variable(session, name, 2, idempotency_key=name[::-1]) == 1
 
 
+def test_keys_of_metadata_that_no_index_takes(url: str, connection: Any) -> None:
+    fits, does_not = "".join(chr(0x4E00 + place) for place in range(866)), "\N{GREEK SMALL LETTER BETA}" * 1_301
+    with PostgresState(url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+        assert state.set_variable("s", "x", 2, metadata={fits: "y"}) == 1
+        with pytest.raises(InvalidArgumentError, match=r"the key 'β+\.\.\.' has 2602 bytes; .* at most 2600"):
+            state.set_variable("s", "x", 3, metadata={"unit": "m", does_not: "y"})
+        assert state.get_variable("s", "x").version == 1
+        assert state.set_variable("s", "x", 3) == 2
+    assert connection.execute("SELECT count(*) FROM commits").fetchone() == (4,)
+
+
 def test_a_recording_with_nul(url: str) -> None:
     with LocalState() as source:
         source.initialize_session("recorded", actor="a-b")

@@ -33,6 +33,7 @@ from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Databa
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.poolers import refuse_shared
+from dspex_persist.state.store.postgres.refused import check_metadata_keys
 from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.store.postgres.writing import Writing, Written
 from dspex_persist.state.store.stored import StoredSessions
@@ -189,6 +190,7 @@ class PostgresLog(_Stored, SharedLog):
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """See `LogStore`."""
+        check_metadata_keys(units)
         known, before = self._known, self._writing.written
         written = before or Written(known.head, known.keys.copy(), known.last_at)
         writer = log.LogWriter(self._connection, written.head, written.keys)
