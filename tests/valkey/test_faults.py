@@ -1,5 +1,6 @@
 """What becomes of a commit if its answer is lost, or the store refuses it. Each proof finds a planted bug."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.shared import SharedGroups
 from dspex_persist.state.valkey import connection, valkey_log
+from dspex_persist.state.valkey.notices import Notices
 from dspex_persist.state.valkey.valkey_log import ValkeyLog
 from dspex_persist.state.valkey.valkey_state import ValkeyState
+from tests.deadline import within
 from tests.valkey.conftest import Open
 from tests.valkey.proxy import Proxy
 
@@ -47,6 +50,25 @@ def content(client: redis.Redis, prefix: str) -> dict[bytes, bytes | None]:
 def begin(server: ValkeyState, session: str) -> None:
     server.initialize_session(session)
     server.register_variable(session, "x", "integer", 0)
+
+
+# Notices
+
+
+def test_notices_that_were_missed_are_made_up_for(valkey: str, client: redis.Redis) -> None:
+    heard = threading.Semaphore(0)
+    own = redis.Redis(unix_socket_path=valkey.removeprefix("unix://"), client_name="to-be-cut")
+    notices = Notices(own, "channel", "server", heard.release)
+    try:
+        assert heard.acquire(timeout=within(10))
+        kept: Any = client
+        for each in kept.client_list():
+            if each["name"] == "to-be-cut":
+                kept.client_kill_filter(_id=each["id"])
+        # Nobody has sent anything.
+        assert heard.acquire(timeout=within(10))
+    finally:
+        notices.close()
 
 
 # An answer that is lost

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.valkey.connection import reason_of
@@ -24,6 +26,8 @@ class Notices:
     """
 
     def __init__(self, client: redis.Redis, channel: str, own: str, on_news: Callable[[], None]) -> None:
+        # By default, a client connects and subscribes again by itself: that notices were missed would not be noticed.
+        client.set_retry(Retry(NoBackoff(), 0))
         self._client: Any = client
         self._channel, self._own, self._on_news = channel, own.encode(), on_news
         self._closed = threading.Event()
