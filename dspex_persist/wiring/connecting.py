@@ -45,11 +45,11 @@ def connect(url: Address, **options: Any) -> "StreamsTools":
         options: For a file or a database: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. For a database also
-            `lease_s`. For Redis: the fields of `SessionOptions`, `durability`, and what a database takes besides. In
-            memory: the fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`,
-            `tool_threads`. For a server:
-            `timeout_s` (seconds), `breaker`, `cache`, `token`, `ca`, `cert` and `key` (files, for TLS), and others of
-            `BridgedState`. For all: `actor`, who makes the changes, by default the user of this process.
+            `lease_s` and `anchor_dir`. For Redis: the fields of `SessionOptions`, `durability`, and what a database
+            takes besides. In memory: the fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`,
+            `tools`, `tool_threads`. For a server: `timeout_s` (seconds), `breaker`, `cache`, `token`, `ca`, `cert` and
+            `key` (files, for TLS), and others of `BridgedState`. For all: `actor`, who makes the changes, by default
+            the user of this process.
 
     Returns:
         The provider. Close it when you are done; it is a context manager.
