@@ -29,6 +29,7 @@ from dspex_persist.state.errors import (
     LimitExceededError,
     OutcomeUnknownError,
     ShuttingDownError,
+    StorageError,
     UnavailableError,
 )
 from dspex_persist.state.model import PART, RECORDING_ID, ExecutionStatus
@@ -309,11 +310,14 @@ class OpenTrial:
         self._part = None
 
     def _commit(self, part: abilities.Transaction) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 part.commit()
-            except (ExecutionEndedError, OutcomeUnknownError):
+            except (ExecutionEndedError, OutcomeUnknownError, StorageError) as error:
                 self._part = None
+                if isinstance(error, StorageError) and time.monotonic() > deadline:
+                    raise
                 if part.status == ExecutionStatus.COMMITTED or self._again(lambda: self._journal._has_end_of(self.id)):
                     return
                 part = self._again(self._begun)
@@ -321,12 +325,12 @@ class OpenTrial:
                 return
 
     def _again(self, call: Callable[[], R]) -> R:
-        """Make a call, and make it again while the server is away: a result should not be lost over that."""
+        """Make a call, again and again while the server or the database is away: a result should not be lost so."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 return call()
-            except (UnavailableError, ShuttingDownError):
+            except (UnavailableError, ShuttingDownError, StorageError):
                 if not self.execution_id or time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_S)

@@ -14,9 +14,8 @@ from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.state import commands
 from dspex_persist.state.errors import (
     NotOptimizingError,
+    OutcomeUnknownError,
     SessionNotFoundError,
-    ShuttingDownError,
-    UnavailableError,
     VariableLockedError,
     VariableNotFoundError,
 )
@@ -122,13 +121,14 @@ class Locks:
                 return False
             try:
                 self._take()
-            except (UnavailableError, ShuttingDownError):
-                return True
             except VariableLockedError as error:
                 # The next trial says so.
                 self._lost = error
                 return False
             except DspexError as error:
+                if error.retryable or isinstance(error, OutcomeUnknownError):
+                    # It may succeed the next time, before the leases are over.
+                    return True
                 # The context, the engine or the session has ended.
                 _logger.info("locks of a study not renewed", session_id=self._ctx.session_id, reason=str(error))
                 return False

@@ -13,16 +13,21 @@ from dspex_persist import Context, EmbeddedState, LocalState, StateProvider, con
 from dspex_persist.errors import (
     ContextClosedError,
     InvalidArgumentError,
+    OutcomeUnknownError,
+    StorageError,
     StudyError,
+    UnavailableError,
     VariableLockedError,
 )
 from dspex_persist.replay import replay
 from dspex_persist.state.abilities import Recordable
 from dspex_persist.state.distributed import DistributedState
 from dspex_persist.state.events import ExecutionEnded
+from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.valkey.valkey_state import RedisState
 from dspex_persist.testing.server import ServedDatabase
+from tests.deadline import within
 from tests.late import Late
 
 optuna, ours, reading = Late("optuna"), Late("dspex_persist.optuna"), Late("dspex_persist.optuna.reading")
@@ -145,6 +150,26 @@ def test_variables_are_locked_while_a_study_runs(ctx: Context, study_of: Callabl
             study.ask()
         assert ctx.optimization("x") is None
     assert study.apply(0).number == 0
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), UnavailableError("away"), OutcomeUnknownError("lost")])
+def test_locks_are_renewed_again_after_a_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WithTools(LocalState(SessionOptions(optimization_lease_s=0.3))) as state, Context("s", state) as ctx:
+        ctx.define("x", 0.5, constraints={"min": 0, "max": 1})
+        take, calls, renewed = ours.locks.Locks._take, itertools.count(), threading.Event()
+
+        def take_or_fail(locks: Any) -> None:
+            call = next(calls)
+            if call == 1:
+                raise error
+            take(locks)
+            if call > 1:
+                renewed.set()
+
+        monkeypatch.setattr(ours.locks.Locks, "_take", take_or_fail)
+        with ours.Study(ctx, ["x"]) as study:
+            study.ask()
+            assert renewed.wait(within(10))
 
 
 def test_optimize_alone_unlocks_at_its_end(ctx: Context, study_of: Callable[..., Any]) -> None:

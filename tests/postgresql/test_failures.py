@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from dspex_persist.state.distributed import PostgresState
+from dspex_persist import Context
+from dspex_persist.state.distributed import DistributedState, PostgresState
 from dspex_persist.state.errors import (
     FileChangedError,
     ForkedProcessError,
@@ -27,9 +28,11 @@ from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from tests.deadline import within
 from tests.engines import Databases, Postgres, wait_until
+from tests.late import Late
 from tests.postgresql.conftest import fill
 from tests.postgresql.proxy import Proxy
 
+ours = Late("dspex_persist.optuna")
 END_OTHERS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
 
 
@@ -85,6 +88,18 @@ def test_a_commit_whose_answer_was_lost_was_stored(proxy: Proxy) -> None:
         assert proxy.happened.is_set()
         assert value(state) == Value("2")
         assert state.set_variable("s", "x", 3) == 2
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_the_result_of_a_trial_is_not_lost_with_its_commit(proxy: Proxy, fault: Any) -> None:
+    with DistributedState(proxy.url) as provider, Context("s", provider) as ctx:
+        ctx.define("y", 1, constraints={"min": 0, "max": 9})
+        study = ours.Study(ctx, ["y"])
+        trial = study.ask()
+        proxy.lose(fault)
+        assert study.tell(trial, 0.5).values == (0.5,)
+        assert proxy.happened.is_set()
+        assert [each.state.name for each in study.trials] == ["COMPLETE"]
 
 
 @pytest.mark.parametrize(("fault", "stored"), [("before", False), ("after", True)])
