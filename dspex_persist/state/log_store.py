@@ -33,7 +33,7 @@ A store does not notify watchers: its caller does so after `group` has ended.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import ClassVar, NamedTuple
@@ -117,14 +117,6 @@ class LogStore(ABC):
                 `WouldWaitError` instead.
         """
         return nullcontext()
-
-    def foresee(self, sessions: Collection[str], keys: Collection[tuple[str, str]]) -> None:  # noqa: B027 - optional
-        """Fetch at once what the group will ask for, if each question takes a round trip. Called inside a group.
-
-        Args:
-            sessions: Ids of sessions that are not in memory.
-            keys: Sessions and idempotency keys whose outcomes will be looked up.
-        """
 
     @abstractmethod
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:

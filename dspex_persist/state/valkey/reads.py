@@ -112,11 +112,6 @@ class Reads:
             variables[place] = variables[place]._replace(variable=complete, is_complete=True)
         return variables
 
-    def first_of(self, session_id: str) -> int | None:
-        """Return the first commit of the newest session that has had this id, live or ended; None if there is none."""
-        last = self.client.lindex(self._keys.lives(session_id), -1)
-        return None if last is None else int(last)
-
     def owner_of(self, first: int) -> str:
         """Return whom a live session counts for; "" if it has ended."""
         content = self.client.hget(self._keys.session(first), "session")

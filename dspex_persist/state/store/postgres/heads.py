@@ -86,11 +86,6 @@ class KnownHead:
         self.has_holds = False
         self.holds: Mapping[str, SharedHold] = {}
 
-    @property
-    def database_id(self) -> str:
-        """The id that the database got when it was created; "" before it was read."""
-        return self._database_id
-
     def take(self, row: HeadRow) -> None:
         """Know the head of the database from now on."""
         self._database_id = row.database_id
