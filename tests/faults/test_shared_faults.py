@@ -3,6 +3,7 @@
 Each of these proofs on PostgreSQL has to find a bug that is planted at the end; those of Valkey are in `tests/valkey`.
 """
 
+import re
 import shutil
 import signal
 import threading
@@ -12,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+import psycopg
 import pytest
 
+from dspex_persist.state import writer
 from dspex_persist.state.errors import (
     LostCommitsError,
     OutcomeUnknownError,
@@ -21,9 +24,11 @@ from dspex_persist.state.errors import (
     StorageError,
     UnavailableError,
 )
-from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.log_store import News
+from dspex_persist.state.shared import SharedState
 from dspex_persist.state.store.log import LogWriter
 from dspex_persist.state.store.postgres import heads, notices, writing
+from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from tests.deadline import within
 from tests.engines import Postgres, Server, Valkey, wait_until
 from tests.faults.cutting import Cut, CuttingProxy
@@ -246,6 +251,44 @@ def test_watch_without_notices(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
     watches_without_notices(scene)
 
 
+def watches_a_slow_commit(scene: Scene) -> None:
+    """A watch gets what one server was slow to commit while another one wrote."""
+    scene.other.register_variable(SESSION, "y", "integer", 0)
+    log = scene.behind._shared.log
+    assert isinstance(log, PostgresLog)
+    commit, begun, there = log._writing._commit, threading.Event(), threading.Event()
+
+    def commit_late(end: str) -> None:
+        begun.set()
+        # With the lock, the other one has to wait for it.
+        there.wait(0.5)
+        commit(end)
+
+    with scene.other.watch(SESSION, ["x", "y"]) as watch, ThreadPoolExecutor(2) as pool:
+        vars(log._writing)["_commit"] = commit_late
+        slow = pool.submit(scene.write)
+        assert begun.wait(within(10))
+        seen = list[tuple[str, int]]()
+
+        def see(name: str, version: int) -> None:
+            deadline = time.monotonic() + within(10)
+            while (name, version) not in seen and time.monotonic() < deadline:
+                seen.extend((each.variable.name, each.variable.version) for each in watch.next(1.0))
+
+        fast = pool.submit(scene.other.set_variable, SESSION, "y", 1)
+        see("y", 1)
+        there.set()
+        assert (slow.exception(), fast.exception()) == (None, None)
+        scene.other.set_variable(SESSION, "y", 2)
+        see("y", 2)
+    assert sorted(seen) == [("x", 1), ("y", 1), ("y", 2)]
+
+
+@pytest.mark.parametrize("server", [Postgres], indirect=True)
+def test_watch_of_a_slow_commit(scene: Scene) -> None:
+    watches_a_slow_commit(scene)
+
+
 # ---- older copies ----
 
 
@@ -308,12 +351,31 @@ def _lock_and_head_at_once(patch: pytest.MonkeyPatch, _: Scene) -> None:
     at_once = heads.SELECT_HEAD.replace(" FROM head\n", f", {lock} FROM head\n")
     assert lock in at_once
     patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {at_once}")
-    patch.setattr(writing, "HeadRow", lambda *row: heads.HeadRow(*row[:7]))
+    patch.setattr(writing, "HeadRow", lambda *row: heads.HeadRow(*row[: len(heads.HeadRow._fields)]))
+
+
+def _order_by_a_sequence(patch: pytest.MonkeyPatch, scene: Scene) -> None:
+    """Each group takes its numbers from a sequence of the database, and no lock: later ones may be there before it."""
+    with psycopg.connect(scene.place.url(), autocommit=True) as connection:
+        connection.execute("CREATE SEQUENCE planted START 100 INCREMENT 100")
+    numbered = heads.SELECT_HEAD.replace("database_id, sequence,", "database_id, nextval('planted'),")
+    assert numbered != heads.SELECT_HEAD
+    patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {numbered}")
+    patch.setattr(heads, "TRY_TO_BEGIN", heads.BEGIN)
+    patch.setattr(heads.KnownHead, "learn", _learn_the_number)
+
+
+def _learn_the_number(known: heads.KnownHead, _: object, row: heads.HeadRow) -> News | None:
+    before = known.head.sequence
+    if row.sequence <= before:
+        return None
+    known.take(row)
+    return News(before, row.sequence, known.last_at, None)
 
 
 def _notices_alone(patch: pytest.MonkeyPatch, _: Scene) -> None:
     patch.setattr(notices.Notices, "tell", lambda _: None)
-    patch.setattr(SharedGroups, "check", lambda _: None)
+    patch.setattr(writer, "_CHECK_S", 3600.0)
 
 
 def _never_compared(patch: pytest.MonkeyPatch, _: Scene) -> None:
@@ -323,20 +385,27 @@ def _never_compared(patch: pytest.MonkeyPatch, _: Scene) -> None:
 
 @pytest.mark.parametrize("server", [Postgres], indirect=True)
 @pytest.mark.parametrize(
-    ("plant", "proof"),
+    ("plant", "proof", "says"),
     [
-        (_settle_without_the_lock, settles_what_arrives_late),
-        (_lock_and_head_at_once, takes_turns),
-        pytest.param(_notices_alone, watches_without_notices, marks=pytest.mark.thorough),
-        pytest.param(_never_compared, notices_an_older_copy, marks=(pytest.mark.thorough, pytest.mark.crash)),
+        (_settle_without_the_lock, settles_what_arrives_late, "[0, 1] == [0]"),
+        (_lock_and_head_at_once, takes_turns, "duplicate key"),
+        (_order_by_a_sequence, watches_a_slow_commit, "[('y', 1), ('y', 2)] == [('x', 1)"),
+        pytest.param(_notices_alone, watches_without_notices, "[] == [1]", marks=pytest.mark.thorough),
+        pytest.param(
+            _never_compared,
+            notices_an_older_copy,
+            "None is LostCommitsError",
+            marks=(pytest.mark.thorough, pytest.mark.crash),
+        ),
     ],
 )
 def test_finds(
     plant: Callable[[pytest.MonkeyPatch, Scene], None],
     proof: Callable[[Scene], None],
+    says: str,
     scene: Scene,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch, scene)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=re.escape(says)):
         proof(scene)
