@@ -294,8 +294,8 @@ class Holdable(Ability):
 
     lacking = "holds of sessions"
     instead = (
-        "move sessions that are in memory, in a database file, in PostgreSQL, or on a server on one of these; from "
-        "Redis or Valkey, export and import them"
+        "move sessions that are in memory, in a database file, in PostgreSQL, Redis or Valkey, or on a server on one "
+        "of these; from elsewhere, export and import them"
     )
 
     @abstractmethod

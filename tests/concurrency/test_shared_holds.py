@@ -1,4 +1,5 @@
-"""Sessions that one server moves away, while clients write them through another one: in memory, and on PostgreSQL."""
+"""Sessions that one server moves away, while clients write them through another one: in memory, on PostgreSQL, and on
+Valkey."""
 
 import threading
 import time
@@ -26,7 +27,7 @@ SESSION = "session"
 Open = Callable[..., SharedLog]
 
 
-@pytest.fixture(params=["locking", "optimistic", "postgresql"])
+@pytest.fixture(params=["locking", "optimistic", "postgresql", "valkey"])
 def open_log(request: pytest.FixtureRequest) -> Open:
     """Opens the log of another server."""
     if request.param == "postgresql":
@@ -34,6 +35,13 @@ def open_log(request: pytest.FixtureRequest) -> Open:
 
         url = request.getfixturevalue("postgresql_url")
         return lambda lease_s: PostgresLog(url, lease_s=lease_s)
+    if request.param == "valkey":
+        import redis
+
+        from dspex_persist.state.valkey.valkey_log import ValkeyLog
+
+        store, prefix = request.getfixturevalue("valkey"), request.getfixturevalue("valkey_prefix")
+        return lambda lease_s: ValkeyLog(lambda: redis.Redis.from_url(store), prefix=prefix, lease_s=lease_s)
     memory, optimistic = SharedMemory(), request.param == "optimistic"
     return lambda lease_s: SharedMemoryLog(memory, optimistic=optimistic, lease_s=lease_s)
 

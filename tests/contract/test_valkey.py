@@ -10,6 +10,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.valkey.valkey_state import RedisState, ValkeyState
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import (
@@ -68,6 +69,7 @@ class TestTwoServers(
     DependencyContract,
     WatchContract,
     ConcurrencyContract,
+    HoldContract,
 ):
     """What several servers, and this store, may break."""
 

@@ -25,6 +25,7 @@ class Proxy:
         self.url = f"unix://{path}"
         self._target = target
         self._fault: Fault | None = None
+        self._function = APPEND
         self._held: list[tuple[socket.socket, bytes]] = []
         self._answered: list[threading.Event] = []
         self._waiting: dict[socket.socket, threading.Event] = {}
@@ -44,15 +45,16 @@ class Proxy:
         self._threads.append(threading.Thread(target=work, args=arguments))
         self._threads[-1].start()
 
-    def lose(self, fault: Fault) -> None:
-        """Cut the connection of the next append, once.
+    def lose(self, fault: Fault, function: bytes = APPEND) -> None:
+        """Cut the connection of the next append, or call of another function, once.
 
         Args:
             fault: "before" it arrives; "after" it was carried out, before the answer; or "held": it arrives when
                 `release` is called.
+            function: The end of the line with its name.
         """
         self.happened.clear()
-        self._fault = fault
+        self._fault, self._function = fault, function
 
     def release(self) -> None:
         """Let the appends arrive that are held, and wait until the store has answered them, whatever it says."""
@@ -82,7 +84,7 @@ class Proxy:
     def _requests(self, client: socket.socket, store: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while message := client.recv(1 << 20):
-                if self._fault is not None and APPEND in message:
+                if self._fault is not None and self._function in message:
                     self._lose(client, store, message)
                     return
                 store.sendall(message)

@@ -61,22 +61,26 @@ local function unstage(staged)
   if #names > 0 then redis.call('DEL', staged) end
 end
 
+-- It is only a hint, and everything is stored by now.
+local function tell(news, server) redis.pcall('PUBLISH', news, server) end
+
 -- keys: head, servers, turn, staged, news
--- args: the head's sequence and hash as the caller knows them, server, token, "alone" for the end of an import,
---   then commands
+-- args: the head's sequence, hash and count of holds as the caller knows them, server, token, "alone" for the end of an
+--   import, then commands
 local function append(keys, args)
-  local found = redis.call('HMGET', keys[1], 'sequence', 'hash')
+  local found = redis.call('HMGET', keys[1], 'sequence', 'hash', 'holds')
   if (found[1] or '0') ~= args[1] or (found[2] or '') ~= args[2] then return 'moved' end
-  if redis.call('HGET', keys[2], args[3]) ~= args[4] then return 'fenced' end
-  local turn, alone = redis.call('GET', keys[3]), args[5] == 'alone'
-  if alone and turn ~= args[3] then return 'over' end
-  if turn and turn ~= args[3] then return 'turn' end
-  local commands, fault = commands_in(args, 6)
+  local turn, alone = redis.call('GET', keys[3]), args[6] == 'alone'
+  -- No hold begins during an import, which nobody wants to repeat because another one has ended.
+  if not alone and (found[3] or '') ~= args[3] then return 'moved' end
+  if redis.call('HGET', keys[2], args[4]) ~= args[5] then return 'fenced' end
+  if alone and turn ~= args[4] then return 'over' end
+  if turn and turn ~= args[4] then return 'turn' end
+  local commands, fault = commands_in(args, 7)
   if fault then return redis.error_reply(fault) end
   if alone then redis.call('DEL', keys[3], keys[4]) elseif not turn then unstage(keys[4]) end
   for _, command in ipairs(commands) do redis.call(unpack(command)) end
-  -- It is only a hint, and everything is stored by now.
-  redis.pcall('PUBLISH', keys[5], args[3])
+  tell(keys[5], args[4])
   return 'stored'
 end
 
@@ -121,12 +125,87 @@ end
 
 local function epoch_of(token) return token and string.match(token, '^%d+') end
 
+-- Holds of sessions: by the session's id, a list of the hold's id, its server and epoch, whether it is full, and the last
+-- commit when it began. The head counts how often they have changed.
+
+-- Count a change. With whose it is, so that nobody takes the count for one that the store has lost.
+local function count_change(head, id)
+  local count = string.match(redis.call('HGET', head, 'holds') or '0', '^%d+') + 1
+  redis.call('HSET', head, 'holds', string.format('%d.%s', count, id))
+end
+
+-- Forget the holds of leases that have ended. keys: head, servers, holds, news
+local function forget(keys, server)
+  local found, gone = redis.call('HGETALL', keys[3]), {}
+  for place = 1, #found, 2 do
+    local hold = cjson.decode(found[place + 1])
+    if epoch_of(redis.call('HGET', keys[2], hold[2])) ~= hold[3] then gone[#gone + 1] = found[place] end
+  end
+  if #gone == 0 then return end
+  count_change(keys[1], server)
+  redis.call('HDEL', keys[3], unpack(gone))
+  tell(keys[4], server)
+end
+
+-- The session and the content of a hold; nil if there is none with this id.
+local function find_hold(holds, id)
+  local found = redis.call('HGETALL', holds)
+  for place = 1, #found, 2 do
+    local hold = cjson.decode(found[place + 1])
+    if hold[1] == id then return found[place], hold end
+  end
+  return nil
+end
+
+-- Have nobody else begin executions in a session. keys: head, servers, holds, news, turn
+-- args: server, token, session, the hold's id
+local function hold(keys, args)
+  if redis.call('HGET', keys[2], args[1]) ~= args[2] then return 'fenced' end
+  local turn = redis.call('GET', keys[5])
+  if turn and turn ~= args[1] then return 'turn' end
+  forget(keys, args[1])
+  local found = redis.call('HGET', keys[3], args[3])
+  -- It may have been begun by a call whose answer was lost.
+  if found then return cjson.decode(found)[1] == args[4] and 'held' or 'other' end
+  local since = tonumber(redis.call('HGET', keys[1], 'sequence') or '0')
+  count_change(keys[1], args[4])
+  redis.call('HSET', keys[3], args[3], cjson.encode({args[4], args[1], epoch_of(args[2]), false, since}))
+  tell(keys[4], args[1])
+  return 'held'
+end
+
+-- Have nobody else write the session. keys: head, servers, holds, news, turn. args: server, the hold's id
+local function fill(keys, args)
+  local turn = redis.call('GET', keys[5])
+  if turn and turn ~= args[1] then return 'turn' end
+  forget(keys, args[1])
+  local session, found = find_hold(keys[3], args[2])
+  if not session then return 'over' end
+  found[4] = true
+  count_change(keys[1], args[2])
+  redis.call('HSET', keys[3], session, cjson.encode(found))
+  tell(keys[4], args[1])
+  return 'held'
+end
+
+-- keys: head, servers, holds, news. args: server, the hold's id
+local function unhold(keys, args)
+  local session = find_hold(keys[3], args[2])
+  if session then
+    count_change(keys[1], args[2])
+    redis.call('HDEL', keys[3], session)
+    tell(keys[4], args[1])
+  end
+  return 'over'
+end
+
 -- Begin a lease; returns its token, which is an epoch that no other lease has, and a number.
--- keys: head, servers, leases. args: server, seconds
+-- keys: head, servers, holds, news, leases. args: server, seconds
 local function register(keys, args)
   local token = redis.call('HINCRBY', keys[1], 'epochs', 1) .. '.0'
   redis.call('HSET', keys[2], args[1], token)
-  redis.call('ZADD', keys[3], expiry_in(args[2]), args[1])
+  redis.call('ZADD', keys[5], expiry_in(args[2]), args[1])
+  forget(keys, args[1])
   return token
 end
 
@@ -147,14 +226,24 @@ local function settle(keys, args)
   return next
 end
 
--- End the leases that are over. keys: servers, leases
+-- End the leases that are over. keys: head, servers, holds, news, leases. args: server
 local function fence(keys, args)
-  local servers = redis.call('ZRANGEBYSCORE', keys[2], '-inf', '(' .. expiry_in(0))
+  local servers = redis.call('ZRANGEBYSCORE', keys[5], '-inf', '(' .. expiry_in(0))
   for _, server in ipairs(servers) do
-    redis.call('HDEL', keys[1], server)
-    redis.call('ZREM', keys[2], server)
+    redis.call('HDEL', keys[2], server)
+    redis.call('ZREM', keys[5], server)
   end
+  forget(keys, args[1])
   return servers
+end
+
+-- End the lease of this server. keys: head, servers, holds, news, leases, addresses. args: server
+local function leave(keys, args)
+  redis.call('HDEL', keys[2], args[1])
+  redis.call('ZREM', keys[5], args[1])
+  redis.call('HDEL', keys[6], args[1])
+  forget(keys, args[1])
+  return 'left'
 end
 
 -- Delete outcomes that are still old. keys: ages, then a hash of outcomes for each. args: before, then for each: the
@@ -189,5 +278,9 @@ redis.register_function{function_name = 'LIBRARY_register', callback = register,
 redis.register_function{function_name = 'LIBRARY_renew', callback = renew, flags = {'allow-oom'}}
 redis.register_function{function_name = 'LIBRARY_settle', callback = settle, flags = {'allow-oom'}}
 redis.register_function{function_name = 'LIBRARY_fence', callback = fence, flags = {'allow-oom'}}
+redis.register_function{function_name = 'LIBRARY_leave', callback = leave, flags = {'allow-oom'}}
+redis.register_function{function_name = 'LIBRARY_hold', callback = hold, flags = {'allow-oom'}}
+redis.register_function{function_name = 'LIBRARY_fill', callback = fill, flags = {'allow-oom'}}
+redis.register_function{function_name = 'LIBRARY_unhold', callback = unhold, flags = {'allow-oom'}}
 redis.register_function{function_name = 'LIBRARY_reclaim', callback = reclaim, flags = {'allow-oom'}}
 redis.register_function{function_name = 'LIBRARY_load', callback = load, flags = {'no-writes'}}

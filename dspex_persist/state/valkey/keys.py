@@ -35,9 +35,12 @@ class Keys:
         self.servers = root + "servers"
         self.leases = root + "leases"
         self.addresses = root + "addresses"
+        self.holds = root + "holds"
         self.turn = root + "turn"
         self.staged = root + "staged"
         self.news = root + "news"
+        # What the functions that end leases, or holds, begin with.
+        self.of_leases = (self.head, self.servers, self.holds, self.news)
 
     # Of one session, which is named by the number of its first commit
 

@@ -44,7 +44,7 @@ class Leases:
 
     def begin(self) -> None:
         """Begin a lease, which ends the one before."""
-        keys = (self._keys.head, self._keys.servers, self._keys.leases)
+        keys = (*self._keys.of_leases, self._keys.leases)
         self.token = self._connection.call("register", keys, self.server, self.lease_s).decode()
 
     def is_current(self, token: bytes | None) -> bool:
@@ -73,15 +73,14 @@ class Leases:
     @reported
     def fence(self) -> None:
         """See `SharedLog.fence`."""
-        for server in self._connection.call("fence", (self._keys.servers, self._keys.leases)):
+        for server in self._connection.call("fence", (*self._keys.of_leases, self._keys.leases), self.server):
             _logger.warning("a server has not renewed its lease", server=server.decode())
             self._client.hdel(self._keys.addresses, server)
 
     def leave(self) -> None:
         """End the lease."""
-        self._client.hdel(self._keys.servers, self.server)
-        self._client.zrem(self._keys.leases, self.server)
-        self._client.hdel(self._keys.addresses, self.server)
+        keys = (*self._keys.of_leases, self._keys.leases, self._keys.addresses)
+        self._connection.call("leave", keys, self.server)
 
     # Executions
 

@@ -29,12 +29,13 @@ from dspex_persist.state.log_store import FencedError, MovedError, News, Unwrita
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.server_anchor import ServerAnchor
-from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.shared_log import SharedHold, SharedLog
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
-from dspex_persist.state.valkey import codec, heads
+from dspex_persist.state.valkey import codec, heads, holds
 from dspex_persist.state.valkey.batch import Batch, Commands
 from dspex_persist.state.valkey.connection import UNCERTAIN, Connection, converted, reason_of, reported
 from dspex_persist.state.valkey.heads import NO_HEAD, Head, has_commit, news_between
+from dspex_persist.state.valkey.holds import Holds
 from dspex_persist.state.valkey.keys import PREFIX, Keys
 from dspex_persist.state.valkey.leases import Leases
 from dspex_persist.state.valkey.notices import Notices
@@ -52,6 +53,7 @@ _COMMIT_BYTES: Final = 192 * 1024 * 1024
 _SETTLE_S: Final = 10.0
 """How long to ask what has become of a call whose answer was lost."""
 _RECLAIMED_AT_ONCE: Final = 1_000
+_FIELDS: Final = (*heads.FIELDS, holds.FIELD)
 _MOST_OWNERS: Final = 100_000
 
 
@@ -107,6 +109,7 @@ class ValkeyLog(SharedLog):
         self._owners: dict[int, str] = {}
         self._began: dict[str, codec.Began] = {}
         self._closed = threading.Event()
+        self._holds = Holds(self._reading, self._writing, self.keys, self._leases, self._closed.wait)
         try:
             with converted():
                 self._begin_log(anchor_dir)
@@ -142,7 +145,9 @@ class ValkeyLog(SharedLog):
             self._anchor.write(head.anchored)
 
     def _read_head(self) -> Head:
-        return Head.of(self._client.hmget(self.keys.head, heads.FIELDS))
+        *found, count = self._client.hmget(self.keys.head, _FIELDS)
+        self._holds.see(count)
+        return Head.of(found)
 
     @property
     def sequence(self) -> int:
@@ -200,13 +205,14 @@ class ValkeyLog(SharedLog):
         deadline = time.monotonic() + 2 * TURN_S
         while True:
             pipeline = self._client.pipeline(transaction=False)
-            pipeline.hmget(self.keys.head, heads.FIELDS)
+            pipeline.hmget(self.keys.head, _FIELDS)
             pipeline.hget(self.keys.servers, self._leases.server)
             pipeline.get(self.keys.turn)
-            head, token, owner = pipeline.execute()
+            (*head, count), token, owner = pipeline.execute()
             if not self._leases.is_current(token):
                 self._take_for_dead()
             if owner is None or owner.decode() == self._leases.server:
+                self._holds.see(count)
                 return self._learn(Head.of(head))
             if not wait:
                 raise WouldWaitError
@@ -216,14 +222,14 @@ class ValkeyLog(SharedLog):
 
     @reported
     def _confirm(self) -> None:
-        """Raise `MovedError` if the group did not see the newest commit."""
+        """Raise `MovedError` if the group did not see the newest commit, or all holds."""
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hmget(self.keys.head, heads.FIELDS)
+        pipeline.hmget(self.keys.head, _FIELDS)
         pipeline.hget(self.keys.servers, self._leases.server)
-        head, token = pipeline.execute()
+        (*head, count), token = pipeline.execute()
         if not self._leases.is_current(token):
             self._take_for_dead()
-        if Head.of(head) != self._head:
+        if Head.of(head) != self._head or (count or b"") != self._holds.seen:
             raise MovedError
 
     def _take_for_dead(self) -> None:
@@ -270,8 +276,8 @@ class ValkeyLog(SharedLog):
         keys, known = self.keys, self._head
         facts = ("sequence", head.sequence, "hash", head.hash, "last_at", to_micros(head.last_at))
         commands.add("HSET", keys.head, *facts)
-        seen = (known.sequence, known.hash if known.sequence else b"", self._leases.server, self._leases.token)
-        words = (*seen, "alone" if alone else "", *commands.words)
+        seen = (known.sequence, known.hash if known.sequence else b"", self._holds.seen)
+        words = (*seen, self._leases.server, self._leases.token, "alone" if alone else "", *commands.words)
         answer = self._sent((keys.head, keys.servers, keys.turn, keys.staged, keys.news), words, head)
         if answer in (b"moved", b"turn"):
             # To run it again takes the news, and waits until nobody imports.
@@ -441,7 +447,7 @@ class ValkeyLog(SharedLog):
         self._notices = Notices(self._connect(), self.keys.news, self._leases.server, hear)
 
     def tell(self) -> None:
-        """See `SharedLog`. The function that appends has told them."""
+        """See `SharedLog`. The functions that append, or change holds, have told them."""
 
     def announce(self, address: str) -> None:
         """See `SharedLog`."""
@@ -478,6 +484,30 @@ class ValkeyLog(SharedLog):
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """See `SharedLog`."""
         return self._leases.unfinished()
+
+    @property
+    def holds(self) -> Mapping[str, SharedHold]:
+        """See `SharedLog`."""
+        return self._holds.all
+
+    def hold(self, session_id: str, hold_id: str) -> None:
+        """See `SharedLog`."""
+        self._is_current = False
+        self._holds.begin(session_id, hold_id)
+
+    def fill_hold(self, hold_id: str) -> bool:
+        """See `SharedLog`."""
+        self._is_current = False
+        return self._holds.fill(hold_id)
+
+    def end_hold(self, hold_id: str) -> None:
+        """See `SharedLog`."""
+        self._is_current = False
+        self._holds.end(hold_id)
+
+    def moved_to(self, session_id: str, since: int) -> str | None:
+        """See `SharedLog`."""
+        return self._holds.moved_to(session_id, since)
 
     # Housekeeping
 

@@ -8,7 +8,7 @@ from typing import Final, get_args
 from dspex_persist.spelling import quote
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Durable, Recordable
-from dspex_persist.state.around import DurableAround, ImportsAround, OrderAround, RecordsAround
+from dspex_persist.state.around import DurableAround, HoldsAround, ImportsAround, OrderAround, RecordsAround
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.groups import CACHE_SIZE_BYTES
 from dspex_persist.state.log_state import default_actor
@@ -16,7 +16,7 @@ from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.served import DENIALS_KEPT
-from dspex_persist.state.shared import SWEEP_S, ServerMeter, SharedGroups, SharedState
+from dspex_persist.state.shared import SWEEP_S, HoldingState, ServerMeter, SharedGroups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 from dspex_persist.state.valkey.address import Address
@@ -27,7 +27,7 @@ from dspex_persist.state.valkey.valkey_log import ValkeyLog
 LEASE_S: Final = 15.0
 
 
-class ValkeyState(SharedState, Durable, Recordable):
+class ValkeyState(HoldingState, Durable, Recordable):
     """The engine of one of several servers on Redis or Valkey. It executes no tools.
 
     Args:
@@ -131,7 +131,7 @@ class ValkeyState(SharedState, Durable, Recordable):
         return self._recordings.record(session_id, started=started, reveal=reveal, after=after)
 
 
-class RedisState(WithTools, DurableAround, OrderAround, RecordsAround, ImportsAround):
+class RedisState(WithTools, DurableAround, OrderAround, RecordsAround, ImportsAround, HoldsAround):
     """Session state in Redis or Valkey, which several servers share, with tools that run in this process.
 
     The arguments are those of `ValkeyState`, and:
