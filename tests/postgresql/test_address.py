@@ -1,5 +1,6 @@
 """Whatever takes an address takes that of a PostgreSQL database, and no place that tells it shows its password."""
 
+import gc
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 from dspex_persist import Context, cli, tool
 from dspex_persist.infra.process import ServerProcess
@@ -94,6 +96,16 @@ def test_history_and_recordings(secret: str) -> None:
         write_recording(header, commits, recording)
     report = import_session(secret, recording.getvalue().splitlines(keepends=True), session_id="copy")
     assert (report.path, report.commits) == (secret.replace("geheim", "***"), header.commits)
+
+
+def test_nothing_is_left_of_a_history_that_was_closed(secret: str) -> None:
+    def left() -> int:
+        gc.collect()
+        return sum(isinstance(each, Engine) for each in gc.get_objects())
+
+    before = left()
+    open_audit(secret).close()
+    assert left() <= before
 
 
 def test_reading_creates_nothing(url: str, connection: Any) -> None:

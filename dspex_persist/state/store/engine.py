@@ -31,6 +31,7 @@ from dspex_persist.state.store import inherited
 from dspex_persist.state.values.json_text import mended
 
 Durability: TypeAlias = Literal["full", "normal"]
+TakeSnapshot: TypeAlias = Callable[[Engine], AbstractContextManager[Connection]]
 _SYNCHRONOUS = {"full": 2, "normal": 1}
 LOCK_WAIT_S: Final = 10.0
 """How long SQLite waits for a lock that another program holds."""
@@ -599,11 +600,11 @@ def _rests(path: Path, connection: _AtRest) -> bool:
         return False
 
 
-_snapshots: Final[WeakKeyDictionary[Engine, Callable[[], AbstractContextManager[Connection]]]] = WeakKeyDictionary()
+_snapshots: Final[WeakKeyDictionary[Engine, TakeSnapshot]] = WeakKeyDictionary()
 
 
-def snapshots_by(readers: Engine, take: Callable[[], AbstractContextManager[Connection]]) -> None:
-    """Have `snapshot` call `take` for these readers, which are of a database that is no file."""
+def snapshots_by(readers: Engine, take: TakeSnapshot) -> None:
+    """Have `snapshot` call `take`, which must not keep them, with these readers of a database that is no file."""
     _snapshots[readers] = take
 
 
@@ -617,7 +618,7 @@ def snapshot(readers: Engine) -> Iterator[Connection]:
         UnavailableError: The database cannot be reached.
     """
     if (taken := _snapshots.get(readers)) is not None:
-        with taken() as connection:
+        with taken(readers) as connection:
             yield connection
         return
     path = Path(readers.url.database or "")

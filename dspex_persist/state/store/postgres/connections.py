@@ -162,13 +162,13 @@ class Database:
         """Return a pool for reading, whose transactions are snapshots; callers of `engine.snapshot` may have it."""
         readers = self.engine(size=4, overflow=16, reads=True)
 
-        @contextlib.contextmanager
-        def take() -> Iterator[Checked]:
-            with self.reported(), readers.begin() as connection:
-                yield connection
-
-        engine.snapshots_by(readers, take)
+        engine.snapshots_by(readers, self._snapshot)
         return readers
+
+    @contextlib.contextmanager
+    def _snapshot(self, readers: Engine) -> Iterator[Checked]:
+        with self.reported(), readers.begin() as connection:
+            yield connection
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
