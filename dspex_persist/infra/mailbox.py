@@ -231,14 +231,17 @@ class _Following(Reply[R]):
 
     def __init__(self, mailbox: LoopMailbox, future: Future[R]) -> None:
         super().__init__(mailbox)
-        self._future = future
+        self._future: Future[R] | None = future
         if future.done():
             self._take()
         else:
             future.add_done_callback(lambda _: mailbox.post(self._take))
 
     def _take(self) -> None:
-        future = self._future
+        # Done futures keep their callbacks, which refer to this: without it, the two would keep each other alive.
+        future, self._future = self._future, None
+        if future is None:
+            return
         if future.cancelled():
             self._cancelled = True
         else:
@@ -248,9 +251,10 @@ class _Following(Reply[R]):
 
     def cancel(self) -> bool:
         """See `Reply`."""
-        self._future.cancel()
-        return self._future.cancelled()
+        if self._future is not None:
+            self._future.cancel()
+        return self.cancelled()
 
     def cancelled(self) -> bool:
         """See `Reply`. True as soon as the future is cancelled."""
-        return self._future.cancelled()
+        return self._cancelled if self._future is None else self._future.cancelled()

@@ -2,7 +2,9 @@
 
 import asyncio
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
@@ -168,6 +170,23 @@ class TestFollowing:
         assert not reply.cancel()
         on_thread(lambda: future.set_result(3))
         assert await reply == 3
+        assert not reply.cancel(), "it is done"
+        assert not reply.cancelled()
+
+    @pytest.mark.parametrize("end", [lambda future: future.set_result(3), lambda future: future.cancel()])
+    @on_loop
+    async def test_nothing_is_kept_once_it_is_done(self, end: Callable[[Future[int]], object]) -> None:
+        future = Future[int]()
+        reply, kept = mailbox().reply(future), weakref.ref(future)
+        gc.disable()
+        try:
+            end(future)
+            await asyncio.gather(awaited(reply), return_exceptions=True)
+            assert reply.cancelled() is future.cancelled()
+            del future, reply
+            assert kept() is None, "without the collector, which may come late"
+        finally:
+            gc.enable()
 
 
 async def awaited(reply: Reply[Any]) -> Any:
