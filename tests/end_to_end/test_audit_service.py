@@ -473,7 +473,7 @@ def test_the_command_has_a_server_prune(prunable: ServerProcess, tmp_path: Path)
         "ok": True,
         "target": target[1],
         "confirmed": False,
-        **dict.fromkeys(("sessions", "versions", "events", "markers"), 0),
+        **dict.fromkeys(("sessions", "versions", "events", "markers", "denials"), 0),
         "duration_s": report["duration_s"],
     }
 

@@ -283,7 +283,7 @@ def test_programs_are_tagged_and_rolled_back(place: list[str], run: Callable[...
 
 def test_names_are_completed(place: list[str]) -> None:
     option, where = place
-    options = {"db": Path(where)} if option == "--db" else {"target": where}
+    options = {"db": where} if option == "--db" else {"target": where}
     typed: Any = SimpleNamespace(params={"session": "support", **options})
     assert (completing.programs(typed, "an"), completing.programs(typed, "x")) == (["answer"], [])
 

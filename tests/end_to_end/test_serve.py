@@ -430,7 +430,7 @@ def test_connect_opens_a_file_by_path_and_by_url(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_connect_refuses_other_addresses(url: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"a path, sqlite:///PATH, grpc://HOST:PORT or grpc\+unix:/PATH"):
+    with pytest.raises(InvalidArgumentError, match=r"a path, sqlite:///PATH, .* or grpc\+unix:/PATH"):
         connect(url)
 
 

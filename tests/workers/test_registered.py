@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,13 +133,12 @@ def test_it_runs_tools_for_the_user_whose_server_it_is(
 
 
 @AS_ROOT
-def test_it_runs_nothing_for_other_users_of_the_machine(tmp_path: Path) -> None:
+def test_it_runs_nothing_for_other_users_of_the_machine(request: pytest.FixtureRequest) -> None:
     nobody = 65534
-    folder = tmp_path / "nobodys"
-    folder.mkdir()
+    # Not below `tmp_path`: any run of pytest that begins meanwhile closes its folder to other users.
+    folder = Path(tempfile.mkdtemp(prefix="dspex-nobodys-"))
+    request.addfinalizer(lambda: shutil.rmtree(folder))
     os.chown(folder, nobody, nobody)
-    for each in (tmp_path, *tmp_path.parents[:3]):
-        each.chmod(each.stat().st_mode | 0o011)
     command = (sys.executable, "-m", "dspex_persist", "serve", "--db", str(folder / "a.db"), "--listen", "127.0.0.1:0")
     server = subprocess.Popen(
         command, user=nobody, group=nobody, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
