@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +241,27 @@ def test_a_group_is_cut_into_calls_that_are_not_too_large(
         assert max(sizes) < 30_000
     finally:
         groups.close()
+
+
+# Servers that overtake each other
+
+
+def test_a_server_that_others_always_overtake_gets_its_turn(open_server: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = open_server(), open_server()
+    begin(slow, "s")
+    log = slow._shared.log
+    assert isinstance(log, ValkeyLog)
+    store, written = log._store, list[Future[Any]]()
+
+    def be_overtaken() -> None:
+        written.append(fast.submit(SetVariable("s", "x", Value("1"))))
+        # While the turn is the slow one's, this waits.
+        with suppress(TimeoutError):
+            written[-1].result(0.5)
+        store()
+
+    monkeypatch.setattr(log, "_store", be_overtaken)
+    slow.register_variable("s", "y", "integer", 0)
+    assert len(written) == valkey_log._OFTEN + 1
+    assert [each.exception(within(10)) for each in written] == [None] * len(written)
+    assert fast.get_variable("s", "x").version == len(written)

@@ -52,6 +52,9 @@ _COMMIT_BYTES: Final = 192 * 1024 * 1024
 """A single commit is not larger, whatever the limits allow."""
 _SETTLE_S: Final = 10.0
 """How long to ask what has become of a call whose answer was lost."""
+_OFTEN: Final = 8
+"""After how many groups in a row that others have overtaken a server takes the turn for the next one."""
+_TURN_MS: Final = 1_000
 _RECLAIMED_AT_ONCE: Final = 1_000
 _FIELDS: Final = (*heads.FIELDS, holds.FIELD)
 _MOST_OWNERS: Final = 100_000
@@ -104,6 +107,7 @@ class ValkeyLog(SharedLog):
         self._head = NO_HEAD
         self._anchor: ServerAnchor | None = None
         self._is_current = False
+        self._overtaken = 0
         self._appended: list[tuple[tuple[UnitOfWork, ...], tuple[SessionState, ...]]] = []
         self._import: Import | None = None
         self._owners: dict[int, str] = {}
@@ -180,6 +184,7 @@ class ValkeyLog(SharedLog):
     def group(self, *, wait: bool = True) -> Iterator[News | None]:
         """See `LogStore`. Nothing is locked: what was appended is stored at the end, if the log has not moved."""
         self._appended = []
+        has_turn = wait and self._overtaken >= _OFTEN and self._import is None and self._take_turn()
         # Most often nobody else has written. Storing compares the head, and a group that stores nothing does so at its
         # end: asking before as well would take as long again.
         is_assumed, self._is_current = self._is_current and self._import is None and self._refusal is None, False
@@ -193,10 +198,30 @@ class ValkeyLog(SharedLog):
             elif is_assumed:
                 self._confirm()
             self._is_current = True
+            self._overtaken = 0
+        except MovedError:
+            self._overtaken += 1
+            raise
         finally:
             self._appended = []
+            if has_turn:
+                self._give_turn_back()
             if self._import is not None:
                 self._give_up(self._import)
+
+    def _take_turn(self) -> bool:
+        """Have the others wait with their writes: one that writes all the time would overtake this server for ever."""
+        keys = (self.keys.servers, self.keys.turn, self.keys.staged)
+        with converted():
+            answer = self._writing.call("turn", keys, self._leases.server, self._leases.token, _TURN_MS)
+        if answer == b"fenced":
+            self._take_for_dead()
+        return bool(answer == b"begun")
+
+    def _give_turn_back(self) -> None:
+        # If it fails, the turn ends by itself.
+        with contextlib.suppress(redis.RedisError):
+            self._writing.call("release", (self.keys.turn, self.keys.staged), self._leases.server)
 
     def _begin(self, wait: bool) -> News | None:
         """Compare the lease, let imports of others end, and return the news: in one round trip, as a rule."""
