@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -163,6 +164,14 @@ def aside() -> AbstractContextManager[None]:
     return _Aside()
 
 
+def inside() -> set[int]:
+    """Return the threads that are in critical sections."""
+    # An exception of another thread, as programs raise that limit the time of a job, can come as a section is left.
+    for ended in _inside.keys() - sys._current_frames().keys():
+        del _inside[ended]
+    return set(_inside)
+
+
 def guard_signals(*numbers: signal.Signals) -> None:
     """Reset these signals to their default action in children.
 
@@ -215,7 +224,7 @@ def _before() -> None:
     _mask = set(mask)
     _forkers += 1
     me = threading.get_ident()
-    _turn.wait_for(lambda: not _inside.keys() - {me}, _PATIENCE_S)
+    _turn.wait_for(lambda: not inside() - {me}, _PATIENCE_S)
 
 
 def _after_in_parent() -> None:

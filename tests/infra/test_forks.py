@@ -123,6 +123,16 @@ def test_a_fork_waits_for_a_critical_section() -> None:
     thread.join()
 
 
+def test_a_thread_that_was_interrupted_as_it_left_a_section_is_in_none_once_it_has_ended() -> None:
+    listener = Listener()
+    forks.register(listener)
+    thread = threading.Thread(target=forks.busy().__enter__)
+    thread.start()
+    thread.join()
+    assert in_child(lambda: listener.quiet) == "True"
+    assert forks.inside() == set()
+
+
 def test_a_fork_does_not_wait_forever_and_the_child_knows() -> None:
     begun, ended, listener = threading.Event(), threading.Event(), Listener()
     forks.register(listener)

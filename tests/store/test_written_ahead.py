@@ -143,7 +143,7 @@ def test_a_fork_in_between(
             state.initialize_session("s")
         return str(raised.value)
 
-    assert not forks._inside
+    assert not forks.inside()
     assert in_child(use_and_free).startswith(f"{path} belongs to the process that this one was forked from")
     ahead, rest = begun
     for commit in rest:
