@@ -1,5 +1,6 @@
 """Every rpc with every kind of token: who is let in, what the others hear, and whose name the history has."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,15 +21,22 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import dspex_persist
 from dspex_persist import Context
+from dspex_persist.infra.access.peers import PeerUsers
 from dspex_persist.infra.access.tokens import SCOPES
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.audit import DenialQuery, HistoryQuery
 from dspex_persist.state.bridge.access.denials import host_of
+from dspex_persist.state.bridge.access.same_user import SameUser
 from dspex_persist.state.bridge.access.scopes import SCOPE_OF
 from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.errors import InvalidArgumentError, PermissionDeniedError, UnauthenticatedError
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring.serving import serve
 from tests.deadline import within
@@ -277,3 +286,17 @@ def test_a_host_is_written_as_people_write_it(peer: str, host: str) -> None:
 
 def files_of(served: ServedDatabase) -> list[Path]:
     return [Path(f"{served.path}{suffix}") for suffix in ("", "-wal")]
+
+
+def test_without_a_descriptor_to_ask_with_nobody_is_taken_for_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = list[object]()
+    users = SameUser("127.0.0.1", SimpleNamespace(note=lambda *what: noted.append(what)))
+    users.serves(50051)
+
+    def fail(*_: object) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(PeerUsers, "are_we", fail)
+    with pytest.raises(UnavailableError, match="whose the call is: Too many open files"):
+        users.admit("Ping", SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1"))
+    assert noted == []

@@ -96,6 +96,7 @@ class Shared:
         return alternating
 
 
+@pytest.mark.thorough
 class TestShared(Shared, ProviderContract, HoldContract):
     """Servers that take turns."""
 

@@ -72,8 +72,13 @@ class _OwnUser:
         """Answer a request."""
         if scope["type"] == "http" and self._users is not None:
             host, port = scope["client"] or ("", 0)
-            if not self._users.are_we(f"ipv4:{host}:{port}"):
-                await Response.text("this site answers its own user only", status=403).asgi_send(send)
+            reason, status = "this site answers its own user only", 403
+            try:
+                is_ours = self._users.are_we(f"ipv4:{host}:{port}")
+            except OSError as error:
+                is_ours, reason, status = False, f"the system does not say whose the call is: {error.strerror}", 503
+            if not is_ours:
+                await Response.text(reason, status=status).asgi_send(send)
                 return
         await self._site(scope, receive, send)
 
