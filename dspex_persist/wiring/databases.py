@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dspex_persist.addresses import DatabaseUrl
+from dspex_persist.extras import how_to_install
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.wiring.options import sorted_options
 
@@ -34,7 +35,7 @@ class Database(ABC):
         self.url = url
         module, extra = self.needs
         if find_spec(module) is None:
-            reason = f"{url.scheme}:// needs {module}, which is not installed: pip install 'dspex-persist[{extra}]'"
+            reason = f"{url.scheme}:// needs {module}, which is not installed: {how_to_install(extra)}"
             raise InvalidArgumentError("url", reason)
 
     @abstractmethod

@@ -1,10 +1,12 @@
 """What an address is, and that no password of it is shown."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dspex_persist.addresses import DatabaseUrl, database_url, shown
+from dspex_persist.extras import how_to_install
 from dspex_persist.settings import SettingsError, load_settings
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.wiring import databases
@@ -70,7 +72,7 @@ def test_a_file_may_be_named_by_a_url() -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(databases, "find_spec", lambda _: None)
-    with pytest.raises(InvalidArgumentError, match=r"needs psycopg.*pip install 'dspex-persist\[postgresql\]'"):
+    with pytest.raises(InvalidArgumentError, match=f"needs psycopg.*{re.escape(how_to_install('postgresql'))}"):
         connect(URL)
 
 
