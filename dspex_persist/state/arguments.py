@@ -101,6 +101,11 @@ def sequence(field: str, argument: object) -> int:
     return integer
 
 
+def started(argument: object) -> int | None:
+    """Check `started`: the commit that a session began with; None for the newest one with its id."""
+    return None if argument is None else sequence("started", argument)
+
+
 def flag(field: str, argument: object) -> bool:
     """Return a bool."""
     if not isinstance(argument, bool):

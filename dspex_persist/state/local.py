@@ -116,8 +116,7 @@ class MemoryState(LogState, Auditable, Recordable, Forkable, Restorable):
         """See `Recordable.record`; only live sessions can be recorded."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         after = arguments.sequence("after", after)
         past = self._log.past_of(session_id)
         # In this order, so that no answer is missing.

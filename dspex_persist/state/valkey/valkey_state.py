@@ -125,8 +125,7 @@ class ValkeyState(HoldingState, Durable, Recordable):
         """See `Recordable.record`."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         after = arguments.sequence("after", after)
         return self._recordings.record(session_id, started=started, reveal=reveal, after=after)
 

@@ -393,8 +393,7 @@ class BridgedState(
         """Have the server record; see `Recordable.record`. Each message has to come within `timeout_s`."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         return audit_client.record(
             self._channel,
             self._line,
@@ -409,8 +408,7 @@ class BridgedState(
         """Have the server compute it; see `Recordable.content_hash`. Sensitive variables count as they are."""
         self.check_open()
         session_id = arguments.text("session_id", session_id)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         facts = (self._channel, self._line, session_id)
         return audit_client.content_hash(*facts, started=started, timeout_s=self._timeout_s)
 

@@ -42,16 +42,14 @@ class StoredPast(ServedEngine, Auditable, Recordable, Forkable, Restorable, Prun
         """See `Recordable.record`."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         after = arguments.sequence("after", after)
         return recordings.read_session(self._past, session_id, started=started, reveal=reveal, after=after)
 
     def _hash_content(self, session_id: str, started: int | None) -> ContentHash:
         self.check_open()
         session_id = arguments.text("session_id", session_id)
-        if started is not None:
-            started = arguments.sequence("started", started)
+        started = arguments.started(started)
         return recordings.hash_session(self._past, session_id, started=started)
 
     def fork_session(
