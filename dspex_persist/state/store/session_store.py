@@ -33,13 +33,12 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError
 from dspex_persist.state.meter import FileFigures, Meter
-from dspex_persist.state.model import CommitChanges
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.side_files import open_side_file
-from dspex_persist.state.store import damage, log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import executions as stored_executions
+from dspex_persist.state.store import log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.engine import (
     Durability,
@@ -57,7 +56,7 @@ from dspex_persist.state.store.engine import (
     warn_of_others,
 )
 from dspex_persist.state.store.guard import FileGuard
-from dspex_persist.state.store.stored import StoredSessions
+from dspex_persist.state.store.stored import StoredLog
 from dspex_persist.state.unit_of_work import UnitOfWork
 
 R = TypeVar("R")
@@ -108,7 +107,7 @@ class StoreOptions(SessionOptions):
                 check_count(name, getattr(self, name))
 
 
-class SessionStore(StoredSessions, LogStore):
+class SessionStore(StoredLog, LogStore):
     """The log in an open file. `readers` are its read-only connections; `head` is its last commit."""
 
     driver_errors = (DBAPIError, sqlite3.Error)
@@ -307,22 +306,6 @@ class SessionStore(StoredSessions, LogStore):
             raise OutcomeUnknownError(f"{self._name}.anchor: {error.strerror or error}") from error
 
     # Reading, from any thread
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[StoredSessions]:
-        """Open a snapshot of the file."""
-        with snapshot(self.readers) as connection:
-            yield StoredSessions(connection)
-
-    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
-        """Return the session's next commits."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
-            return log_reader.changes_after(connection, state, after, most_commits)
-
-    def find_pruning(self, state: SessionState, after: int) -> int | None:
-        """Return the last commit that pruned anything of the session's commits after number `after`, or None."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
-            return log_reader.find_pruning(connection, state.key, after)
 
     def size_bytes(self) -> int:
         """Return the size of the file and its WAL."""

@@ -1,16 +1,19 @@
-"""What units of work read from a database because memory does not have it."""
+"""What units of work and watches read from a database because memory does not have it."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.budgets import Spent
-from dspex_persist.state.model import JournalEntry, VariableVersion
+from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import damage, outcomes
+from dspex_persist.state.store import damage, log_reader, outcomes
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.unit_of_work import RecordedOutcome, VersionQuery
 
 
@@ -53,3 +56,31 @@ class StoredSessions:
         """Return what the LM calls of ended executions have used, by tool, and up to which commit."""
         with damage.reading(state.session.id):
             return stored_executions.spent(self._connection, state.key)
+
+
+class StoredLog(StoredSessions):
+    """What any thread reads of a log in a database, each time in a snapshot of its own.
+
+    Attributes:
+        readers: Connections that only read.
+        sessions: How a snapshot reads sessions.
+    """
+
+    readers: Engine
+    sessions: ClassVar[type[StoredSessions]] = StoredSessions
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[StoredSessions]:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection:
+            yield self.sessions(connection)
+
+    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+            return log_reader.changes_after(connection, state, after, most_commits)
+
+    def find_pruning(self, state: SessionState, after: int) -> int | None:
+        """See `LogStore`."""
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+            return log_reader.find_pruning(connection, state.key, after)

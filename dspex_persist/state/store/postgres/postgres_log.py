@@ -18,12 +18,12 @@ from dspex_persist.state.errors import StateError, UnavailableError
 from dspex_persist.state.fold import fold_version
 from dspex_persist.state.log_store import FencedError, News
 from dspex_persist.state.meter import FileFigures
-from dspex_persist.state.model import CommitChanges, VariableVersion
+from dspex_persist.state.model import VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.server_anchor import ServerAnchor
 from dspex_persist.state.shared_log import SharedHold, SharedLog
-from dspex_persist.state.store import damage, log, log_reader, outcomes
 from dspex_persist.state.store import denials as stored_denials
+from dspex_persist.state.store import log, outcomes
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import Durability, snapshot
@@ -36,7 +36,7 @@ from dspex_persist.state.store.postgres.poolers import refuse_shared
 from dspex_persist.state.store.postgres.refused import check_metadata_keys
 from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.store.postgres.writing import Writing, Written
-from dspex_persist.state.store.stored import StoredSessions
+from dspex_persist.state.store.stored import StoredLog, StoredSessions
 from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
 
 LEASE_S: Final = 15.0
@@ -73,7 +73,7 @@ class _Stored(StoredSessions):
         return None if "\0" in query.identifier else super().history(state, query)
 
 
-class PostgresLog(_Stored, SharedLog):
+class PostgresLog(_Stored, StoredLog, SharedLog):
     """One server's connections to the database.
 
     Args:
@@ -90,6 +90,7 @@ class PostgresLog(_Stored, SharedLog):
     """
 
     driver_errors = DRIVER_ERRORS
+    sessions = _Stored
     takes_pages = True
 
     def __init__(
@@ -219,22 +220,6 @@ class PostgresLog(_Stored, SharedLog):
         return {} if "\0" in identity else stored_sessions.stored_by(self._connection, identity)
 
     # Reading
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[StoredSessions]:
-        """See `LogStore`."""
-        with snapshot(self.readers) as connection:
-            yield _Stored(connection)
-
-    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
-        """See `LogStore`."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
-            return log_reader.changes_after(connection, state, after, most_commits)
-
-    def find_pruning(self, state: SessionState, after: int) -> int | None:
-        """See `LogStore`."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
-            return log_reader.find_pruning(connection, state.key, after)
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """See `SharedLog`."""
