@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
@@ -14,10 +15,11 @@ from dspex_persist.infra.access.tokens import READ, Tokens
 from dspex_persist.infra.listen import TcpAddress, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import Asker, CallMeter, Family, Kind, Sample, gauge, total
+from dspex_persist.infra.threads import DaemonThreads
 from dspex_persist.infra.workers.statistics import PoolStatistics
 from dspex_persist.state.bridge.servicer import BridgeServicer
 from dspex_persist.state.denials import NoteDenial, Refused
-from dspex_persist.state.meter import Meter
+from dspex_persist.state.meter import FileFigures, Meter
 from dspex_persist.state.served import ServedEngine
 from dspex_persist.state.tools.runner import ToolRunner
 
@@ -26,6 +28,8 @@ Source = Callable[[], Iterator[Family] | Sequence[Family]]
 _log: Final = get_logger(__name__)
 _LAG_MOST_S: Final = 1.0
 """A scrape does not wait longer for an event loop."""
+_DATABASE_MOST_S: Final = 2.0
+"""Nor longer for a database: the other metrics are needed most while it does not answer."""
 _FAILURES: Final = (
     ("error", "errors"),
     ("saturated", "saturated"),
@@ -102,7 +106,9 @@ class Observed:
         self._servicer = servicer
         self._pools = pools
         self._loop = loop
-        self._first = engine.head_sequence
+        # Asks the database, which may take long to answer.
+        self._asking = DaemonThreads(1, "dspex-persist-figures")
+        self._asked: Future[FileFigures | None] | None = None
         self.sources: tuple[Source, ...] = (
             self._of_build,
             calls.families,
@@ -155,6 +161,7 @@ class Observed:
         finally:
             # A scrape that is in progress may wait for this loop.
             await asyncio.to_thread(metrics.close)
+            self._asking.close()
 
     def _of_build(self) -> Iterator[Family]:
         samples = (Sample((self._version,), 1),)
@@ -162,8 +169,6 @@ class Observed:
 
     def _of_engine(self) -> Iterator[Family]:
         now, limits = self._engine.figures(), self._engine.limits
-        commits = now.sequence - self._first
-        yield total("dspex_persist_commits_total", "Commits.", commits)
         yield gauge("dspex_persist_last_commit", "The number of the last commit.", now.sequence)
         yield gauge("dspex_persist_writer_queue_length", "Writes that wait or are being written.", now.queue_length)
         yield gauge("dspex_persist_writer_queue_limit", "How many may wait.", limits.queue_length)
@@ -235,7 +240,12 @@ class Observed:
         yield gauge("dspex_persist_event_loop_lag_seconds", text, loop_lag_s(self._loop))
 
     def _of_file(self) -> Iterator[Family]:
-        now = self._engine.file_figures()
+        # One scrape at a time asks; the question of an earlier one may still be open.
+        if self._asked is None or self._asked.done():
+            self._asked = self._asking.submit(self._engine.file_figures)
+        if not wait([self._asked], _DATABASE_MOST_S).done:
+            raise TimeoutError(f"the database has not said its size in {_DATABASE_MOST_S:g} s")
+        now = self._asked.result()
         if now is None:
             return
         yield gauge("dspex_persist_live_sessions", "Sessions that have not ended.", now.live_sessions)

@@ -229,6 +229,10 @@ class RpcMeter:
 
     def begin(self) -> float:
         """Count a call that begins; returns when it did, for `end`."""
+        if not self.started:
+            # Not before: rpcs that nobody calls should not fill the page. Not later: what has begun less what has ended
+            # is what is open, also before the first call has ended.
+            self._handled.expect(*self.labels, "Internal")
         self.started += 1
         return perf_counter()
 
@@ -236,9 +240,7 @@ class RpcMeter:
         """Count a call that has ended with a status: the name of its code, such as NOT_FOUND."""
         seconds = self._seconds
         if isinstance(seconds, Histogram):
-            # Not before: rpcs that nobody calls should not fill the page.
             seconds = self._seconds = seconds.of(*self.labels)
-            self._handled.expect(*self.labels, "Internal")
         seconds.observe(perf_counter() - began)
         self._handled.add(*self.labels, _CODES.get(code) or code.title().replace("_", ""))
 

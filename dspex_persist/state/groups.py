@@ -231,6 +231,7 @@ class Groups(Generic[S_co]):
             self._last_at = at.now
             self._trace(jobs, len(units), at.now)
         self._publish(drafts, units)
+        self._count_commits(before)
         return results
 
     def _group(self, jobs: Sequence[Job], wait: bool) -> AbstractContextManager[News | None]:
@@ -300,10 +301,15 @@ class Groups(Generic[S_co]):
             return Outcome(error=error if isinstance(error, StateError) else _refusal(command, error))
         self._last_at = importing.at.now
         self._publish(importing.drafts, importing.expired)
+        self._count_commits(before)
         if self.quotas is not None:
             self.quotas.forget()
         self.hub.advance(self.log.sequence)
         return Outcome(result)
+
+    def _count_commits(self, before: int) -> None:
+        if self.meter is not None:
+            self.meter.commits += self.log.sequence - before
 
     def _apply(self, jobs: Sequence[Job], drafts: Drafts, at: GroupMoment) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []

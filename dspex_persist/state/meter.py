@@ -112,7 +112,7 @@ class Meter:
         self._models = Names(MOST_MODELS)
         # For what is counted on any thread. The writer counts with its turn.
         self._lock = forks.Lock()
-        self.misses = 0
+        self.commits = self.misses = 0
         group_jobs = Histogram("dspex_persist_group_writes", "Writes that were written in one transaction.", _JOBS)
         group_s = Histogram(
             "dspex_persist_group_seconds", "How long a group of writes took, from its begin to its commit.", _COMMIT_S
@@ -166,10 +166,11 @@ class Meter:
 
     def families(self) -> list[Family]:
         """Return what was counted."""
+        commits = total("dspex_persist_commits_total", "Commits of this engine.", self.commits)
         misses = total(
             "dspex_persist_cache_misses_total", "Sessions that had to be looked for in the file.", self.misses
         )
-        return [*(each.family() for each in self._instruments), misses]
+        return [commits, *(each.family() for each in self._instruments), misses]
 
     # Writes. The writer calls these, in its turn.
 

@@ -118,6 +118,17 @@ def test_calls_have_the_usual_names_and_codes() -> None:
     assert families["grpc_server_handling_seconds"].distributions[0].buckets[-1][1] == 4
 
 
+def test_an_open_stream_has_begun_and_not_ended() -> None:
+    meter = CallMeter()
+    rpc = meter.rpc("shop.Shop", "Watch", streams_requests=False, streams_answers=True)
+    rpc.begin()
+    families = {family.name: family for family in meter.families()}
+    counts = [families[f"grpc_server_{name}_total"].samples for name in ("started", "handled")]
+    assert [sum(sample.value for sample in samples) for samples in counts] == [1, 0]
+    # Of two counts, Prometheus takes the difference only if there are both.
+    assert all(counts)
+
+
 # --- Serving ---
 
 

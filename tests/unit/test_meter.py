@@ -1,6 +1,7 @@
 """What an engine and its tools count, and what shows it, without a server."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,17 @@ def test_a_pool_shows_its_workers_and_what_became_of_others(show: Callable[..., 
     assert values_of(families, "pool_call_failures_total")["p", "worker_exit"] == counts["exits"]
     assert values_of(families, "pool_worker_ends_total")["p", "crashed"] == counts["crashed"]
     assert values_of(show(), "pool_size") == {}
+
+
+def test_a_database_that_does_not_answer_does_not_hold_up_a_scrape(
+    show: Callable[..., list[Family]], engine: SqliteState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(observed, "_DATABASE_MOST_S", 0.01)
+    monkeypatch.setattr(engine, "file_figures", answers.wait)
+    with pytest.raises(TimeoutError, match="the database has not said its size"):
+        show()
+    answers.set()
 
 
 def test_a_loop_that_does_not_answer_does_not_hold_up_a_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
