@@ -21,8 +21,8 @@ _REASONS: Final = f"""
             UNION ALL
             SELECT {sound_document("events.body")} -> '$.metadata."{REASON}"', {LAST_VERSION}, 0
             FROM events WHERE events.sequence = commits.sequence AND events.kind = 'execution_began'
-        ) WHERE reason IS NOT NULL) GROUP BY reason ORDER BY min(place)
-    )
+        ) AS found WHERE reason IS NOT NULL) AS placed GROUP BY reason ORDER BY min(place)
+    ) AS listed
 """
 _COMMITS: Final = f"""
     SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
@@ -31,10 +31,10 @@ _COMMITS: Final = f"""
             SELECT versions.version || ' ' || variables.name AS made
             FROM versions JOIN variables ON variables.variable_key = versions.variable_key
             WHERE versions.sequence = commits.sequence ORDER BY versions.variable_key, versions.version
-        )) AS versions,
+        ) AS listed) AS versions,
         (SELECT json_group_array(kind) FROM (
             SELECT kind FROM events WHERE events.sequence = commits.sequence ORDER BY ordinal
-        )) AS events,
+        ) AS listed) AS events,
         EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned,
         ({_REASONS}) AS reasons
     FROM commits JOIN sessions ON sessions.session_key = commits.session_key
