@@ -17,7 +17,7 @@ from math import inf
 from typing import Any, Final
 
 from dspex_persist import clock
-from dspex_persist.addresses import database_url, shown
+from dspex_persist.addresses import canonical, database_url
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch, is_server, opened
 from dspex_persist.cognitive.deriving import Derived
 from dspex_persist.infra.garbage import uncollected
@@ -153,7 +153,7 @@ def _is_at(backend: Backend, kind: str, address: str) -> bool:
     if kind == BRIDGED:
         return target_of(backend.url) == target_of(address)
     if database_url(address) is not None:
-        return backend.url == shown(address)
+        return canonical(backend.url) == canonical(address)
     return os.path.realpath(backend.url) == os.path.realpath(address)
 
 

@@ -54,7 +54,8 @@ def place_of(url: Address, forms: str = FORMS) -> Path | DatabaseUrl | str:
     if url in IN_MEMORY:
         hint = "only the process that has a state in memory can query it: provider.audit()"
     else:
-        hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
+        respelled = _respelled(scheme, rest)
+        hint = did_you_mean(meant, spell=str) or did_you_mean(respelled and addresses.shown(respelled))
     raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(addresses.shown(url))} is not {forms}", hint))))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.addresses import DatabaseUrl, database_url, shown
+from dspex_persist.addresses import DatabaseUrl, canonical, database_url, shown
 from dspex_persist.extras import how_to_install
 from dspex_persist.settings import SettingsError, load_settings
 from dspex_persist.state.errors import InvalidArgumentError
@@ -41,6 +41,16 @@ def test_a_url_of_a_database(url: str) -> None:
         ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
         ("redis+unix:///a:b?db=1", "redis+unix:///a:b?db=1"),
         ("/a/path", "/a/path"),
+        ("postgresql://host/db?pass%77ord=secret", "postgresql://host/db?pass%77ord=***"),
+        ("postgresql://host/db?pasword=secret&sslmode=require", "postgresql://host/db?pasword=***&sslmode=require"),
+        ("postgresql://host/db?options=-c%20a.b=secret&secret", "postgresql://host/db?options=***&***"),
+        ("postgresql://me@corp:secret@host/db", "postgresql://me@corp:***@host/db"),
+        ("postgresql://m/e:secret@host/db", "postgresql://m/e:***@host/db"),
+        ("postgresql://me%3Asecret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:12?secret=4@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://host:5432/db?application_name=a@b", "postgresql://host:5432/db?application_name=a@b"),
+        ("redis://secret@h", "redis://***@h"),
+        ("valkeys://:secret@h/1?prefix=a&password=secret", "valkeys://:***@h/1?prefix=a&password=***"),
     ],
 )
 def test_passwords_are_not_shown(url: str, safe: str) -> None:
@@ -64,6 +74,9 @@ def test_other_schemes_are_refused_as_an_address() -> None:
     assert "secret" not in str(refused.value)
     with pytest.raises(InvalidArgumentError, match="did you mean 'postgresql://host/db'"):
         connect("postgressql://host/db")
+    with pytest.raises(InvalidArgumentError, match=r"did you mean 'postgresql://me:\*\*\*@host/db'") as refused:
+        connect("postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in str(refused.value)
 
 
 def test_a_file_may_be_named_by_a_url() -> None:
@@ -100,3 +113,33 @@ def test_a_malformed_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"me:\*\*\*@host") as refused:
         connect(url)
     assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["redis://h", "redis://H:6379/0", "valkey://me:secret@h/?prefix=dspex", "redis://h/00"],
+        ["redis+unix:///run/s", "valkey+unix:///run/s?db=0"],
+        ["postgresql://host/db", "postgres://me:secret@HOST:5432/db?schema=public&sslmode=require"],
+        ["postgresql://me@host", "postgresql://host/me", "postgresql://host?user=me", "postgresql://host?dbname=me"],
+        ["postgresql:///db?host=/run", "postgresql://%2Frun:5432/db", "postgresql:///db?host=/run&port=5432"],
+        ["postgresql://one,two:5433/db", "postgresql://two:5433,one:5432/db"],
+    ],
+)
+def test_addresses_of_one_place(urls: list[str]) -> None:
+    (place,) = set(map(canonical, urls))
+    assert "secret" not in place
+
+
+def test_addresses_of_several_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGHOST", "PGPORT", "PGDATABASE"):
+        monkeypatch.delenv(name, raising=False)
+    urls = [
+        *("redis://h", "redis://h/1", "redis://h:6380", "redis://h?prefix=a", "redis://i", "redis+unix:///h"),
+        *("redis://h/x", "postgresql://h/a", "postgresql://h/A", "postgresql://h:1/a", "postgresql://h/a?schema=b"),
+        *("postgresql:///a", "postgresql:///a?service=b", "postgresql://h,i/a"),
+    ]
+    assert len(set(map(canonical, urls))) == len(urls)
+    monkeypatch.setenv("PGHOST", "h")
+    monkeypatch.setenv("PGDATABASE", "a")
+    assert canonical("postgresql://") == canonical("postgresql://h/a")

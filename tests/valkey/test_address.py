@@ -39,6 +39,8 @@ def test_its_parameters() -> None:
         "redis+unix://ada:s3cret@h/socket",
         "http://ada:s3cret@h",
         "redis://ada:s3@cret@h:x",
+        "redis://ada:12/s3cret@h",
+        "redis://ada:12?s3cret=1@h",
     ],
 )
 def test_what_is_none_is_refused_without_its_password(url: str) -> None:

@@ -63,13 +63,14 @@ class Address:
     def _of(cls, url: str, name: str) -> "Address":
         parts = urlsplit(url)
         kind = _KIND_OF.get(parts.scheme)
+        if kind is None or parts.fragment or "@" in parts.path + parts.query:
+            # What follows may quote a part of a password.
+            raise ValueError
         given = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
         known = (*_OURS, *(("db",) if kind == _SOCKET else ()), *(_OF_TLS if kind == _TLS else ()))
         for parameter in given:
             if parameter not in known:
                 raise _invalid(name, f"it has a parameter {quote(parameter)}; there are {', '.join(known)}")
-        if kind is None or parts.fragment:
-            raise _invalid(name, f"it is not {FORM}")
         options = _place(name, kind, parts, given)
         if parts.username:
             options["username"] = unquote(parts.username)

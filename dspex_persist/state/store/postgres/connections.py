@@ -210,8 +210,9 @@ def _read(url: str) -> tuple[dict[str, str], str]:
         known = conninfo_to_dict("?".join([head, "&".join(rest)]) if rest else head)
         parameters_of = {name: str(value) for name, value in known.items() if value is not None}
     except psycopg.Error as error:
-        # Of the rest of it, the message might quote a password.
-        reason = str(error).strip() if "query parameter" in str(error) else "something in it is not written as in a URL"
+        # The message quotes what is wrong, which may be of a password.
+        is_name = str(error).startswith("invalid URI query parameter") and "@" not in query
+        reason = str(error).strip() if is_name else "something in it is not written as in a URL"
         raise InvalidArgumentError("url", f"{shown(url)}: {reason}") from None
     if "," in parameters_of.get("host", ""):
         # Of several, the one that takes writes.
