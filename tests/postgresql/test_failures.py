@@ -1,5 +1,6 @@
 """What becomes of calls while the database fails, is away, or is not the one that this server knows."""
 
+import errno
 import os
 import tempfile
 import threading
@@ -11,6 +12,7 @@ import psycopg
 import pytest
 
 from dspex_persist import Context
+from dspex_persist.state.anchor import Anchor, Head
 from dspex_persist.state.distributed import DistributedState, PostgresState
 from dspex_persist.state.errors import (
     FileChangedError,
@@ -21,6 +23,7 @@ from dspex_persist.state.errors import (
     StorageError,
     UnavailableError,
 )
+from dspex_persist.state.log_store import FencedError, WouldWaitError
 from dspex_persist.state.model import Value
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.store.postgres.connections import Database
@@ -241,6 +244,37 @@ def test_an_older_copy_is_refused(postgres: Databases, filled: str, tmp_path: Pa
         PostgresState(older, anchor_dir=anchors).close()
     finally:
         postgres.drop(older)
+
+
+def test_commits_stand_while_an_anchor_cannot_be_written(
+    filled: str, beside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_: Anchor, head: Head) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with PostgresState(filled, anchor_dir=tmp_path) as state, PostgresState(filled) as other:
+        monkeypatch.setattr(Anchor, "write", write)
+        assert state.set_variable("s", "x", 2) == 1
+        assert other.set_variable("s", "x", 3) == 2
+        assert value(state) == Value("3")
+
+
+def test_a_transaction_is_rolled_back_once(state: PostgresState, filled: str, beside: Any) -> None:
+    notices: list[str | None] = []
+    state._store._writing.connect().add_notice_handler(lambda notice: notices.append(notice.message_primary))
+    with (
+        PostgresState(filled) as other,
+        other._store.group(),
+        pytest.raises(WouldWaitError),
+        state._store.group(wait=False),
+    ):
+        pass
+    beside.execute("UPDATE servers SET epoch = epoch + 1")
+    with pytest.raises(FencedError), state._store.group():
+        pass
+    assert state.set_variable("s", "x", 2) == 1
+    # "there is no transaction in progress"
+    assert notices == []
 
 
 def test_another_database_at_the_same_address_is_refused(filled: str, beside: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, UnavailableError, UnsupportedError
 from dspex_persist.state.recording import write_recording
+from dspex_persist.state.valkey.databases import verify
 from dspex_persist.wiring.connecting import connect, open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
 from tests.deadline import within
 from tests.end_to_end.old_style import environment, serve, target_of
 from tests.engines import Valkey
-from tests.valkey.conftest import address
+from tests.valkey.conftest import Open, address
 
 Run = Callable[..., tuple[int, str]]
 
@@ -51,6 +53,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return int(ended.value.code or 0), stdout + stderr
 
     return run
+
+
+def test_a_key_of_another_program(open_server: Open, client: redis.Redis, valkey: str, valkey_prefix: str) -> None:
+    url, head = address(valkey, valkey_prefix), f"{{{valkey_prefix}}}:head"
+    ended: list[BaseException] = []
+    server = open_server(on_fatal=ended.append)
+    server.initialize_session("s")
+    client.delete(head)
+    client.set(head, "a text")
+    for use in (lambda: server.get_session("s"), server._store.news, lambda: connect(url), lambda: verify(url)):
+        with pytest.raises(NotADatabaseError, match=f"its key {re.escape(head)} is of the type string, not hash"):
+            use()
+    # Nothing was done to it.
+    assert client.get(head) == b"a text"
+    client.delete(head)
+    client.hset(head, "format", "theirs")
+    with pytest.raises(NotADatabaseError, match="is not one that dspex-persist has written"):
+        connect(url)
 
 
 def test_connect(secret: str) -> None:

@@ -1,13 +1,18 @@
 """A store that was put back to an older copy, or lost commits, is noticed."""
 
+import errno
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
+from dspex_persist.addresses import canonical
+from dspex_persist.state.anchor import SIZE, Anchor, Head, parse
 from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, StateError
 from dspex_persist.state.model import Value
+from dspex_persist.state.shared.server_anchor import ServerAnchor
 from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.engines import wait_until
 from tests.valkey.conftest import Open
@@ -147,6 +152,43 @@ def test_an_anchor_has_what_others_have_committed(
     put_back(client, valkey_prefix, older)
     with pytest.raises(LostCommitsError, match="commits 3 to 6 are gone"):
         open_server(anchor_dir=anchors)
+
+
+def test_commits_stand_while_an_anchor_cannot_be_written(
+    open_server: Open, anchors: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(_: Anchor, head: Head) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_server(anchor_dir=anchors) as server, open_server() as other:
+        with monkeypatch.context() as broken:
+            broken.setattr(Anchor, "write", write)
+            server.initialize_session("s")
+            server.register_variable("s", "x", "integer", 0)
+            other.set_variable("s", "x", 1)
+            assert server.get_variable("s", "x").value == Value("1")
+        (anchor,) = anchors.iterdir()
+        assert parse(anchor.read_bytes()[:SIZE]) is None
+        server.set_variable("s", "x", 2)
+        known = parse(anchor.read_bytes()[:SIZE])
+        assert known is not None
+        assert known.sequence == 4
+    told = [record.getMessage() for record in caplog.records if "the anchor is" in record.getMessage()]
+    assert len(told) == 2
+    assert "not written" in told[0]
+    assert "Input/output error" in told[0]
+
+
+def test_an_address_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    head, other = Head(3, bytes(32)), uuid.uuid4().hex
+    first = ServerAnchor(
+        tmp_path, "one", "redis://h", address=canonical("redis://h"), last=3, has_commit=lambda _: True
+    )
+    first.write(head)
+    first.close()
+    url = "valkey://me:secret@H:6379/0"
+    with pytest.raises(LostCommitsError, match="it is another database than before"):
+        ServerAnchor(tmp_path, other, url, address=canonical(url), last=0, has_commit=lambda _: True)
 
 
 def test_a_running_server_with_an_anchor_ends(

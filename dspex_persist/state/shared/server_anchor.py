@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.anchor import SIZE, Anchor, Head, parse
 from dspex_persist.state.errors import NotADatabaseError
 from dspex_persist.state.shared import lost
@@ -15,6 +16,7 @@ from dspex_persist.state.side_files import open_side_file, reported
 _SUFFIX: Final = ".anchor"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ADDRESS_SIZE: Final = sha256().digest_size
+_logger: Final = get_logger(__name__)
 
 
 class ServerAnchor:
@@ -28,6 +30,7 @@ class ServerAnchor:
         directory: Where the file is, or will be; it is created if missing, for its owner alone.
         database_id: The id of the database.
         name: The address of the database, as errors name it.
+        address: The same for all addresses of its place; see `addresses.canonical`.
         last: The number of its last commit.
         has_commit: Whether it has a commit with this number and hash.
 
@@ -37,7 +40,14 @@ class ServerAnchor:
     """
 
     def __init__(
-        self, directory: Path, database_id: str, name: str, *, last: int, has_commit: Callable[[Head], bool]
+        self,
+        directory: Path,
+        database_id: str,
+        name: str,
+        *,
+        address: str,
+        last: int,
+        has_commit: Callable[[Head], bool],
     ) -> None:
         if not _ID.fullmatch(database_id):
             raise NotADatabaseError(name, "its id is not one that dspex-persist gives")
@@ -46,11 +56,12 @@ class ServerAnchor:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise NotADatabaseError(name, f"its anchor {self.path}: {error.strerror or error}") from error
-        address = sha256(name.encode("utf-8", "surrogatepass")).digest()
+        digest = sha256(address.encode("utf-8", "surrogatepass")).digest()
         with reported(directory):
-            _refuse_other(directory, self.path, address, name)
+            _refuse_other(directory, self.path, digest, name)
         self._file = open_side_file(directory / database_id, _SUFFIX)
         self._anchor = Anchor(self._file)
+        self._is_behind = False
         try:
             known = self._anchor.read()
             if known is not None and known.sequence:
@@ -59,7 +70,7 @@ class ServerAnchor:
                 if not has_commit(known):
                     raise lost.other_commit(name, known.sequence)
             with reported(directory / database_id, _SUFFIX):
-                self._add(address)
+                self._add(digest)
         except BaseException:
             self.close()
             raise
@@ -71,8 +82,24 @@ class ServerAnchor:
             os.pwrite(self._file, address, SIZE + len(known) // _ADDRESS_SIZE * _ADDRESS_SIZE)
 
     def write(self, head: Head) -> None:
-        """Remember a commit that is in the database."""
-        self._anchor.write(head)
+        """Remember a commit that is in the database.
+
+        That it is there is true whatever becomes of this file, which then is behind: it only finds fewer losses.
+        """
+        try:
+            self._anchor.write(head)
+        except OSError as error:
+            if not self._is_behind:
+                _logger.error(
+                    "the anchor is not written: the next start may not find a lost commit",
+                    path=str(self.path),
+                    reason=error.strerror or str(error),
+                )
+            self._is_behind = True
+        else:
+            if self._is_behind:
+                _logger.warning("the anchor is written again", path=str(self.path))
+            self._is_behind = False
 
     def close(self) -> None:
         """Close the file."""

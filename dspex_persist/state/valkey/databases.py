@@ -11,6 +11,7 @@ from dspex_persist.state.valkey.connection import Connection, converted
 from dspex_persist.state.valkey.keys import Keys
 from dspex_persist.state.valkey.reads import Reads
 from dspex_persist.state.valkey.recordings import Recordings
+from dspex_persist.state.valkey.types import refuse_others
 from dspex_persist.state.valkey.verify import Problem, Verification
 
 
@@ -21,12 +22,13 @@ def open_reads(url: str) -> Iterator[tuple[Reads, Keys]]:
     Raises:
         InvalidArgumentError: The address is invalid.
         UnavailableError: The store cannot be reached.
-        NotADatabaseError: It has no log with this prefix.
+        NotADatabaseError: It has no log with this prefix, or something else.
     """
     address = Address.of(url)
     keys, connection = Keys(address.prefix), Connection(address.client(), retries=1)
     try:
         with converted():
+            refuse_others(connection.client, keys, address.name)
             if not connection.client.exists(keys.head):
                 raise NotADatabaseError(address.name, f"it has no sessions under the prefix {address.prefix}")
         yield Reads(connection, keys), keys

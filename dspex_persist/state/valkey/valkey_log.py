@@ -41,6 +41,7 @@ from dspex_persist.state.valkey.leases import Leases
 from dspex_persist.state.valkey.notices import Notices
 from dspex_persist.state.valkey.reads import Reads
 from dspex_persist.state.valkey.staging import BUSY, OVER, POLL_S, TURN_S, Import
+from dspex_persist.state.valkey.types import naming, refuse_others
 
 _logger: Final = get_logger(__name__)
 
@@ -66,6 +67,7 @@ class ValkeyLog(SharedLog):
     Args:
         connect: Makes a client of the store; called several times.
         name: How errors name the store; without a password.
+        address: The same for all addresses of its place; see `addresses.canonical`.
         prefix: What the keys begin with; see `Keys`.
         anchor_dir: Where this server remembers the last commit that it knows; None: only in memory.
         lease_s: See `SharedLog.lease_s`.
@@ -88,12 +90,14 @@ class ValkeyLog(SharedLog):
         connect: Callable[[], redis.Redis],
         *,
         name: str = "the store",
+        address: str = "",
         prefix: str = PREFIX,
         anchor_dir: Path | None = None,
         lease_s: float = 15.0,
         check: Callable[[Any], bool] = lambda _: False,
     ) -> None:
         self.name = name
+        self._address = address or name
         self.keys = Keys(prefix)
         # What reads may be sent again; what writes never is. Notices have a connection of their own.
         self._connect = connect
@@ -123,17 +127,21 @@ class ValkeyLog(SharedLog):
 
     def _begin_log(self, anchor_dir: Path | None) -> None:
         self._waits_for_disk = self._check(self._client)
+        refuse_others(self._client, self.keys, self.name)
         self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
         self._client.hsetnx(self.keys.head, "format", FORMAT)
-        found = int(self._client.hget(self.keys.head, "format"))
-        if found > FORMAT:
-            raise NewerSchemaError(self.name, str(found), str(FORMAT))
+        found = codec.text_in(self._client.hget(self.keys.head, "format"))
+        if not found.isdecimal():
+            raise NotADatabaseError(self.name, f"its key {self.keys.head} is not one that dspex-persist has written")
+        if int(found) > FORMAT:
+            raise NewerSchemaError(self.name, found, str(FORMAT))
         head = self._read_head()
         if anchor_dir is not None:
             self._anchor = ServerAnchor(
                 anchor_dir,
                 head.database_id.decode("ascii", "replace"),
                 self.name,
+                address=self._address,
                 last=head.sequence,
                 has_commit=lambda known: has_commit(self._client, self.keys, known),
             )
@@ -166,12 +174,14 @@ class ValkeyLog(SharedLog):
     @reported
     def head(self) -> int:
         """See `SharedLog`."""
-        return int(self._client.hget(self.keys.head, "sequence") or 0)
+        with naming(self._client, self.keys, self.name):
+            return int(self._client.hget(self.keys.head, "sequence") or 0)
 
     @reported
     def news(self) -> News | None:
         """See `SharedLog`."""
-        return self._learn(self._read_head())
+        with naming(self._client, self.keys, self.name):
+            return self._learn(self._read_head())
 
     def _learn(self, head: Head) -> News | None:
         news = news_between(self._client, self.keys, self.name, self._head, head)

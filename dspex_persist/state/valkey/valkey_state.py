@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, get_args
 
+from dspex_persist.addresses import canonical
 from dspex_persist.spelling import quote
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Durable, Recordable
@@ -79,6 +80,7 @@ class ValkeyState(HoldingState, Durable, Recordable):
         self._store = ValkeyLog(
             address.client,
             name=address.name,
+            address=canonical(url),
             prefix=address.prefix,
             anchor_dir=None if anchor_dir is None else Path(anchor_dir),
             lease_s=lease_s,

@@ -12,6 +12,7 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import Connection, text
 
+from dspex_persist.addresses import canonical
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import StateError, UnavailableError
@@ -104,6 +105,7 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
     ) -> None:
         server_id = uuid.uuid4().hex
         self._database = Database(url, durability=durability, server_id=server_id)
+        self._address = canonical(url)
         self._known = KnownHead(self._database.name, server_id)
         self._lease = Lease(self._database, server_id, lease_s)
         self._notices = Notices(self._database, server_id)
@@ -133,6 +135,7 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
                 anchor_dir,
                 row.database_id,
                 self._database.name,
+                address=self._address,
                 last=row.sequence,
                 has_commit=lambda head: has_commit(connection, head),
             )

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Final, NoReturn
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection as Checked
 from sqlalchemy.exc import DBAPIError
 
@@ -195,10 +196,9 @@ class Writing:
         cursor.nextset()
         row = HeadRow(*cursor.fetchone() or ())
         if not has_lock:
-            self.driver.execute("ROLLBACK")
             raise WouldWaitError
         if row.epoch != self._lease.epoch:
-            self.driver.execute("ROLLBACK")
+            self._end_transaction()
             self._lease.register(self.driver)
             raise FencedError
         return self._known.learn(self.driver, row)
@@ -214,11 +214,15 @@ class Writing:
     def _roll_back(self) -> None:
         try:
             if self._checked is not None:
-                self.driver.execute("ROLLBACK")
+                self._end_transaction()
                 if self._checked.in_transaction():
                     self._checked.rollback()
         except Exception:  # noqa: BLE001 - whatever it is, another connection is the answer
             self.drop()
+
+    def _end_transaction(self) -> None:
+        if self.driver.info.transaction_status != TransactionStatus.IDLE:
+            self.driver.execute("ROLLBACK")
 
     def _end_failed(self, error: Exception, is_sent: bool) -> None:
         """Raise the error for a group that was not stored. Return if it was, although its COMMIT failed."""
