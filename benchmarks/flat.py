@@ -38,10 +38,14 @@ def measure(plan: Plan, urls: Mapping[str, Sequence[str]]) -> list[Row]:
         urls: Two empty databases of each store.
     """
     print("distributed: filling the databases", file=sys.stderr, flush=True)
-    # Not forked: a fork after gRPC has started is not safe.
-    with ProcessPoolExecutor(len(urls), mp_context=get_context("spawn")) as pool:
-        for filled in [pool.submit(fill, plan, *own) for own in urls.values()]:
-            filled.result()
+    if plan.together:
+        for own in urls.values():
+            fill(plan, *own)
+    else:
+        # Not forked: a fork after gRPC has started is not safe.
+        with ProcessPoolExecutor(len(urls), mp_context=get_context("spawn")) as pool:
+            for filled in [pool.submit(fill, plan, *own) for own in urls.values()]:
+                filled.result()
     return [row for store, own in urls.items() for row in _Measurement(plan, store, *own).rows()]
 
 

@@ -52,8 +52,9 @@ class Plan:
     """The sizes of a run. A round measures everything in a section once, in turn; results are medians over rounds."""
 
     rounds: int = 5
-    # What a section leaves behind (threads, caches, a large heap) must not slow the next one.
-    jobs_a_process: int | None = 1
+    # All in one process, whose servers are forks. Else each section has a process of its own: what one leaves behind
+    # (threads, caches, a large heap) must not slow the next; and each server is started as users do it.
+    together: bool = False
     syncs: int = 50
     slice_s: float = 0.2
     ping_slice_s: float = 0.1
@@ -90,6 +91,7 @@ class Plan:
     counted_commits: int = 1_280
     session_counts: tuple[int, ...] = (10, 1_000, 100_000)
     start_rounds: int = 3
+    started_workers: int = 8
     come_and_go: tuple[int, int] = (10_000, 100_000)
     audit_versions: tuple[int, int] = (100_000, 1_000_000)
     audit_rounds: int = 5
@@ -112,10 +114,11 @@ class Plan:
 FULL = Plan()
 QUICK = Plan(
     rounds=1,
-    jobs_a_process=None,
+    together=True,
     syncs=5,
-    slice_s=0.05,
-    ping_slice_s=0.03,
+    # Each caller calls once at least.
+    slice_s=0.004,
+    ping_slice_s=0.002,
     warm_s=0,
     in_flight=(1, 64),
     streams=(1, 4),
@@ -125,17 +128,17 @@ QUICK = Plan(
     # Longer than the slice takes on any machine: none ends, however long its caller had to wait for a core.
     slow_s=600,
     slow_rounds=1,
-    slow_slice_s=0.2,
+    slow_slice_s=0.05,
     idle_sessions=20,
     idle_connections=20,
-    idle_slice_s=0.05,
+    idle_slice_s=0.004,
     watchers=12,
     watched_writes=3,
     version_counts=(10, 1_000),
     version_turns=3,
     store_in_flight=(1, 16),
     store_rounds=1,
-    store_slice_s=0.05,
+    store_slice_s=0.004,
     stored_counts=(10, 100),
     callbacks=20,
     called_writes=3,
@@ -146,6 +149,7 @@ QUICK = Plan(
     counted_commits=128,
     session_counts=(10, 1_000),
     start_rounds=1,
+    started_workers=2,
     come_and_go=(50, 500),
     audit_versions=(1_000, 7_000),
     audit_rounds=1,

@@ -60,7 +60,10 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
             "pool.call.1", "one call after the other, in a worker", "ms", costs[1], ratios, ratio_to="pool.call.0"
         )
     )
-    rows.append(Row.of_rounds("pool.start.8", "start of a server with 8 workers", "s", _starts(plan, folder)))
+    count = plan.started_workers
+    rows.append(
+        Row.of_rounds(f"pool.start.{count}", f"start of a server with {count} workers", "s", _starts(plan, folder))
+    )
     rows.append(Row.of_rounds("pool.refill", "a killed worker's place is filled", "s", refills))
     return rows
 
@@ -119,7 +122,7 @@ def _starts(plan: Plan, folder: Path) -> list[float]:
     times = []
     for _ in range(plan.start_rounds):
         began = time.perf_counter()
-        with start_server(folder / "pool8.db", *_SERVED, "8") as server:
+        with start_server(folder / "pool.db", *_SERVED, str(plan.started_workers)) as server:
             times.append(time.perf_counter() - began)
             server.terminate(30)
     return times

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,6 +28,7 @@ from benchmarks.load import percentile_ms
 from benchmarks.plan import FULL, QUICK, SECTIONS, Plan, SectionName
 from benchmarks.table import Row, as_json, format_markdown, format_table, format_verdicts, rewrite_docs
 from dspex_persist import clock
+from dspex_persist.infra import process
 
 _DESCRIPTION = """
 Measures dspex-persist on this machine. Prints one table: what was measured, its ratio to a reference (measured in
@@ -104,18 +105,29 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
     return [job for name, own in jobs.items() if name in names for job in own]
 
 
-def run_jobs(jobs: Sequence[_Job], at_once: int, *, a_process: int | None = None) -> list[Row]:
+def run_jobs(
+    jobs: Sequence[_Job], at_once: int, *, a_process: int | None = None, prepare: Callable[[], None] | None = None
+) -> list[Row]:
     """Run jobs in separate processes, and return their rows. The first jobs always get fresh processes.
 
     Args:
         jobs: The jobs.
         at_once: How many run concurrently.
         a_process: How many jobs a process runs; None is any number.
+        prepare: What each process calls first.
     """
     # Not forked: a fork after gRPC has started is not safe.
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=a_process) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(at_once, context, prepare, max_tasks_per_child=a_process) as pool:
         futures = [pool.submit(job.run) for job in jobs]
         return [row for future in futures for row in future.result()]
+
+
+def _fork_servers() -> None:
+    # For a full run there is no need of the tests.
+    from tests.prepared import Started
+
+    process.Popen = Started  # type: ignore[attr-defined]
 
 
 def measure(plan: Plan, directory: Path, names: Sequence[SectionName]) -> list[Row]:
@@ -123,8 +135,11 @@ def measure(plan: Plan, directory: Path, names: Sequence[SectionName]) -> list[R
     with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as place:
         folder = Path(place)
         print("making the files, measuring sizes", file=sys.stderr, flush=True)
-        rows = run_jobs(untimed_jobs(plan, folder, names), os.cpu_count() or 1)
-        rows += run_jobs(timed_jobs(plan, folder, names), 1, a_process=plan.jobs_a_process)
+        untimed, timed = untimed_jobs(plan, folder, names), timed_jobs(plan, folder, names)
+        if plan.together:
+            rows = run_jobs([*untimed, *timed], 1, prepare=_fork_servers)
+        else:
+            rows = run_jobs(untimed, os.cpu_count() or 1) + run_jobs(timed, 1, a_process=1)
     order: list[str] = list(SECTIONS)
     return sorted(rows, key=lambda row: order.index(row.section))
 
@@ -181,7 +196,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=_EXAMPLES.format(sections=sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute; its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of half a minute; its numbers mean nothing")
     parser.add_argument(
         "--only", action="append", choices=SECTIONS, metavar="SECTION", help="only this section (may be repeated)"
     )
