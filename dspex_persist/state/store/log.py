@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.dialects import sqlite
@@ -38,7 +38,7 @@ from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import blobs, outcomes, pruned
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
-from dspex_persist.state.store.engine import driver_of
+from dspex_persist.state.store.engine import Driver, driver_of
 from dspex_persist.state.store.lm_rows import rows_of
 from dspex_persist.state.store.schema import (
     commits,
@@ -78,6 +78,7 @@ _INSERT_SESSION = _compiled_insert(sessions)
 _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
 _INSERT_LM_CALLS = _compiled_insert(lm_calls)
+_INSERT_DEPENDENCY = _compiled_insert(dependencies, "session_key", "from_id", "to_id", "type", "since_sequence")
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
 _DELETE_TOOLS = "DELETE FROM tools WHERE session_key = ? AND worker_id = ?"
 _REPLACE_TOOL = (
@@ -95,6 +96,9 @@ _REPLACE_RULE = (
 """
 )
 _REMOVE_RULE = "DELETE FROM rules WHERE session_key = ? AND name = ?"
+_SET_METADATA = "UPDATE variables SET metadata = ? WHERE variable_key = ?"
+_SET_LOCK = "UPDATE variables SET optimization = ? WHERE variable_key = ?"
+_UPDATE_SESSION = "UPDATE sessions SET ttl_s = ?, metadata = ?, expires_at = ? WHERE session_key = ?"
 _KEEP_CONSTRAINTS = """
     INSERT INTO variable_constraints (variable_key, since_sequence, constraints)
     SELECT variable_key, 0, constraints FROM variables WHERE variable_key = ? ON CONFLICT DO NOTHING
@@ -115,15 +119,34 @@ _END_DEPENDENCY = """
     UPDATE dependencies SET until_sequence = ?
     WHERE session_key = ? AND from_id = ? AND to_id = ? AND type = ? AND until_sequence IS NULL
 """
+_END_DEPENDENCIES = """
+    UPDATE dependencies SET until_sequence = ?
+    WHERE session_key = ? AND until_sequence IS NULL AND (from_id = ? OR to_id = ?)
+"""
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
 
 
-class LogWriter:
-    """Writes one group in the connection's transaction. For a single use."""
+class Staging(Driver, Protocol):
+    """Keeps statements, to run them later in their order."""
 
-    def __init__(self, connection: Connection, head: Head, keys: "Keys") -> None:
+    def send(self) -> None:
+        """Run what was kept."""
+
+
+class LogWriter:
+    """Writes one group in the connection's transaction. For a single use.
+
+    Args:
+        connection: The connection.
+        head: The last commit before the group.
+        keys: The free keys.
+        staging: Where statements go that return nothing; None to run them on the connection.
+    """
+
+    def __init__(self, connection: Connection, head: Head, keys: "Keys", staging: Staging | None = None) -> None:
         self._connection = connection
-        self._driver = driver_of(connection)
+        self._staging = staging
+        self._driver: Driver = staging or driver_of(connection)
         self._keys = keys
         self._hash = head.hash
         self._sequence = head.sequence
@@ -133,7 +156,9 @@ class LogWriter:
         self._versions: list[tuple[Any, ...]] = []
         self._short_versions: list[tuple[Any, ...]] = []
         self._events: list[tuple[Any, ...]] = []
+        self._started: list[tuple[Any, ...]] = []
         self._registered: list[tuple[Any, ...]] = []
+        self._outcomes: list[tuple[Any, ...]] = []
         self._merged: dict[int, str] = {}
         self._last_metadata: tuple[Mapping[str, str], str] = {}, "{}"
         self._begun: list[tuple[Any, ...]] = []
@@ -166,7 +191,7 @@ class LogWriter:
         self._sequence = unit.sequence
         self._commits.append((unit.sequence, state.key, actor, cause, created_at, self._hash))
         if unit.outcome is not None:
-            outcomes.keep(self._connection, unit.outcome, unit.now)
+            self._outcomes.append(outcomes.row_of(unit.outcome, created_at))
 
     @property
     def head(self) -> Head:
@@ -175,30 +200,29 @@ class LogWriter:
 
     def flush(self) -> None:
         """Write the rows of the added units."""
-        write = self._driver.executemany
-        self._write_registered()
-        if self._commits:
-            write(_INSERT_COMMITS, self._commits)
-        if self._short_versions:
-            write(_INSERT_SHORT_VERSIONS, self._short_versions)
-        if self._versions:
-            write(_INSERT_VERSIONS, self._versions)
-        if self._events:
-            write(_INSERT_EVENTS, self._events)
-        if self._begun:
-            write(_INSERT_EXECUTION, self._begun)
-        if self._ended:
-            write(_END_EXECUTION, self._ended)
-        if self._lm_calls:
-            write(_INSERT_LM_CALLS, self._lm_calls)
-        if self._merged:
-            write(
-                "UPDATE variables SET metadata = ? WHERE variable_key = ?",
-                [(text, key) for key, text in self._merged.items()],
-            )
+        self._write_new()
+        for statement, rows in (
+            (_INSERT_COMMITS, self._commits),
+            (_INSERT_SHORT_VERSIONS, self._short_versions),
+            (_INSERT_VERSIONS, self._versions),
+            (_INSERT_EVENTS, self._events),
+            (_INSERT_EXECUTION, self._begun),
+            (_END_EXECUTION, self._ended),
+            (_INSERT_LM_CALLS, self._lm_calls),
+            (_SET_METADATA, [(text, key) for key, text in self._merged.items()]),
+            (outcomes.INSERT, self._outcomes),
+        ):
+            if rows:
+                self._driver.executemany(statement, rows)
         if self._freed:
             # After the new versions, because one of them may have the same content.
-            pruned.delete_unused(self._connection, self._freed)
+            pruned.delete_unused(self._after_all(), self._freed)
+
+    def _after_all(self) -> Connection:
+        """Return the connection once it has run all that was written so far."""
+        if self._staging is not None:
+            self._staging.send()
+        return self._connection
 
     def _add_version(self, state: SessionState, change: Change) -> str:
         version, value = change.version, change.version.value
@@ -242,19 +266,15 @@ class LogWriter:
         new = {event.variable_id for event in unit.events if isinstance(event, VariableRegistered)}
         keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
         if keys:
-            self._write_registered()
+            self._write_new()
             self._driver.executemany(_FREE_NAME, keys)
 
     def _delete(self, state: SessionState, version: VariableVersion) -> None:
-        self._write_registered()
+        self._write_new()
         self._driver.execute(_DELETE_VARIABLE, (version.sequence, state.keys[version.variable_id]))
         if state.dependencies:
-            self._connection.execute(
-                update(dependencies)
-                .where(dependencies.c.session_key == state.key, dependencies.c.until_sequence.is_(None))
-                .where((dependencies.c.from_id == version.variable_id) | (dependencies.c.to_id == version.variable_id))
-                .values(until_sequence=version.sequence)
-            )
+            ends = (version.sequence, state.key, version.variable_id, version.variable_id)
+            self._driver.execute(_END_DEPENDENCIES, ends)
 
     def _add_event(self, unit: UnitOfWork, state: SessionState, ordinal: int, event: Event) -> str:
         project = _PROJECTIONS.get(type(event))
@@ -265,8 +285,11 @@ class LogWriter:
             self._lm_calls += rows_of(unit.sequence, ordinal, text, to_micros(unit.now))
         return event_text(ordinal, event.kind.value, text)
 
-    def _write_registered(self) -> None:
-        """Write the rows of new variables, before another statement reads or changes them."""
+    def _write_new(self) -> None:
+        """Write the rows of new sessions and variables, before another statement reads or changes them."""
+        if self._started:
+            self._driver.executemany(_INSERT_SESSION, self._started)
+            self._started = []
         if self._registered:
             self._driver.executemany(_INSERT_VARIABLE, self._registered)
             self._registered = []
@@ -278,23 +301,21 @@ class LogWriter:
         lease = state.lease
         expires_at = to_micros(lease.expires_at) if lease is not None else None
         facts = (event.session_id, to_micros(unit.now), unit.sequence, None, event.ttl_s, expires_at)
-        self._driver.execute(_INSERT_SESSION, (state.key, *facts, metadata_text(event.metadata)))
+        self._started.append((state.key, *facts, metadata_text(event.metadata)))
         return replace(event, session_key=state.key)
 
     def _update_session(self, unit: UnitOfWork, state: SessionState, event: SessionUpdated) -> None:
         lease = state.lease
-        self._connection.execute(
-            update(sessions)
-            .where(sessions.c.session_key == state.key)
-            .values(
-                ttl_s=event.ttl_s,
-                metadata=metadata_text(event.metadata),
-                expires_at=to_micros(lease.expires_at) if lease is not None else None,
-            )
-        )
+        expires_at = to_micros(lease.expires_at) if lease is not None else None
+        self._write_new()
+        self._driver.execute(_UPDATE_SESSION, (event.ttl_s, metadata_text(event.metadata), expires_at, state.key))
 
     def _end_session(self, unit: UnitOfWork, state: SessionState, event: SessionEnded) -> None:
-        outcomes.forget_session(self._connection, event.session_id)
+        self._write_new()
+        if self._outcomes:
+            self._driver.executemany(outcomes.INSERT, self._outcomes)
+            self._outcomes = []
+        self._driver.execute(outcomes.FORGET_SESSION, (event.session_id,))
         self._driver.execute(_END_SESSION, (unit.sequence, state.key))
 
     def _register_variable(self, unit: UnitOfWork, state: SessionState, event: VariableRegistered) -> Event:
@@ -308,13 +329,14 @@ class LogWriter:
 
     def _constrain_variable(self, unit: UnitOfWork, state: SessionState, event: VariableConstrained) -> Event:
         key = state.keys[event.variable_id]
-        self._write_registered()
+        self._write_new()
         self._driver.execute(_KEEP_CONSTRAINTS, (key,))
         self._driver.execute(_ADD_CONSTRAINTS, (key, unit.sequence, event.constraints))
         self._driver.execute(_SET_CONSTRAINTS, (event.constraints, key))
         return replace(event, variable_key=key)
 
     def _add_rule(self, unit: UnitOfWork, state: SessionState, event: RuleAdded) -> None:
+        self._write_new()
         row = (state.key, event.name, event.expression, event.description, unit.sequence)
         self._driver.execute(_REPLACE_RULE, row)
 
@@ -322,14 +344,8 @@ class LogWriter:
         self._driver.execute(_REMOVE_RULE, (state.key, event.name))
 
     def _add_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyAdded) -> None:
-        row = {
-            "session_key": state.key,
-            "from_id": event.from_id,
-            "to_id": event.to_id,
-            "type": event.type,
-            "since_sequence": unit.sequence,
-        }
-        self._connection.execute(insert(dependencies), row)
+        self._write_new()
+        self._driver.execute(_INSERT_DEPENDENCY, (state.key, event.from_id, event.to_id, event.type, unit.sequence))
 
     def _remove_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyRemoved) -> None:
         edge = (state.key, event.from_id, event.to_id, event.type, unit.sequence)
@@ -358,6 +374,7 @@ class LogWriter:
             )
             for tool in event.tools
         ]
+        self._write_new()
         self._driver.executemany(_REPLACE_TOOL, rows)
 
     def _begin_execution(self, unit: UnitOfWork, state: SessionState, event: ExecutionBegan) -> None:
@@ -380,14 +397,14 @@ class LogWriter:
 
     def _prune(self, unit: UnitOfWork, state: SessionState, event: Pruned) -> Event:
         """The event names the rows to delete by this file's keys; the logged one has only their numbers."""
-        self._write_registered()
+        self._write_new()
         self._freed |= pruned.blobs_of(event.going[0])
-        return pruned.carry_out(self._connection, state.key, unit.sequence, event)
+        return pruned.carry_out(self._after_all(), state.key, unit.sequence, event)
 
     def _set_lock(self, state: SessionState, variable_id: str, text: str | None) -> None:
         key = state.keys[variable_id]
-        self._write_registered()
-        self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
+        self._write_new()
+        self._driver.execute(_SET_LOCK, (text, key))
 
 
 def _deleted_in(changes: Sequence[Change]) -> frozenset[str]:

@@ -1,15 +1,19 @@
 """The outcomes recorded under idempotency keys."""
 
 from datetime import datetime
+from typing import Final
 
-from sqlalchemy import Connection, bindparam, delete, insert, select
+from sqlalchemy import Connection, delete, select
 
 from dspex_persist.clock import to_micros
 from dspex_persist.state.store.schema import is_unicode, outcomes
 from dspex_persist.state.unit_of_work import RecordedOutcome
 
-# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
-_FORGET_SESSION = delete(outcomes).where(outcomes.c.session_id == bindparam("session_id"))
+# Run by the driver, as they are needed for each group.
+INSERT: Final = "INSERT INTO outcomes ({}) VALUES ({})".format(
+    ", ".join(column.name for column in outcomes.columns), ", ".join("?" for _ in outcomes.columns)
+)
+FORGET_SESSION: Final = "DELETE FROM outcomes WHERE session_id = ?"
 
 
 def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome | None:
@@ -23,24 +27,9 @@ def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome |
     return RecordedOutcome(row.session_id, row.idempotency_key, row.cause, row.fingerprint, row.result)
 
 
-def keep(connection: Connection, outcome: RecordedOutcome, created_at: datetime) -> None:
-    """Store an outcome."""
-    connection.execute(
-        insert(outcomes),
-        {
-            "session_id": outcome.session_id,
-            "idempotency_key": outcome.key,
-            "cause": outcome.cause,
-            "fingerprint": outcome.fingerprint,
-            "result": outcome.result,
-            "created_at": to_micros(created_at),
-        },
-    )
-
-
-def forget_session(connection: Connection, session_id: str) -> None:
-    """Delete the outcomes of a session that has ended."""
-    connection.execute(_FORGET_SESSION, {"session_id": session_id})
+def row_of(outcome: RecordedOutcome, created_at: int) -> tuple[str | int, ...]:
+    """Return the row of an outcome; `created_at` in microseconds."""
+    return (outcome.session_id, outcome.key, outcome.cause, outcome.fingerprint, outcome.result, created_at)
 
 
 def forget(connection: Connection, before: datetime) -> int:

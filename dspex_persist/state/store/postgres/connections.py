@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import unquote
 
 import psycopg
@@ -18,7 +18,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError, UnavailableError
 from dspex_persist.state.store import damage, engine
 from dspex_persist.state.store.engine import Durability
-from dspex_persist.state.store.postgres.cursors import Connection, Cursor
+from dspex_persist.state.store.postgres.cursors import Connection
 
 DRIVER_ERRORS: Final = (DBAPIError, psycopg.Error)
 """What the driver raises, itself or through SQLAlchemy."""
@@ -220,10 +220,13 @@ def _read(url: str) -> tuple[dict[str, str], str]:
     return parameters_of, schema
 
 
-def run(connection: psycopg.Connection[Any], statements: str) -> Cursor:
-    """Run several statements in one round trip; return the cursor with the first result."""
-    cursor = Cursor(connection)
-    cursor.execute(statements)
+def run(connection: psycopg.Connection[Any], statements: str) -> psycopg.Cursor[Any]:
+    """Run several statements in one round trip; return the cursor with the first result.
+
+    They are those of PostgreSQL, with their parameters in them: what looks like a placeholder belongs to a value.
+    """
+    cursor, as_it_is = psycopg.Cursor(connection), cast(Any, statements)
+    cursor.execute(as_it_is, prepare=False)
     return cursor
 
 

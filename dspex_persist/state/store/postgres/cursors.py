@@ -48,6 +48,13 @@ def _translated(query: str, params: Any) -> tuple[str, Any]:
     return query, params
 
 
+def merged(connection: psycopg.Connection[Any], statement: str, parameters: Sequence[object]) -> str:
+    """Return a statement of the store with its parameters in it."""
+    query: Any
+    query, params = _translated(statement, parameters)
+    return psycopg.ClientCursor(connection).mogrify(query, params)
+
+
 class Connection(psycopg.Connection[Any]):
     """A connection that is a `Driver`, as those of sqlite3 are."""
 

@@ -22,11 +22,19 @@ SELECT_HEAD: Final = """
         (SELECT version_num FROM alembic_version), has_holds
     FROM head
 """
+# Planning these takes the database as long as running them, so each connection that writes prepares them.
+PREPARE: Final = f"""
+    PREPARE dspex_lock AS SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
+    PREPARE dspex_try_lock AS SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
+    PREPARE dspex_head AS {SELECT_HEAD};
+    PREPARE dspex_end (bigint, bytea, bigint, bigint, bigint) AS UPDATE head SET sequence = $1, hash = $2,
+        last_at = greatest(last_at, $3), next_session_key = $4, next_variable_key = $5
+"""
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
-BEGIN: Final = f"BEGIN; SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
-TRY_TO_BEGIN: Final = f"BEGIN; SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int); {SELECT_HEAD}"
+BEGIN: Final = "BEGIN; EXECUTE dspex_lock; EXECUTE dspex_head"
+TRY_TO_BEGIN: Final = "BEGIN; EXECUTE dspex_try_lock; EXECUTE dspex_head"
 # One state of the log, without its lock.
-BEGIN_TO_READ: Final = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {SELECT_HEAD}"
+BEGIN_TO_READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; EXECUTE dspex_head"
 # Those of servers that have not been fenced.
 _HOLDS: Final = """
     SELECT session_id, hold_id, server_id = %s, is_full, since FROM holds JOIN servers USING (server_id, epoch)
@@ -146,12 +154,8 @@ def _nothing(_: Head) -> None:
 
 def end_of_group(head: Head, keys: Keys, at: datetime) -> str:
     """Return the statements that move the head and commit, in one round trip. If the first fails, nothing is stored."""
-    return f"""
-        UPDATE head SET sequence = {head.sequence}, hash = '\\x{head.hash.hex()}',
-            last_at = greatest(last_at, {to_micros(at)}),
-            next_session_key = {keys.next_session}, next_variable_key = {keys.next_variable};
-        COMMIT
-    """
+    numbers = f"{to_micros(at)}, {keys.next_session}, {keys.next_variable}"
+    return f"EXECUTE dspex_end ({head.sequence}, '\\x{head.hash.hex()}', {numbers}); COMMIT"
 
 
 def has_commit(connection: "psycopg.Connection[Any]", head: Head) -> bool:

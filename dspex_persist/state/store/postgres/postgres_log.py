@@ -32,6 +32,7 @@ from dspex_persist.state.store.postgres import holds, schema, servers
 from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
+from dspex_persist.state.store.postgres.inserts import NUMBERS, Many
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.poolers import refuse_shared
 from dspex_persist.state.store.postgres.refused import check_metadata_keys
@@ -48,11 +49,13 @@ _SINCE: Final = """
 """
 # Of the session that asks, until it ends: whoever holds it prunes by the settings of all servers.
 _TRY_TO_PRUNE: Final = f"SELECT pg_try_advisory_lock({schema.LOCKS}, 'pruned'::regclass::oid::int)"
-_EXPIRES: Final = """
+_EXPIRES: Final = Many(
+    """
     UPDATE sessions SET expires_at = greatest(sessions.expires_at, touched.expires_at)
-    FROM unnest(%s::bigint[], %s::bigint[]) AS touched (session_key, expires_at)
-    WHERE sessions.session_key = touched.session_key
-"""
+    FROM unnest({}) AS touched (session_key, expires_at) WHERE sessions.session_key = touched.session_key
+    """,
+    [NUMBERS, NUMBERS],
+)
 _SIZE: Final = text("""
     SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
@@ -162,7 +165,7 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
     @property
     def _connection(self) -> Connection:  # type: ignore[override]  # another one after each error
         """What units of work read from, inside a group."""
-        return self._writing.connection
+        return self._writing.after_all
 
     @contextlib.contextmanager
     def group(self, *, wait: bool = True) -> Iterator[News | None]:
@@ -197,16 +200,15 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
         check_metadata_keys(units)
         known, before = self._known, self._writing.written
         written = before or Written(known.head, known.keys.copy(), known.last_at)
-        writer = log.LogWriter(self._connection, written.head, written.keys)
-        driver = self._writing.driver
+        staged = self._writing.staged
+        writer = log.LogWriter(self._writing.connection, written.head, written.keys, staged)
         for unit in units:
             writer.add(unit)
             written.at = max(written.at, unit.now)
         writer.flush()
-        self._lease.note_executions(driver, units)
+        self._lease.note_executions(staged, units)
         expiries = {state.key: to_micros(state.lease.expires_at) for state in touched if state.lease is not None}
-        if expiries:
-            driver.execute(_EXPIRES, (list(expiries), list(expiries.values())))
+        staged.run_all(_EXPIRES, list(expiries.items()))
         written.head = writer.head
         self._writing.written = written
 

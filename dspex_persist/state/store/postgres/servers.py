@@ -11,6 +11,8 @@ from dspex_persist.state.events import ExecutionBegan, ExecutionEnded
 from dspex_persist.state.log_store import FencedError
 from dspex_persist.state.store.log import began_sequence
 from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.store.postgres.inserts import NUMBERS, TEXTS, Many
+from dspex_persist.state.store.postgres.staging import Staged
 from dspex_persist.state.unit_of_work import UnitOfWork
 
 _REGISTER: Final = """
@@ -26,11 +28,11 @@ _FENCE: Final = """
     WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
 """
 _LEAVE: Final = "DELETE FROM servers WHERE server_id = %s"
-_OWN: Final = """
-    INSERT INTO execution_servers (began_sequence, server_id, epoch)
-    SELECT began_sequence, %s, %s FROM unnest(%s::bigint[]) AS began_sequence
-"""
-_DISOWN: Final = "DELETE FROM execution_servers WHERE began_sequence = ANY(%s::bigint[])"
+_OWN: Final = Many(
+    "INSERT INTO execution_servers (began_sequence, server_id, epoch) SELECT * FROM unnest({})",
+    [NUMBERS, TEXTS, NUMBERS],
+)
+_DISOWN: Final = Many("DELETE FROM execution_servers WHERE began_sequence = ANY({})", [NUMBERS])
 _ORPHANS: Final = text("""
     SELECT sessions.session_id, executions.execution_id
     FROM executions JOIN sessions ON sessions.session_key = executions.session_key
@@ -96,20 +98,18 @@ class Lease:
         """End the lease: this server runs nothing any more."""
         connection.execute(_LEAVE, (self.server_id,))
 
-    def note_executions(self, connection: "psycopg.Connection[Any]", units: Iterable[UnitOfWork]) -> None:
+    def note_executions(self, staged: Staged, units: Iterable[UnitOfWork]) -> None:
         """Note, in the transaction of a group, which executions this server runs from now on, and no longer."""
-        began: list[int] = []
-        ended: list[int] = []
+        began: list[tuple[int, str, int]] = []
+        ended: list[tuple[int]] = []
         for unit in units:
             for event in unit.events:
                 if isinstance(event, ExecutionBegan):
-                    began.append(unit.sequence)
+                    began.append((unit.sequence, self.server_id, self.epoch))
                 elif isinstance(event, ExecutionEnded):
-                    ended.append(began_sequence(event.execution_id))
-        if began:
-            connection.execute(_OWN, (self.server_id, self.epoch, began))
-        if ended:
-            connection.execute(_DISOWN, (ended,))
+                    ended.append((began_sequence(event.execution_id),))
+        staged.run_all(_OWN, began)
+        staged.run_all(_DISOWN, ended)
 
     def close(self) -> None:
         """Close its connection."""

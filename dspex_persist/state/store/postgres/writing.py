@@ -20,6 +20,7 @@ from dspex_persist.state.store.postgres import heads
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run
 from dspex_persist.state.store.postgres.heads import HeadRow, KnownHead
 from dspex_persist.state.store.postgres.servers import Lease
+from dspex_persist.state.store.postgres.staging import Staged
 
 # Errors of the rows of one unit: its data, a constraint, a limit of the database.
 _OF_ONE_UNIT: Final = ("22", "23", "54")
@@ -53,6 +54,9 @@ class Writing:
         self._settle_s = settle_s
         self._engine = database.engine()
         self._checked: Checked | None = None
+        # The names of the statements that the connection has prepared.
+        self._prepared: set[str] = set()
+        self._staged: Staged | None = None
         self.written: Written | None = None
 
     @property
@@ -65,6 +69,20 @@ class Writing:
         """The connection, while it is open."""
         assert self._checked is not None, "it is connected"
         return self._checked
+
+    @property
+    def after_all(self) -> Checked:
+        """The connection, once it has run all statements that are staged."""
+        if self._staged is not None:
+            self._staged.send()
+        return self.connection
+
+    @property
+    def staged(self) -> Staged:
+        """Where the statements of a group go that return nothing. They are sent with its COMMIT, or before a read."""
+        if self._staged is None:
+            self._staged = Staged(self.driver, self._prepared)
+        return self._staged
 
     @property
     def driver(self) -> "psycopg.Connection[Any]":
@@ -83,9 +101,18 @@ class Writing:
             try:
                 self._checked = self._engine.connect()
                 self.driver.add_notice_handler(self._note)
+                self._prepare()
             except DRIVER_ERRORS as error:
+                self.drop()
                 raise UnavailableError(self._database.reason(error)) from error
         return self.driver
+
+    def _prepare(self) -> None:
+        """Prepare the statements that each group needs, and note what else is prepared."""
+        # Asked for, because psycopg forgets all prepared statements with a transaction that is rolled back.
+        self._prepared = {name for (name,) in run(self.driver, "SELECT name FROM pg_prepared_statements").fetchall()}
+        if "dspex_head" not in self._prepared:
+            run(self.driver, heads.PREPARE.format(server=self._lease.server_id))
 
     def drop(self) -> None:
         """Give the connection up: what an error leaves behind in one is not worth knowing."""
@@ -127,23 +154,24 @@ class Writing:
 
     def read_head(self, connection: "psycopg.Connection[Any]") -> HeadRow:
         """Return the head, outside of a group."""
-        row = connection.execute(heads.SELECT_HEAD.format(server=self._lease.server_id)).fetchone()
+        row = run(connection, "EXECUTE dspex_head").fetchone()
         assert row is not None, "the table has one row"
         return HeadRow(*row)
 
     @contextlib.contextmanager
     def group(self, *, wait: bool) -> Iterator[News | None]:
         """See `LogStore.group`."""
-        self.written = None
+        self.written = self._staged = None
         is_sent = False
         try:
             yield self._begin_connected(wait)
             if self.written is None:
-                self.driver.execute("ROLLBACK")
+                self._leave()
                 return
             end = heads.end_of_group(self.written.head, self.written.keys, self.written.at)
+            rows = self.staged.take()
             is_sent = True
-            self._commit(end)
+            self._commit(f"{rows};{end}" if rows else end)
         except DRIVER_ERRORS as error:
             self._end_failed(error, is_sent)
         except BaseException:
@@ -154,13 +182,13 @@ class Writing:
     @contextlib.contextmanager
     def reading(self) -> Iterator[News | None]:
         """See `SharedLog.reading`."""
-        self.written = None
+        self.written = self._staged = None
         try:
             self.connect()
-            cursor = run(self.driver, heads.BEGIN_TO_READ.format(server=self._lease.server_id))
+            cursor = run(self.driver, heads.BEGIN_TO_READ)
             cursor.nextset()
             yield self._known.learn(self.driver, HeadRow(*cursor.fetchone() or ()))
-            self.driver.execute("ROLLBACK")
+            self._leave()
         except DRIVER_ERRORS as error:
             self._end_failed(error, is_sent=False)
         except BaseException:
@@ -189,19 +217,26 @@ class Writing:
         return self._checked is None or self._checked.invalidated or self.driver.broken or self.driver.closed
 
     def _begin(self, wait: bool) -> News | None:
-        statement = heads.BEGIN if wait else heads.TRY_TO_BEGIN
-        cursor = run(self.driver, statement.format(server=self._lease.server_id))
+        statements = heads.BEGIN if wait else heads.TRY_TO_BEGIN
+        cursor = run(self.driver, statements.format(server=self._lease.server_id))
         cursor.nextset()
         has_lock = cursor.fetchone() != (False,)
         cursor.nextset()
         row = HeadRow(*cursor.fetchone() or ())
         if not has_lock:
+            self._leave()
             raise WouldWaitError
         if row.epoch != self._lease.epoch:
-            self._end_transaction()
+            self._leave()
             self._lease.register(self.driver)
             raise FencedError
         return self._known.learn(self.driver, row)
+
+    def _leave(self) -> None:
+        """End a transaction that has written nothing. With ROLLBACK, psycopg would deallocate what is prepared."""
+        if run(self.driver, "END").statusmessage != "COMMIT":
+            # An error had ended it before.
+            self._prepare()
 
     def _commit(self, end: str) -> None:
         cursor = run(self.driver, end)
@@ -223,6 +258,7 @@ class Writing:
     def _end_transaction(self) -> None:
         if self.driver.info.transaction_status != TransactionStatus.IDLE:
             self.driver.execute("ROLLBACK")
+            self._prepare()
 
     def _end_failed(self, error: Exception, is_sent: bool) -> None:
         """Raise the error for a group that was not stored. Return if it was, although its COMMIT failed."""
@@ -268,11 +304,11 @@ class Writing:
     def _look_up(self, head: Head) -> bool:
         connection = self.connect()
         # The session of the lost connection holds the lock until its transaction has ended, one way or the other.
-        run(connection, heads.BEGIN.format(server=self._lease.server_id))
+        run(connection, heads.BEGIN)
         try:
             return heads.has_commit(connection, head)
         finally:
-            connection.execute("ROLLBACK")
+            run(connection, "END")
 
     def close(self) -> None:
         """End the lease, and close the connection."""
