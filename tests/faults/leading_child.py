@@ -3,7 +3,8 @@
     python -m tests.faults.leading_child DATABASE PHASE NUMBER THREADS
 
 Each thread sets its pair of variables to the same number, counting up, and prints a line once the call returns. The
-process kills itself in the group that is number NUMBER among those that callers lead, when it gets to PHASE.
+process kills itself when a group gets to PHASE: the first one that a caller leads, from group number NUMBER on. Of
+several threads, a caller leads one in hundreds.
 """
 
 import os
@@ -65,15 +66,13 @@ def _write(state: Any, thread: int) -> None:
 def _die_in(phase: str, number: int) -> None:
     owner, name, at_end = PHASES[phase]
     original: Callable[..., Any] = getattr(owner, name)
-    led = 0
+    groups = 0
 
     def patched(*arguments: Any, **options: Any) -> Any:
-        nonlocal led
-        dies = False
-        if threading.current_thread().name.startswith(_CALLER):
-            # Only one thread leads at a time.
-            led += 1
-            dies = led >= number
+        nonlocal groups
+        # Only one thread leads at a time.
+        groups += 1
+        dies = groups >= number and threading.current_thread().name.startswith(_CALLER)
         if dies and not at_end:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*arguments, **options)

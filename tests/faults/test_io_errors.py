@@ -18,7 +18,6 @@ from tests.faults.workload import Client, Names, set_up
 
 pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(3600)]
 
-EVERY = 151
 CLIENTS = 4
 ENDING_S = within(20)
 
@@ -29,13 +28,14 @@ def _can_inject() -> None:
         pytest.skip(reason)
 
 
-def test_all_promises_are_kept_whatever_fails() -> None:
+@pytest.mark.parametrize("every", [331, pytest.param(151, marks=pytest.mark.thorough)])
+def test_all_promises_are_kept_whatever_fails(every: int) -> None:
     with scratch("io-faults") as folder, Faults(folder) as faults:
         whole = faults.run(NO_FAULT)
         assert (whole.exit_code, whole.problems, whole.errors.total()) == (0, [], 0)
-        results = [faults.run(fault) for fault in cases(whole.operations, EVERY)]
+        results = [faults.run(fault) for fault in cases(whole.operations, every)]
     assert [(str(result.fault), result.problems) for result in results if result.problems] == []
-    assert len(results) > 30
+    assert len(results) > 4_500 / every
     # The sample has to include a dead disk, a full one, and faults without any effect on callers.
     assert {result.fault.kind for result in results} == set(io_child.KINDS)
     assert {result.exit_code for result in results} >= {0, io_child.EXIT_STORAGE_FAILED, io_child.EXIT_NOT_OPENED}
