@@ -167,7 +167,7 @@ class Transaction(WithPrograms, InTransaction):
 
     @property
     def status(self) -> str:
-        """How it ended, as far as is known: "committed", "conflict", "aborted", "failed", ...; "" before."""
+        """How it ended, as far as is known: "committed", "conflict", "failed", "unknown", ...; "" before."""
         return "" if self._opened is None else self._opened.status
 
     @verb

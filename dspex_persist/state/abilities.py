@@ -553,7 +553,7 @@ class Transaction(Submits):
     @property
     @abstractmethod
     def status(self) -> str:
-        """How it ended, as far as is known here, such as "committed"; "" while it runs."""
+        """How it ended, as far as is known here: an `ExecutionStatus`, or `UNKNOWN`; "" while it runs."""
 
     @abstractmethod
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:

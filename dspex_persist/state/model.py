@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from dspex_persist.infra.access.tokens import Identity
 from dspex_persist.state.frozen import freeze
@@ -447,6 +447,10 @@ class ExecutionStatus(StrEnum):
     """The server or the session ended first."""
     ABORTED = "aborted"
     """It succeeded, but the execution that called it did not."""
+
+
+UNKNOWN: Final = "unknown"
+"""What stands for the status of an execution whose commit was not answered; the journal has the real one."""
 
 
 @dataclass(frozen=True, slots=True)

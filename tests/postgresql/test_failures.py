@@ -1,5 +1,6 @@
 """What becomes of calls while the database fails, is away, or is not the one that this server knows."""
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -12,7 +13,9 @@ import psycopg
 import pytest
 
 from dspex_persist import Context
+from dspex_persist.state.abilities import Transacts
 from dspex_persist.state.anchor import Anchor, Head
+from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.distributed import DistributedState, PostgresState
 from dspex_persist.state.errors import (
     FileChangedError,
@@ -25,11 +28,15 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.log_store import FencedError, WouldWaitError
 from dspex_persist.state.model import Value
+from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from dspex_persist.state.tools.with_tools import WithTools
+from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
+from tests.end_to_end.old_style import serve, target_of
 from tests.engines import Databases, Postgres, wait_until
 from tests.late import Late
 from tests.postgresql.conftest import fill
@@ -91,6 +98,45 @@ def test_a_commit_whose_answer_was_lost_was_stored(proxy: Proxy) -> None:
         assert proxy.happened.is_set()
         assert value(state) == Value("2")
         assert state.set_variable("s", "x", 3) == 2
+
+
+@pytest.fixture(params=["here", "on a server"])
+def provider(request: pytest.FixtureRequest, proxy: Proxy, tmp_path: Path) -> Iterator[StateProvider]:
+    """What runs on the database behind the proxy."""
+    if request.param == "here":
+        with DistributedState(proxy.url) as provider:
+            yield provider
+    else:
+        with (
+            serve(tmp_path / "unused.db", "--db", proxy.url) as server,
+            connect(f"grpc://{target_of(server)}") as bridged,
+        ):
+            yield bridged
+
+
+@pytest.mark.parametrize(("fault", "status"), [("before", "failed"), ("after", "committed")])
+def test_the_status_of_a_transaction_is_what_became_of_its_commit(
+    provider: StateProvider, proxy: Proxy, fault: Any, status: str
+) -> None:
+    transaction = Transacts.of(provider).begin_transaction("s")
+    transaction.run(SetVariable("s", "x", Value("2")))
+    proxy.lose(fault)
+    with contextlib.suppress(StorageError):
+        transaction.commit()
+    assert proxy.happened.is_set()
+    assert transaction.status == status
+    assert provider.get_value("s", "x") == (2 if status == "committed" else 1)
+
+
+def test_the_status_of_a_transaction_whose_commit_was_not_answered_is_unknown(proxy: Proxy) -> None:
+    with WithTools(SharedState(SharedGroups(PostgresLog(proxy.url, settle_s=0.2)))) as provider:
+        transaction = provider.begin_transaction("s")
+        transaction.run(SetVariable("s", "x", Value("2")))
+        proxy.lose("before", stays_away=True)
+        with pytest.raises(OutcomeUnknownError):
+            transaction.commit()
+        assert transaction.status == "unknown"
+        proxy.is_away = False
 
 
 @pytest.mark.parametrize("fault", ["before", "after"])

@@ -13,7 +13,7 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_STATUS
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count, origin_of
 from dspex_persist.state.bridge.records import Codec
-from dspex_persist.state.errors import ExecutionNotFoundError, InvalidArgumentError, UnsupportedError
+from dspex_persist.state.errors import ExecutionNotFoundError, InvalidArgumentError, StateError, UnsupportedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Failure, Isolation
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
@@ -79,16 +79,19 @@ class TransactionRpcs:
         self._open[execution_id] = opened
         if recording is not None:
             self._recordings[execution_id] = opened
-        status = ExecutionStatus.FAILED
+        status: str = ExecutionStatus.FAILED
         try:
             await context.write(pb.BeginTransactionResponse(execution_id=execution_id))
             outcome = await opened.outcome()
             status = outcome.status or status
+        except StateError:
+            status = opened.session.execution.ended
+            raise
         finally:
             del self._open[execution_id]
             self._recordings.pop(execution_id, None)
             opened.cancel()
-            context.set_trailing_metadata(((EXECUTION_STATUS, status.value),))
+            context.set_trailing_metadata(((EXECUTION_STATUS, str(status)),))
 
     async def CommitTransaction(self, request: pb.CommitTransactionRequest, context: Context) -> Any:
         return pb.CommitTransactionResponse(sequence=await (await self._opened(request.execution_id)).commit())

@@ -25,6 +25,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.meter import Meter
 from dspex_persist.state.model import (
     RECORDING_ID,
+    UNKNOWN,
     ExecutionStatus,
     Failure,
     Origin,
@@ -173,6 +174,8 @@ class Endings:
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
+        is_known = not isinstance(error, OutcomeUnknownError)
+        session.execution.correct(ExecutionStatus.FAILED.value if is_known else UNKNOWN)
         if isinstance(error, (*self._later, InternalError)):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             self.count(session, failed)

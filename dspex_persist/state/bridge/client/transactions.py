@@ -27,14 +27,15 @@ from dspex_persist.state.errors import (
     ToolTimedOutError,
     TransactionEndedError,
 )
-from dspex_persist.state.model import ExecutionStatus, Origin
+from dspex_persist.state.model import UNKNOWN, ExecutionStatus, Origin
 from dspex_persist.state.tools.failures import failure_of
 from dspex_persist.state.tools.touched import touched_by
 
 R = TypeVar("R")
 
-_ENDS: Final[Mapping[type[StateError], ExecutionStatus]] = {
+_ENDS: Final[Mapping[type[StateError], str]] = {
     ExecutionConflictError: ExecutionStatus.CONFLICT,
+    OutcomeUnknownError: UNKNOWN,
     TransactionEndedError: ExecutionStatus.INTERRUPTED,
     ToolTimedOutError: ExecutionStatus.TIMED_OUT,
 }
@@ -191,7 +192,7 @@ class BridgedTransaction(Transaction):
                 return
             if isinstance(error, ExecutionNotFoundError):
                 error = self._ended()
-            self._end(_ENDS.get(type(error), ExecutionStatus.FAILED).value)
+            self._end(str(_ENDS.get(type(error), ExecutionStatus.FAILED)))
             future.set_exception(error)
 
         try:
