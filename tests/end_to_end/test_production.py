@@ -292,7 +292,8 @@ def test_the_proxy_lets_others_in(tmp_path: Path) -> None:
         pytest.skip(f"there is no {command[0]}")
     outside = tmp_path / "outside.sock"
     argv = ["systemd-socket-activate", "-l", str(outside), *command]
-    with start_unit(tmp_path), subprocess.Popen(argv, stderr=subprocess.DEVNULL) as proxy:
+    # Units ignore SIGPIPE, as Python does: it would end the proxy when a client goes.
+    with start_unit(tmp_path), subprocess.Popen(argv, stderr=subprocess.DEVNULL, restore_signals=False) as proxy:
         try:
             wait_until(lambda: is_served(outside), "the socket is open, and passed on")
             with connect(f"grpc+unix:{outside}") as state:
