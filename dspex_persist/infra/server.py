@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias, cast
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -667,7 +667,7 @@ def _unary_stream(rpc: _Rpc) -> Handler:
     async def handle(request: bytes, context: Context) -> None:
         received = [request]
         request = b""
-        await answer(rpc, context, received, lambda _: rpc.parse(received.pop()))
+        await answer(rpc, _stream_context(context, rpc.meter), received, lambda _: rpc.parse(received.pop()))
 
     return grpc.unary_stream_rpc_method_handler(rpc.around(handle), response_serializer=_serializer(rpc))
 
@@ -684,9 +684,52 @@ def _stream_stream(rpc: _Rpc) -> Handler:
     answer = _answer_with_stream if rpc.meter is None else _metered_stream
 
     async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
-        await answer(rpc, context, [], lambda context: _messages_of(rpc, context))
+        await answer(rpc, _stream_context(context, rpc.meter), [], lambda context: _messages_of(rpc, context))
 
     return grpc.stream_stream_rpc_method_handler(rpc.around(handle), response_serializer=_serializer(rpc))
+
+
+def _stream_context(context: Context, meter: RpcMeter | None) -> Context:
+    return cast("Context", _StreamContext(context, meter))
+
+
+class _StreamContext:
+    """The context of a stream, which can end with a status whenever it is cancelled; counts messages, if asked to.
+
+    gRPC sends initial metadata with the first message. If waiting for that is cancelled, as when a client does not read
+    it, gRPC would send them again with the status: that fails, and the client would never hear of the end.
+    """
+
+    def __init__(self, context: Context, meter: RpcMeter | None) -> None:
+        self._context = context
+        self._meter = meter
+        self._begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self._begun = True
+        sending = asyncio.ensure_future(self._context.send_initial_metadata(metadata))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            # It does not depend on the client.
+            await asyncio.wait((sending,))
+            raise
+
+    async def write(self, message: Any) -> None:
+        if not self._begun:
+            await self.send_initial_metadata(())
+        if self._meter is not None:
+            self._meter.sent += 1
+        await self._context.write(message)
+
+    async def read(self) -> Any:
+        message = await self._context.read()
+        if self._meter is not None and message is not grpc.aio.EOF:
+            self._meter.received += 1
+        return message
 
 
 async def _messages_of(rpc: _Rpc, context: Context) -> AsyncIterator[Any]:
@@ -754,9 +797,8 @@ async def _metered_stream(
     assert meter is not None, "its handler is made for a meter"
     began, code = meter.begin(), _OK
     meter.received += len(received)
-    metered: Any = _MeteredContext(context, meter)
     try:
-        await _answer_with_stream(rpc, metered, received, request)
+        await _answer_with_stream(rpc, context, received, request)
     except BaseException:
         code = _code_of(context)
         raise
@@ -771,28 +813,6 @@ def _code_of(context: Context) -> str:
         return code.name
     left_s: Any = context.time_remaining()
     return _TOO_LATE if left_s is not None and left_s <= 0 else _GIVEN_UP
-
-
-class _MeteredContext:
-    """A context that counts the messages of a stream."""
-
-    def __init__(self, context: Context, meter: RpcMeter) -> None:
-        self._context = context
-        self._meter = meter
-        self._write = context.write
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    def write(self, message: Any) -> Awaitable[None]:
-        self._meter.sent += 1
-        return self._write(message)
-
-    async def read(self) -> Any:
-        message = await self._context.read()
-        if message is not grpc.aio.EOF:
-            self._meter.received += 1
-        return message
 
 
 # --- Health and reflection ---
@@ -878,5 +898,7 @@ class _Reflection:
             if answering.done():
                 answering.result()
         finally:
-            answering.cancel()
             drained.cancel()
+            answering.cancel()
+            # An answer that is being sent must not come after the status.
+            await asyncio.wait((answering,))

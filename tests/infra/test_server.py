@@ -167,8 +167,12 @@ def test_a_hundred_open_streams_do_not_block_a_call(client: PingClient) -> None:
     assert client("StreamsOpen", 0) == 0
 
 
-def test_a_client_that_reads_nothing_gets_a_status_and_does_not_delay_others(client: PingClient) -> None:
-    flood = client("Flood", 10_000)
+@pytest.mark.parametrize("size_bytes", [10_000, 8 * ping.MIB])
+def test_a_client_that_reads_nothing_gets_a_status_and_does_not_delay_others(
+    client: PingClient, size_bytes: int
+) -> None:
+    """Also if it has not read the first message, with which gRPC sends the initial metadata."""
+    flood = client("Flood", size_bytes)
     assert client("StreamsOpen", 1) == 1
     assert client("Ping", "still there") == "still there"
     assert client("StreamsOpen", 0) == 0
