@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,8 +41,8 @@ class ForkListener(Protocol):
 _listeners: WeakSet[ForkListener] = WeakSet()
 _descriptors: set[int] = set()
 _turn = threading.Condition()
-_inside: dict[int, int] = {}
 _forkers = 0
+_quiet = True
 _guarded: tuple[signal.Signals, ...] = ()
 _mask: set[int] = set()
 
@@ -109,26 +108,43 @@ def blank(descriptor: int) -> None:
         os.close(null)
 
 
+class _Sections:
+    """The critical sections that a thread is in."""
+
+    def __init__(self) -> None:
+        self.thread_id = threading.get_ident()
+        self.count = 0
+
+
+class _Here(threading.local):
+    """What belongs to the calling thread; it goes with the thread, whose number another one may then get."""
+
+    def __init__(self) -> None:
+        self.sections = _Sections()
+        _known.add(self.sections)
+
+
+_known: WeakSet[_Sections] = WeakSet()
+_here = _Here()
+
+
 class _Busy:
     """A critical section. It has no state, so one object serves all, which is cheaper than a generator for each."""
 
+    # No local variable refers to the sections: the traceback of an exception would keep them after the thread.
+
     def __enter__(self) -> None:
-        me = threading.get_ident()
         with _turn:
-            while _forkers and me not in _inside:
+            while _forkers and not _here.sections.count:
                 _turn.wait()
-            _inside[me] = _inside.get(me, 0) + 1
+            _here.sections.count += 1
 
     def __exit__(self, *_: object) -> None:
-        me = threading.get_ident()
-        # In a child that was forked during the section there is no entry any more.
         with _turn:
-            left = _inside.get(me, 1) - 1
-            if left:
-                _inside[me] = left
-            else:
-                _inside.pop(me, None)
-                if _forkers:
+            # In a child that was forked during the section it is 0.
+            if count := _here.sections.count:
+                _here.sections.count = count - 1
+                if _forkers and count == 1:
                     _turn.notify_all()
 
 
@@ -143,20 +159,19 @@ def busy() -> AbstractContextManager[None]:
 class _Aside:
     """The end of a critical section that begins again."""
 
-    __slots__ = ("_depth",)
+    __slots__ = ("_count",)
 
     def __enter__(self) -> None:
         with _turn:
-            self._depth = _inside.pop(threading.get_ident(), 0)
-            if self._depth and _forkers:
+            self._count, _here.sections.count = _here.sections.count, 0
+            if self._count and _forkers:
                 _turn.notify_all()
 
     def __exit__(self, *_: object) -> None:
         with _turn:
             while _forkers:
                 _turn.wait()
-            if self._depth:
-                _inside[threading.get_ident()] = self._depth
+            _here.sections.count = self._count
 
 
 def aside() -> AbstractContextManager[None]:
@@ -166,10 +181,8 @@ def aside() -> AbstractContextManager[None]:
 
 def inside() -> set[int]:
     """Return the threads that are in critical sections."""
-    # An exception of another thread, as programs raise that limit the time of a job, can come as a section is left.
-    for ended in _inside.keys() - sys._current_frames().keys():
-        del _inside[ended]
-    return set(_inside)
+    with _turn:
+        return {each.thread_id for each in _known if each.count}
 
 
 def guard_signals(*numbers: signal.Signals) -> None:
@@ -218,13 +231,15 @@ def _address_of(descriptor: int) -> object:
 
 
 def _before() -> None:
-    global _forkers, _mask
+    global _forkers, _mask, _quiet
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _guarded)
     _turn.acquire()
     _mask = set(mask)
     _forkers += 1
     me = threading.get_ident()
     _turn.wait_for(lambda: not inside() - {me}, _PATIENCE_S)
+    # The child no longer knows what the other threads were at.
+    _quiet = not inside()
 
 
 def _after_in_parent() -> None:
@@ -238,7 +253,7 @@ def _after_in_parent() -> None:
 
 def _after_in_child() -> None:
     try:
-        _notify_all(quiet=not _inside)
+        _notify_all(quiet=_quiet)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
 
@@ -246,7 +261,9 @@ def _after_in_child() -> None:
 def _notify_all(*, quiet: bool) -> None:
     global _turn, _forkers
     _turn, _forkers = threading.Condition(), 0
-    _inside.clear()
+    _here.sections.count = 0
+    _known.clear()
+    _known.add(_here.sections)
     for descriptor in _descriptors:
         # It may have been closed without `close`.
         with contextlib.suppress(OSError):

@@ -133,6 +133,21 @@ def test_a_thread_that_was_interrupted_as_it_left_a_section_is_in_none_once_it_h
     assert forks.inside() == set()
 
 
+def test_nor_is_a_later_thread_that_has_its_number() -> None:
+    interrupted = threading.Thread(target=forks.busy().__enter__)
+    interrupted.start()
+    interrupted.join()
+    ended, others = threading.Event(), list[threading.Thread]()
+    while interrupted.ident not in {other.ident for other in others}:
+        assert len(others) < 100
+        others.append(threading.Thread(target=ended.wait, args=(DEADLINE_S,)))
+        others[-1].start()
+    assert forks.inside() == set()
+    ended.set()
+    for other in others:
+        other.join()
+
+
 def test_a_fork_does_not_wait_forever_and_the_child_knows() -> None:
     begun, ended, listener = threading.Event(), threading.Event(), Listener()
     forks.register(listener)
