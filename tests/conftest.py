@@ -4,6 +4,9 @@ import gc
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
-from dspex_persist.infra import process
+from dspex_persist.infra import forks, process
 from tests import engines
 from tests.engines import (  # noqa: F401 - fixtures of all tests
     own_postgres,
@@ -68,6 +71,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         sys.modules["tests.prepared"].close()
     if not hasattr(session.config, "workerinput"):
         engines.end_run()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Fail the test after which a thread stays in a critical section, not the next one that forks."""
+    deadline = time.monotonic() + 10
+    while forks.inside() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if left := forks.inside():
+        names = {each.ident: each.name for each in threading.enumerate()}
+        frames = sys._current_frames()
+        where = ["".join([f"{names.get(each)}:\n", *traceback.format_stack(frames[each])]) for each in left]
+        pytest.fail("threads are in critical sections after the test:\n" + "\n".join(where), pytrace=False)
 
 
 @pytest.fixture(scope="module")
