@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state.options import SessionOptions
@@ -28,9 +28,16 @@ def sorted_options(
 
 
 def options_of(kind: type) -> list[str]:
-    """Return the keyword-only parameters of a provider."""
-    parameters = inspect.signature(kind).parameters.values()
-    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    """Return the names of the keyword arguments of a provider."""
+    names: list[str] = []
+    for each in inspect.signature(kind).parameters.values():
+        if each.kind is inspect.Parameter.KEYWORD_ONLY:
+            names.append(each.name)
+        elif each.kind is inspect.Parameter.VAR_KEYWORD:
+            # Unpack[...] of a TypedDict
+            (options,) = get_args(each.annotation)
+            names += options.__annotations__
+    return names
 
 
 def check_options(given: "Iterable[str]", known: list[str], what: str) -> None:

@@ -1,109 +1,56 @@
-"""The contract on two servers that share a Redis or Valkey server, and whose calls alternate."""
+"""The contract on two servers that share a Redis or Valkey server."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import pytest
 
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.valkey.valkey_state import RedisState, ValkeyState
-from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
-from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
-from dspex_persist.testing.provider_contract import (
-    SMALL_LIMITS,
-    ConcurrencyContract,
-    DependencyContract,
-    HistoryContract,
-    IdempotencyContract,
-    LeaseContract,
-    ProviderContract,
-    Reopen,
-    SessionContract,
-    VariableContract,
-    WatchContract,
-)
+from dspex_persist.testing.provider_contract import DependencyContract, Reopen
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
-from tests.contract.test_shared import Alternating
-
-
-def address(url: str, prefix: str) -> str:
-    return f"{url.replace('unix://', 'redis+unix://')}?prefix={prefix}"
+from tests.contract.two_servers import AllOfTwoServers, LeasesOfTwoServers, One, Opening, TwoServers
+from tests.valkey.conftest import address
 
 
 @pytest.fixture(scope="class")
-def alternating(request: pytest.FixtureRequest, valkey: str, valkey_prefix: str) -> Iterator[Alternating]:
+def opening(valkey: str, valkey_prefix: str) -> Opening:
     url = address(valkey, valkey_prefix)
-    with Alternating([ValkeyState(url, request.cls.options) for _ in range(2)]) as provider:
-        yield provider
+    return Opening(partial(ValkeyState, url), partial(RedisState, url))
 
 
-@pytest.fixture(scope="class")
-def single(request: pytest.FixtureRequest, valkey: str, valkey_prefix: str) -> Iterator[RedisState]:
-    url = address(valkey, valkey_prefix)
-    with RedisState(url, request.cls.options, tools=CONTRACT_TOOLS) as provider, ValkeyState(url):
-        yield provider
-
-
-class Two:
-    """Two servers, whose calls alternate."""
-
-    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
-
-    @pytest.fixture
-    def provider(self, alternating: Alternating) -> StateProvider:
-        return alternating
-
-
-class TestTwoServers(
-    Two,
-    SessionContract,
-    VariableContract,
-    HistoryContract,
-    IdempotencyContract,
-    DependencyContract,
-    WatchContract,
-    ConcurrencyContract,
-    HoldContract,
-):
+class TestTwoServers(TwoServers, DependencyContract):
     """What several servers, and this store, may break."""
 
 
 @pytest.mark.thorough
-class TestAllOfTwoServers(Two, ProviderContract):
+class TestAllOfTwoServers(AllOfTwoServers):
     pass
 
 
-class TestLeasesOfTwoServers(Two, LeaseContract):
-    options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
-
-
-class One:
-    """One of two servers: the other one only follows."""
-
-    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
-
-    @pytest.fixture
-    def provider(self, single: RedisState) -> StateProvider:
-        return single
+class TestLeasesOfTwoServers(LeasesOfTwoServers):
+    pass
 
 
 class TestTransactions(One, OrderContract, TransactionContract):
-    options = SessionOptions()
+    options = StoreOptions()
 
 
 @pytest.mark.thorough
 class TestTools(One, ToolContract):
-    options = SessionOptions()
+    options = StoreOptions()
 
 
 class TestRecordings(One, RecordingContract, EndedRecordingContract):
-    options = SessionOptions()
+    options = StoreOptions()
 
 
 class TestImports(One, ImportContract):

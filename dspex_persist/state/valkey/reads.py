@@ -1,18 +1,16 @@
 """Reading sessions, their histories and their outcomes."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Final
 
 import redis
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.budgets import NOTHING, Spent
-from dspex_persist.state.errors import DamagedSessionError, StateError
+from dspex_persist.state.decoding import decoding
 from dspex_persist.state.fold import fold_version
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.log_store import affected
@@ -24,7 +22,6 @@ from dspex_persist.state.valkey import codec
 from dspex_persist.state.valkey.connection import Connection, reported
 from dspex_persist.state.valkey.keys import Keys
 
-_logger: Final = get_logger(__name__)
 _AT_ONCE: Final = 500
 """So many commands are sent at once at most."""
 _PAGE_BYTES: Final = 4 * 1024 * 1024
@@ -289,16 +286,10 @@ class Reads:
         return list(self.client.zrangebyscore(self._keys.ages, "-inf", until, start=0, num=most))
 
 
-@contextlib.contextmanager
-def reading(session_id: str) -> Iterator[None]:
+def reading(session_id: str) -> AbstractContextManager[None]:
     """Convert exceptions while decoding what is stored of this session to `DamagedSessionError`."""
-    try:
-        yield
-    except StateError:
-        raise
-    except Exception as error:
-        if isinstance(error, redis.RedisError) and not str(error).startswith("WRONGTYPE"):
-            raise
-        # As text, because exception renderers may show local variables, which hold users' values.
-        _logger.error("session cannot be read", session_id=session_id, traceback=trace_of(error))
-        raise DamagedSessionError(session_id, type(error).__name__) from error
+    return decoding(session_id, _is_clear)
+
+
+def _is_clear(error: Exception) -> bool:
+    return isinstance(error, redis.RedisError) and not str(error).startswith("WRONGTYPE")

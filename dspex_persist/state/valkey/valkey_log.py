@@ -26,10 +26,12 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.log_store import FencedError, MovedError, News, UnwritableError, WouldWaitError
+from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared.database_state import LEASE_S, DatabaseLog
 from dspex_persist.state.shared.server_anchor import ServerAnchor
-from dspex_persist.state.shared_log import SharedHold, SharedLog
+from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
 from dspex_persist.state.valkey import codec, heads, holds
 from dspex_persist.state.valkey.batch import Batch, Commands
@@ -61,7 +63,7 @@ _FIELDS: Final = (*heads.FIELDS, holds.FIELD)
 _MOST_OWNERS: Final = 100_000
 
 
-class ValkeyLog(SharedLog):
+class ValkeyLog(DatabaseLog):
     """One server's connections to the store.
 
     Args:
@@ -93,7 +95,7 @@ class ValkeyLog(SharedLog):
         address: str = "",
         prefix: str = PREFIX,
         anchor_dir: Path | None = None,
-        lease_s: float = 15.0,
+        lease_s: float = LEASE_S,
         check: Callable[[Any], bool] = lambda _: False,
     ) -> None:
         self.name = name
@@ -460,13 +462,14 @@ class ValkeyLog(SharedLog):
         return None if micros is None else from_micros(int(micros))
 
     @reported
-    def figures(self) -> tuple[int, int]:
-        """Return how much memory the store takes, in bytes, and how many live sessions there are; any thread."""
-        return int(self._client.info("memory")["used_memory"]), int(self._client.hlen(self.keys.live))
+    def figures(self) -> FileFigures:
+        """See `DatabaseLog`: the size is the memory of everything in the store."""
+        size_bytes = int(self._client.info("memory")["used_memory"])
+        return FileFigures(size_bytes, None, None, int(self._client.hlen(self.keys.live)))
 
     @reported
     def count_with_access(self) -> int:
-        """Return how many live sessions have rules of access; any thread."""
+        """See `DatabaseLog`."""
         return sum(Access.of(session.metadata) is not None for session in self.reads.live_sessions())
 
     # Other servers

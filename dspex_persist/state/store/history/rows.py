@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection
 
 from dspex_persist.state.audit import Cursor, Page, Query, T, is_glob
+from dspex_persist.state.decoding import damaged
 from dspex_persist.state.journal import check_name
 from dspex_persist.state.store import damage
 from dspex_persist.state.store.engine import named_rows
@@ -108,7 +109,7 @@ def records_of(rows: Sequence[Any], convert: Callable[[Any], T]) -> list[T]:
         except damage.own_errors():
             raise
         except Exception as error:
-            raise damage.damaged(row.session_id, error) from error
+            raise damaged(row.session_id, error) from error
     return records
 
 

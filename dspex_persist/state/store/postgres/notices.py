@@ -1,20 +1,18 @@
-"""Notices between servers: that there may be news. They are hints, of which any may be lost: servers also poll."""
+"""Notices between servers: that there may be news."""
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Final
 
 import psycopg
 from psycopg import sql
 
-from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import StateError
+from dspex_persist.state.shared.listener import POLL_S, Listener
 from dspex_persist.state.store.postgres.connections import Database
 
-_POLL_S: Final = 1.0
 _MOST_NAME_BYTES: Final = 63
-_logger: Final = get_logger(__name__)
 
 
 class Notices:
@@ -36,15 +34,14 @@ class Notices:
         self._channel = name.decode(errors="ignore")
         self._closed = threading.Event()
         self._to_tell = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._listener: Listener | None = None
+        self._telling: threading.Thread | None = None
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """Call `on_news`, on a thread of this object, when another server has told, and after each connection."""
-        listening = threading.Thread(target=self._listen, args=(on_news,), daemon=True, name="dspex-persist-listen")
-        telling = threading.Thread(target=self._tell, daemon=True, name="dspex-persist-tell")
-        self._threads = [listening, telling]
-        for thread in self._threads:
-            thread.start()
+        self._listener = Listener(self._hear, on_news, (psycopg.Error,), self._database.reason)
+        self._telling = threading.Thread(target=self._tell, daemon=True, name="dspex-persist-tell")
+        self._telling.start()
 
     def tell(self) -> None:
         """Tell the others soon. It does not block."""
@@ -52,32 +49,23 @@ class Notices:
 
     def close(self) -> None:
         """End the threads."""
+        if self._listener is not None:
+            self._listener.end()
         self._closed.set()
         self._to_tell.set()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        if self._telling is not None and self._telling is not threading.current_thread():
+            self._telling.join()
+        if self._listener is not None:
+            self._listener.close()
 
-    def _listen(self, on_news: Callable[[], None]) -> None:
-        is_away = False
-        while not self._closed.is_set():
-            try:
-                with contextlib.closing(self._database.connect()) as connection:
-                    connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
-                    is_away = False
-                    on_news()
-                    self._wait(connection, on_news)
-            except (psycopg.Error, StateError) as error:
-                if not is_away:
-                    _logger.warning("not listening to other servers", reason=self._database.reason(error))
-                is_away = True
-                self._closed.wait(_POLL_S)
-
-    def _wait(self, connection: "psycopg.Connection[Any]", on_news: Callable[[], None]) -> None:
-        while not self._closed.is_set():
-            for notice in connection.notifies(timeout=_POLL_S, stop_after=1):
-                if notice.payload != self._server_id:
-                    on_news()
+    def _hear(self) -> Generator[bool]:
+        """See `Listener`."""
+        with contextlib.closing(self._database.connect()) as connection:
+            connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+            yield True
+            while True:
+                senders = {notice.payload for notice in connection.notifies(timeout=POLL_S, stop_after=1)}
+                yield bool(senders - {self._server_id})
 
     def _tell(self) -> None:
         connection: psycopg.Connection[Any] | None = None
@@ -85,7 +73,7 @@ class Notices:
         while not is_last:
             self._to_tell.wait()
             self._to_tell.clear()
-            # One more when this object closes: it ends the waiting of `_listen`.
+            # One more when this object closes: it ends the waiting of the listener.
             is_last = self._closed.is_set()
             try:
                 if connection is None or connection.closed:

@@ -21,8 +21,9 @@ from dspex_persist.state.log_store import FencedError, News
 from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import VariableVersion
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.shared.database_state import LEASE_S, DatabaseLog
 from dspex_persist.state.shared.server_anchor import ServerAnchor
-from dspex_persist.state.shared_log import SharedHold, SharedLog
+from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import log, outcomes
 from dspex_persist.state.store import sessions as stored_sessions
@@ -41,7 +42,6 @@ from dspex_persist.state.store.postgres.writing import Writing, Written
 from dspex_persist.state.store.stored import StoredLog, StoredSessions
 from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
 
-LEASE_S: Final = 15.0
 SETTLE_S: Final = 10.0
 _SINCE: Final = """
     SELECT count(events.sequence), max(commits.sequence) FROM commits LEFT JOIN events USING (sequence)
@@ -77,7 +77,7 @@ class _Stored(StoredSessions):
         return None if "\0" in query.identifier else super().history(state, query)
 
 
-class PostgresLog(_Stored, StoredLog, SharedLog):
+class PostgresLog(_Stored, StoredLog, DatabaseLog):
     """One server's connections to the database.
 
     Args:
@@ -109,6 +109,7 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
         server_id = uuid.uuid4().hex
         self._database = Database(url, durability=durability, server_id=server_id)
         self._address = canonical(url)
+        self.name = self._database.name
         self._known = KnownHead(self._database.name, server_id)
         self._lease = Lease(self._database, server_id, lease_s)
         self._notices = Notices(self._database, server_id)
@@ -144,11 +145,6 @@ class PostgresLog(_Stored, StoredLog, SharedLog):
             )
             self._known.on_change = self._anchor.write
         self._known.take(row)
-
-    @property
-    def name(self) -> str:
-        """The URL of the database, without a password."""
-        return self._database.name
 
     @property
     def sequence(self) -> int:
