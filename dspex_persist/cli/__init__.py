@@ -67,9 +67,9 @@ app.command("protocol", help=protocol.HELP, epilog=protocol.EPILOG)(protocol.pro
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
 app.command("replay", help=replay.HELP, epilog=replay.EPILOG)(replay.replay)
 app.command("get", help=get_command.HELP, epilog=get_command.EPILOG, rich_help_panel=_LIVE)(get_command.get)
-app.command(
-    "set", cls=set_command.NumbersCommand, help=set_command.HELP, epilog=set_command.EPILOG, rich_help_panel=_LIVE
-)(set_command.set_)
+app.command("set", cls=set_command.SetCommand, help=set_command.HELP, epilog=set_command.EPILOG, rich_help_panel=_LIVE)(
+    set_command.set_
+)
 app.command("watch", help=watch_command.HELP, epilog=watch_command.EPILOG, rich_help_panel=_LIVE)(watch_command.watch)
 app.command("call", help=call_command.HELP, epilog=call_command.EPILOG, rich_help_panel=_LIVE)(call_command.call)
 app.add_typer(sessions.app, name="sessions", rich_help_panel=_LIVE)

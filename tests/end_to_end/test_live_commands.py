@@ -155,6 +155,31 @@ def test_sensitive_values_are_masked(place: list[str], session: str, run: Run) -
     assert "hush" not in fine(run("set", session, "key", "hush!", *place))
 
 
+def test_pairs_are_answered_with_the_command_that_was_meant(place: list[str], session: str, run: Run) -> None:
+    fine(run("set", session, "temperature", "0.3", "--create", *place))
+    for words, code, command in (
+        (("temperature=0.7",), USAGE, f"set {session} temperature 0.7"),
+        (("temperature=0.7", "--create"), USAGE, f"set {session} temperature 0.7"),
+        (("a=1", "b=2", "c=3"), USAGE, f"set {session} a 1"),
+        (("temperature=-1", "b=2", "--create"), FAILED, f"set {session} temperature -- -1"),
+        (("text=two words", "b=2"), FAILED, f"set {session} text 'two words'"),
+    ):
+        result = run("set", session, *words, *place)
+        assert result.returncode == code, result
+        printed = " ".join(result.stderr.replace("│", " ").split())
+        assert "as two words" in printed
+        assert f"dspex-persist {command}" in printed
+    with state_of(place) as state:
+        state.register_variable(session, "a=b", "integer", 1)
+    assert fine(run("set", session, "a=b", "2", *place)) == "a=b = 2  (v1, was 1)\n"
+    assert fine(run("set", session, "equation", "y=2x", "--create", *place)) == 'equation = "y=2x"  (v0, new, string)\n'
+
+
+def test_a_pair_creates_no_file(run: Run, tmp_path: Path) -> None:
+    assert_one_sentence(run("set", "s", "x=1", "y=2", "--create", "--db", "new.db"), FAILED)
+    assert not (tmp_path / "new.db").exists()
+
+
 def test_errors_say_what_to_do(place: list[str], session: str, run: Run) -> None:
     fine(run("set", session, "temperature", "0.7", "--create", *place))
     for words, sentence in (

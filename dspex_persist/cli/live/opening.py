@@ -42,6 +42,10 @@ class Place:
         """The database."""
         return database_of(self.given)
 
+    def is_missing(self) -> bool:
+        """Whether it is the path of a file that does not exist."""
+        return self.url is None and isinstance(path := self.path, Path) and not path.exists()
+
     @property
     def has_history(self) -> bool:
         """Whether a command may read the history instead of opening the state, which a file's owner would not allow."""

@@ -1,6 +1,7 @@
 """dspex-persist set: writes one variable."""
 
 import re
+import shlex
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -14,18 +15,23 @@ from dspex_persist.cli.live.opening import Place
 from dspex_persist.cli.live.options import Actor, Session, Target, Why
 from dspex_persist.cli.output import plain, say
 from dspex_persist.cli.places import Db
+from dspex_persist.spelling import quote
 
 if TYPE_CHECKING:
     from dspex_persist.state.model import Value, Variable
     from dspex_persist.state.provider import StateProvider, Who
 
 _NEGATIVE: Final = re.compile(r"-(\d.*|\.\d.*|Infinity)")
+_WRONG_USAGE: Final[type[Exception]] = typer.BadParameter.__mro__[1]
+"""What is raised for too few words and too many; typer does not export it."""
+_PAIR: Final = re.compile(r"([^=-][^=]*)=(.*)", re.DOTALL)
 
 HELP: Final = (
     "Write a variable, as a new version.\n\n"
     "The variable's type says how VALUE is read: as it is for a string, a choice or a module, as JSON for the other "
     "types. - reads it from standard input. A value that breaks the type or a constraint is refused, and changes "
     "nothing.\n\n"
+    "One command writes one variable; NAME and VALUE are two words.\n\n"
     "--create creates what is missing: the variable, the session and the database file. The type of a new variable is "
     "--type, or that of the JSON in VALUE (3, 0.7, true, \\[1, 2], {...}), or else a string.\n\n"
     "A running server owns its file: reach it with --target.\n\n"
@@ -85,9 +91,13 @@ def set_(
     who: Who = {"actor": actor, "reason": why}
 
     def work(_: object) -> dict[str, Any]:
+        if create and place.is_missing():
+            _refuse_pair(session, name)
         text = given_text(value)
         with place.opened(create=create) as state, place.explaining(session, "begin it with --create"):
             before = _find(state, session, name)
+            if create and before is None:
+                _refuse_pair(session, name)
             if before is None and create:
                 _create(state, session, name, guessed_value(text, type, name), who)
             else:
@@ -140,9 +150,23 @@ def _write(
     try:
         state.run(SetVariable(session, name, value, expected_version=expected_version), **who)
     except VariableNotFoundError as error:
+        _refuse_pair(session, name)
         if error.hint:
             raise
         raise ExplainedError(error.sentence, "--create creates it") from error
+
+
+def _refuse_pair(session: str, name: str) -> None:
+    """Say how to write what was written as NAME=VALUE, and is no variable."""
+    pair = _PAIR.fullmatch(name)
+    if pair is not None:
+        advice = f"write NAME and VALUE as two words: {_command(session, *pair.groups())}"
+        raise ExplainedError(f"there is no variable {quote(name)}", advice)
+
+
+def _command(session: str, name: str, value: str) -> str:
+    dashes = ("--",) if value.startswith("-") else ()
+    return shlex.join(("dspex-persist", "set", session, name, *dashes, value))
 
 
 def _report(session: str, now: "Variable", before: "Variable | None") -> dict[str, Any]:
@@ -174,8 +198,8 @@ def _show(report: dict[str, Any]) -> None:
     say(f"{plain(report['name'])} = {shown(report['value'])}  (v{report['version']}, {past})")
 
 
-class NumbersCommand(TyperCommand):
-    """A command whose last argument may be a negative number, which looks like an option."""
+class SetCommand(TyperCommand):
+    """A command whose last argument may be a negative number, which looks like an option, and that takes no pairs."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Move a negative number behind `--`, unless it belongs to an option."""
@@ -185,4 +209,12 @@ class NumbersCommand(TyperCommand):
                 if _NEGATIVE.fullmatch(word) and (not before.startswith("--") or before in flags or "=" in before):
                     args = [*args[:index], *args[index + 1 :], "--", word]
                     break
-        return super().parse_args(ctx, args)
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except _WRONG_USAGE as error:
+            pair = next(filter(None, map(_PAIR.fullmatch, words[1:])), None)
+            if pair is None:
+                raise
+            command = _command("SESSION" if words[0].startswith("-") else words[0], *pair.groups())
+            raise typer.BadParameter(f"write NAME and VALUE as two words, one variable a command: {command}") from error
