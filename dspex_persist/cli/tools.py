@@ -59,13 +59,15 @@ class Listed:
     """A tool and where it is.
 
     Attributes:
-        where: "module", "server" or "worker". The fields that do not apply to it are None.
+        where: "module", "server", "pool" or "worker". The fields that do not apply to it are None.
         reference: The module that was imported.
+        pool: The pool of the server whose workers run it.
     """
 
     spec: "ToolSpec"
     where: str
     reference: str | None = None
+    pool: str | None = None
     worker_id: str | None = None
     address: str | None = None
     circuit: str | None = None
@@ -90,6 +92,8 @@ class NoSuchWorkerError(DspexError):
         "List the tools of modules, as serve would load them, of a running server, or both.\n\n"
         "Without --tools and --target it lists the tools of the settings: DSPEX_PERSIST_TOOLS, or tools in the "
         "settings file. Listing a module imports it, which runs its code.\n\n"
+        "Of a server it says where each tool runs: in the server itself, or in the workers of a pool, which workers "
+        "shows.\n\n"
         "--session adds the tools that run in other processes: the worker that registered each, its address, and the "
         "state of its circuit breaker (closed: calls go through; open: it was unreachable and is not called for a "
         "while; half_open: the next call decides; refused: it is not one of the server's tool_addresses).\n\n"
@@ -211,11 +215,13 @@ def _of_server(target: str, session: str) -> list[Listed]:
 def _listed(spec: "ToolSpec") -> Listed:
     """Return a server's tool. The server adds where it runs to the tool's metadata."""
     metadata = spec.metadata
-    where, _, worker_id = metadata.get("dspex.where", "server").partition(" ")
+    where, _, name = metadata.get("dspex.where", "server").partition(" ")
+    if where == "pool":
+        return Listed(spec, "pool", pool=name)
     if where != "worker":
         return Listed(spec, "server")
     address, circuit = metadata.get("dspex.address") or None, metadata.get("dspex.circuit") or None
-    return Listed(spec, "worker", None, worker_id, address, circuit)
+    return Listed(spec, "worker", worker_id=name, address=address, circuit=circuit)
 
 
 # For programs
@@ -228,6 +234,7 @@ def _document(listed: Listed) -> dict[str, Any]:
         "description": spec.description,
         "where": listed.where,
         "reference": listed.reference,
+        "pool": listed.pool,
         "worker_id": listed.worker_id,
         "address": listed.address,
         "circuit": listed.circuit,
@@ -309,4 +316,6 @@ def _where(listed: Listed) -> str:
     if listed.where == "worker":
         place = f"at {listed.address}" if listed.address else "without an address"
         return f"worker {listed.worker_id}\n{place}\ncircuit {listed.circuit}"
+    if listed.where == "pool":
+        return f"pool {listed.pool}"
     return listed.reference or listed.where

@@ -174,6 +174,14 @@ def test_a_running_server_lists_its_workers(served: ServedDatabase, provider: Br
     assert str(ran) in table
 
 
+def test_the_list_of_tools_says_which_pool_runs_them(served: ServedDatabase) -> None:
+    argv = [sys.executable, "-m", "dspex_persist", "tools", "list", "--target", served.target]
+    shown = subprocess.run([*argv, "--json"], env=environment(), capture_output=True, text=True, check=True).stdout
+    assert {(each["where"], each["pool"]) for each in json.loads(shown)["tools"]} == {("pool", "tools")}
+    table = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert "pool tools" in table
+
+
 def test_calls_below_each_other_need_one_worker(provider: BridgedState, session: str) -> None:
     assert result_of(execute(provider, session, "go_down", depth=10)) == 10
 
