@@ -503,7 +503,7 @@ class RegisteredTool:
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
     """An execution without the details in its events. The session's state has it while it runs; afterwards it is
-    found by its idempotency key. `sequence`: the commit that ended it."""
+    found by its idempotency key. `sequence`: the commit that ended it. `failure`: why it has failed."""
 
     id: str
     tool: str
@@ -515,6 +515,7 @@ class JournalEntry:
     sequence: int | None = None
     attempt: int = 1
     result: Value | None = None
+    failure: "Failure | None" = None
 
 
 @dataclass(frozen=True, slots=True)

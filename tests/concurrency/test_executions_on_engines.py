@@ -1,5 +1,6 @@
 """Tools on two servers that share a real engine: PostgreSQL, and Redis or Valkey."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ExecutionStatus, Origin
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.shared_log import SharedLog
+from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.values import encode_arguments
 from tests.concurrency.test_shared_executions import SESSION, Stage, ended, outcome_of, toolbox
@@ -99,6 +101,33 @@ def test_executions_of_another_server(open_log: Open) -> None:
         again = servers.execute(1, "hold", key="k", value=7)
         servers.stage.go.set()
         assert outcome_of(held).execution_id == outcome_of(again).execution_id == execution_id
+
+
+@pytest.mark.parametrize("waits_on", [0, 1])
+def test_who_waits_for_an_execution_that_fails_has_its_failure(
+    open_log: Open, waits_on: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the server that runs it as on another one; who comes later tries again."""
+    joins, join = threading.Event(), ToolRunner._join
+
+    async def noted(*arguments: Any) -> Any:
+        joins.set()
+        return await join(*arguments)
+
+    monkeypatch.setattr(ToolRunner, "_join", noted)
+    with two(open_log) as servers:
+        held = servers.execute(0, "hold_and_fail", key="k")
+        servers.stage.wait_begun()
+        (execution_id,) = servers.running()
+        again = servers.execute(waits_on, "hold_and_fail", key="k")
+        assert joins.wait(within(10))
+        servers.stage.go.set()
+        for outcome in map(outcome_of, (held, again)):
+            assert (outcome.status, outcome.execution_id) == (ExecutionStatus.FAILED, execution_id)
+            assert (outcome.error_code, str(outcome.error)) == ("TOOL_FAILED", "ValueError: no luck")
+        assert servers.stage.ended == ["hold_and_fail"]
+        later = outcome_of(servers.execute(waits_on, "hold_and_fail", key="k"))
+        assert later.execution_id != execution_id
 
 
 def test_turns_on_two_servers(open_log: Open) -> None:

@@ -75,6 +75,13 @@ def toolbox(stage: Stage) -> Toolbox:
         return value
 
     @tool
+    def hold_and_fail() -> None:
+        stage.begun.release()
+        assert stage.go.wait(within(30))
+        stage.ended.append("hold_and_fail")
+        raise ValueError("no luck")
+
+    @tool
     async def hold_async(ctx: ToolContext, value: int) -> int:
         ctx["n"] = value
         stage.begun.release()
@@ -111,7 +118,7 @@ def toolbox(stage: Stage) -> Toolbox:
         session.record(LM_CALLS, {"model": "m", "usage": {"m": {"prompt_tokens": 40, "completion_tokens": 20}}})
         return 60
 
-    return Toolbox.of([hold, hold_async, in_turn, alone, increment, ask_model])
+    return Toolbox.of([hold, hold_and_fail, hold_async, in_turn, alone, increment, ask_model])
 
 
 class Tools:

@@ -151,7 +151,10 @@ class ToolRpcs(Calls):
             log.debug("tool executed", **facts)
             return
         error, quotable = outcome.error, (*request.parameters.values(), *outcome.quotable)
-        if sum(value.size_bytes for value in quotable) < _MUCH_BYTES:
+        if outcome.repeated:
+            # Of another server, which knows what the error may quote.
+            reason = f"that of execution {outcome.execution_id}, which had the same key"
+        elif sum(value.size_bytes for value in quotable) < _MUCH_BYTES:
             reason = _reason_of(error, quotable)
         else:
             reason = await asyncio.to_thread(_reason_of, error, quotable)

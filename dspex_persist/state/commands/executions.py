@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from dspex_persist.state import arguments, values
 from dspex_persist.state.budgets import Spent
@@ -46,6 +46,8 @@ from dspex_persist.state.model import (
 from dspex_persist.state.session_state import SessionState, size_of_tool
 from dspex_persist.state.unit_of_work import Savepoint, UnitOfWork
 
+REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
+"""Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
 
@@ -60,7 +62,7 @@ class Begun:
         optimization_lease_s: The lease of locks that it takes, in seconds.
         seed: The seed of its random numbers.
         snapshot: A copy of the session for this execution alone; None if there is an earlier execution.
-        recorded: The earlier execution with the same key if it has committed.
+        recorded: The earlier execution with the same key if it has committed, or the request has waited for it.
         running: The earlier execution with the same key if it is running.
         concurrency: What the session demands, if it is more than the request says; the execution has not begun then.
         busy: An execution of another server that has the turn; this one has not begun then.
@@ -85,7 +87,8 @@ class BeginExecution(Command[Begun]):
     `worker_id`: the worker that runs it; "" for the server itself. `retry_of`: the previous execution for the same
     request, which ended as a conflict. `concurrency`: what the caller has seen to. `trace_id`: the trace that it is a
     part of. `turns`: how each tool of this server runs, if the execution has its turn here and other servers may run
-    tools in the session; None if there is nothing to wait for.
+    tools in the session; None if there is nothing to wait for. `awaited`: the execution of another server with the same
+    key for whose end the request has waited: its outcome counts.
     """
 
     tool: str
@@ -100,6 +103,7 @@ class BeginExecution(Command[Begun]):
     concurrency: Concurrency = Concurrency.OPTIMISTIC
     trace_id: str = ""
     turns: Mapping[str, Concurrency] | None = None
+    awaited: str = ""
 
     writes: ClassVar[bool] = True
 
@@ -161,7 +165,7 @@ class BeginExecution(Command[Begun]):
     def _request(self) -> dict[str, Any]:
         request = Command._request(self)
         # They say nothing about what is asked for.
-        del request["concurrency"], request["trace_id"], request["turns"]
+        del request["concurrency"], request["trace_id"], request["turns"], request["awaited"]
         return request
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
@@ -174,9 +178,15 @@ class BeginExecution(Command[Begun]):
         # Older releases stored the fingerprint of the request as it was spelled.
         if known.fingerprint != fingerprint and known.fingerprint != self._fingerprint(_unchanged):
             raise IdempotencyConflictError(key, f"ExecuteTool ({known.tool})")
-        if recorded is not None and recorded.status is not ExecutionStatus.COMMITTED:
+        if recorded is not None and not self._counts(recorded):
             return None
         return Begun(known.id, uow.sequence, uow.limits, uow.optimization_lease_s, recorded=recorded, running=running)
+
+    def _counts(self, recorded: JournalEntry) -> bool:
+        """Whether the outcome is that of this request, too: a failure is for those who have waited for it."""
+        if recorded.id == self.awaited:
+            return recorded.status not in REPEATABLE
+        return recorded.status is ExecutionStatus.COMMITTED
 
     def _begin(self, uow: UnitOfWork, fingerprint: str) -> Begun:
         # The id contains the commit's number, so that an execution can be found without an index.

@@ -81,6 +81,7 @@ class PastExecution:
             None if self.ending is None else self.ending.sequence,
             began.attempt,
             None if ended is None else ended.result,
+            None if ended is None else ended.failure,
         )
 
 

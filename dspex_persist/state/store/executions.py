@@ -85,6 +85,7 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEn
         row.ended_sequence,
         row.attempt,
         end.result,
+        end.failure,
     )
 
 

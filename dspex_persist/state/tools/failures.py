@@ -19,7 +19,7 @@ from dspex_persist.state.errors import (
     ToolTimedOutError,
     WorkerTimeoutError,
 )
-from dspex_persist.state.model import ExecutionStatus, Failure
+from dspex_persist.state.model import ExecutionStatus, Failure, JournalEntry
 
 _MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
 _PACKAGE: Final = Path(__file__).parents[2]
@@ -117,6 +117,20 @@ def reported_error(execution_id: str, raised: BaseException | None, failure: Fai
         return ToolFailedError(execution_id, "its client has aborted it")
     assert failure is not None, "an execution without commit and without conflict has failed"
     return ToolFailedError(execution_id, f"{failure.type}: {failure.message}", failure.type)
+
+
+def recorded_error(entry: JournalEntry) -> StateError:
+    """Return the error for a caller who gets the outcome of a failed execution from the journal."""
+    failure = entry.failure or Failure("", entry.status.value)
+    if entry.status is ExecutionStatus.TIMED_OUT:
+        # What `ToolTimedOutError` adds to its reason.
+        reason = failure.message.removeprefix("timed out: ").removesuffix("; nothing was written")
+        return ToolTimedOutError(entry.id, reason)
+    if entry.status is ExecutionStatus.ABORTED:
+        return reported_error(entry.id, AbortedError(), None)
+    if failure.type in ("", ToolFailedError.__name__):
+        return ToolFailedError(entry.id, failure.message)
+    return reported_error(entry.id, None, failure)
 
 
 def status_of(error: BaseException) -> ExecutionStatus:

@@ -22,7 +22,7 @@ from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
 from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
-from dspex_persist.state.commands.executions import Begun, Verdict
+from dspex_persist.state.commands.executions import REPEATABLE, Begun, Verdict
 from dspex_persist.state.errors import (
     EngineClosedError,
     ExecutionElsewhereError,
@@ -64,6 +64,7 @@ from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
     raised_of,
+    recorded_error,
     reported_error,
     status_of,
 )
@@ -84,8 +85,6 @@ _LONGEST_LOOK_S: Final = 0.25
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
 _MOST_NAMED: Final = 20
-_REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
-"""Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (
     ToolNotFoundError,
     ToolArgumentError,
@@ -479,9 +478,9 @@ class ToolRunner:
         self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object], place: Place
     ) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
-        retry_of = None
+        retry_of, awaited = None, ""
         while True:
-            begun = await self._begin(request, tool, attempt, retry_of=retry_of, place=place)
+            begun = await self._begin(request, tool, attempt, retry_of=retry_of, place=place, awaited=awaited)
             if begun.concurrency is not None:
                 # The session demands more than the tool does.
                 place.join(begun.concurrency)
@@ -497,8 +496,9 @@ class ToolRunner:
                 return await _repeat(request, tool, begun.recorded)
             if begun.running is not None:
                 joined = await self._join(begun.running.id, request)
-                if joined is not None and joined.status not in _REPEATABLE:
+                if joined is not None and joined.status not in REPEATABLE:
                     return joined
+                awaited = begun.running.id
                 joins += self._peers is None
                 if joins > _MOST_JOINS:
                     raise UnavailableError(
@@ -559,6 +559,7 @@ class ToolRunner:
         parent: Execution | None = None,
         retry_of: str | None = None,
         place: Place | None = None,
+        awaited: str = "",
     ) -> Begun:
         has_turn = place is not None and place.has_turn and self._peers is not None
         command = commands.BeginExecution(
@@ -575,6 +576,7 @@ class ToolRunner:
             place.concurrency if place is not None else Concurrency.OPTIMISTIC,
             tracing.trace_id(),
             self._tools_turns() if has_turn else None,
+            awaited,
         )
         origin = request.origin
         if origin.idempotency_key is not None:
@@ -812,6 +814,11 @@ async def _run(tool: RunnableTool, arguments: Mapping[str, object], session: Too
 
 async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEntry) -> ToolOutcome:
     """Return the recorded outcome again, and deliver its chunks again."""
+    if recorded.status is not ExecutionStatus.COMMITTED:
+        error = recorded_error(recorded)
+        return ToolOutcome(
+            recorded.status, None, error, error.error_code, recorded.id, None, recorded.attempt, repeated=True
+        )
     result = recorded.result or NOTHING
     if request.outlet is not None and tool.spec.streaming:
         for chunk in json.loads(result.json):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -11,10 +12,20 @@ import redis
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.decoding import decoding
+from dspex_persist.state.events import ExecutionEnded
 from dspex_persist.state.fold import fold_version
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.log_store import affected
-from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Session, Value, VariableVersion
+from dspex_persist.state.model import (
+    Change,
+    CommitChanges,
+    ExecutionStatus,
+    Failure,
+    JournalEntry,
+    Session,
+    Value,
+    VariableVersion,
+)
 from dspex_persist.state.rules import Rules
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.unit_of_work import RecordedOutcome, VersionQuery, up_to
@@ -229,7 +240,16 @@ class Reads:
             return None
         with reading(state.session.id):
             content = self.client.hget(self._keys.keyed(state.session.sequence), codec.utf8(key))
-            return None if content is None else codec.ended_in(content)
+            entry = None if content is None else codec.ended_in(content)
+            if entry is None or entry.status is ExecutionStatus.COMMITTED:
+                return entry
+            return replace(entry, failure=self._failure_of(state.session.sequence, entry))
+
+    def _failure_of(self, first: int, entry: JournalEntry) -> Failure | None:
+        commit = None if entry.sequence is None else self.commit(first, entry.sequence)
+        events = () if commit is None else commit.events
+        ends = (each for each in events if isinstance(each, ExecutionEnded) and each.execution_id == entry.id)
+        return next((end.failure for end in ends), None)
 
     def began(self, first: int, execution_id: str) -> codec.Began | None:
         """Return how a running execution began."""
