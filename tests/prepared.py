@@ -2,6 +2,7 @@
 
 The start of a command is mostly imports: some 0.4 s of CPU time, against some 0.03 s here. What depends on the start
 itself (variables that Python reads, warnings at imports, Ctrl-C before `main`) needs a process of its own.
+`Prepared.run_python` does the same for programs, and for pytest.
 
 `Started` is for what runs on, such as a server: a Popen whose child is forked there, but is a child of this process,
 with its own pid, descriptors, environment, working directory and limits.
@@ -20,10 +21,11 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Final, NoReturn, Self
 
 ROOT: Final = Path(__file__).parents[1]
@@ -96,8 +98,12 @@ class Prepared:
         env: Mapping[str, str],
         timeout_s: float,
         encoding: str = "utf-8",
+        python: bool = False,
     ) -> int:
-        """Run a command to its end on these descriptors (None: closed), and return its exit code as Popen does."""
+        """Run a command to its end on these descriptors (None: closed), and return its exit code as Popen does.
+
+        With `python`, the words are not those of `dspex-persist`, but of `python`; see `run_python`.
+        """
         request = {
             "words": [os.fsdecode(word) for word in words],
             "streams": [stream is not None for stream in streams],
@@ -105,6 +111,7 @@ class Prepared:
             "env": dict(env),
             "alarm_s": round(timeout_s),
             "encoding": encoding,
+            "python": python,
         }
         with self.lock:
             return self.ask(request, [stream for stream in streams if stream is not None])
@@ -124,15 +131,31 @@ class Prepared:
             self._process.kill()
             raise
 
+    def run_python(
+        self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python` to its end, with any number of `-W FILTER`, and `-c PROGRAM`, `-m MODULE` or a file.
+
+        It runs, and ends, as in a new interpreter, but has imported much before.
+        """
+        return self.run(words, cwd=cwd, env=env, timeout_s=timeout_s, python=True)
+
     def run(
-        self, words: Sequence[str | bytes], *, cwd: Path, env: Mapping[str, str], timeout_s: float, text: str = ""
+        self,
+        words: Sequence[str | bytes],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        timeout_s: float,
+        text: str = "",
+        python: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end with `text` as its input."""
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             given.write(text.encode())
             given.seek(0)
             streams = [stream.fileno() for stream in (given, out, err)]
-            code = self.start(words, streams, cwd=cwd, env=env, timeout_s=timeout_s)
+            code = self.start(words, streams, cwd=cwd, env=env, timeout_s=timeout_s, python=python)
             for stream in (out, err):
                 stream.seek(0)
             return subprocess.CompletedProcess(list(words), code, out.read().decode(), err.read().decode())
@@ -321,6 +344,9 @@ def _serve(connection: socket.socket) -> None:
             child = os.fork()
             if child == 0:
                 connection.close()
+                if request["python"]:
+                    _run_python(request, streams, path)
+                    return
                 _become(request, streams, path, main)
             answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         for stream in streams:
@@ -357,6 +383,13 @@ def _start(request: Mapping[str, Any], streams: list[int], path: list[str]) -> N
     os.umask(request["umask"])
     for number, soft, hard in request["limits"]:
         resource.setrlimit(number, (soft, hard))
+    _settle(request, streams, path)
+    sys.argv[:] = ["-m", *request["words"]]
+    runpy.run_module("dspex_persist", run_name="__main__", alter_sys=True)
+
+
+def _settle(request: Mapping[str, Any], streams: list[int], path: list[str]) -> None:
+    """Take these streams as those that an interpreter starts with, this environment and working directory."""
     _take([True] * len(_NAMES), streams, "utf-8")
     for name in _NAMES:
         stream = getattr(sys, name)
@@ -367,8 +400,33 @@ def _start(request: Mapping[str, Any], streams: list[int], path: list[str]) -> N
     # Those of the working directory are others.
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
-    sys.argv[:] = ["-m", *request["words"]]
-    runpy.run_module("dspex_persist", run_name="__main__", alter_sys=True)
+
+
+def _run_python(request: Mapping[str, Any], streams: list[int], path: list[str]) -> None:
+    """Run `python` with the words of the request. The interpreter then ends as it does by itself."""
+    signal.alarm(request["alarm_s"])
+    _settle(request, streams, path)
+    words = list(request["words"])
+    while words[0] == "-W":
+        sys.warnoptions.append(words[1])
+        warnings._setoption(words[1])  # type: ignore[attr-defined]
+        del words[:2]
+    if words[0] == "-m":
+        sys.argv[:] = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
+    # What is run must stay there for the threads and exit handlers that it leaves.
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    if words[0] == "-c":
+        sys.argv[:] = ["-c", *words[2:]]
+        code = compile(words[1], "<string>", "exec", dont_inherit=True)
+    else:
+        file = Path(words[0])
+        sys.argv[:] = words
+        sys.path[0] = str(file.resolve().parent)
+        main.__file__ = str(file)
+        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+    exec(code, main.__dict__)
 
 
 def _move(env: Mapping[str, str], path: list[str]) -> None:

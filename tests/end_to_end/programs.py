@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
+from tests.prepared import commands
 
 
 class Program(NamedTuple):
@@ -69,7 +70,7 @@ def steps_of(page: str) -> list[Step]:
 
 
 def run(program: str, folder: Path) -> str:
-    """Run a program in a folder, and return its output."""
+    """Run a program in a folder, in a new interpreter, and return its output."""
     return run_python(["-c", program], folder)
 
 
@@ -84,5 +85,13 @@ def run_python(arguments: Sequence[str], folder: Path, **more: str) -> str:
         timeout=within(60),
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_prepared(arguments: Sequence[str], folder: Path, **more: str) -> str:
+    """Do the same where it does not matter that the package has been imported before: some 0.4 s of CPU time less."""
+    words = ["-W", "error", *arguments]
+    done = commands().run_python(words, cwd=folder, env=environment(**more), timeout_s=within(60))
     assert done.returncode == 0, done.stderr
     return done.stdout

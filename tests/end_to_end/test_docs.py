@@ -12,7 +12,7 @@ from dspex_persist import BridgedState, Context, connect
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of, tools_list
-from tests.end_to_end.programs import Program, programs_of, run, run_python
+from tests.end_to_end.programs import Program, programs_of, run, run_prepared, run_python
 
 PAGES = (
     "docs/context.md",
@@ -71,12 +71,12 @@ def run_the_program():
 @pytest.mark.parametrize("program", [each for each in PROGRAMS if each.is_whole and each not in WORKERS], ids=str)
 def test_a_program_prints_what_its_page_says(program: Program, tmp_path: Path) -> None:
     assert program.output, "the page does not say what it prints"
-    assert run(program.text, tmp_path) == program.output
+    assert run_prepared(["-c", program.text], tmp_path) == program.output
 
 
 @pytest.mark.parametrize("program", [each for each in PROGRAMS if not each.is_whole], ids=str)
 def test_a_part_of_a_program_has_tools_that_can_be_defined(program: Program, tmp_path: Path) -> None:
-    run(f"from dspex_persist import ToolContext, tool\n{program.text}", tmp_path)
+    run_prepared(["-c", f"from dspex_persist import ToolContext, tool\n{program.text}"], tmp_path)
 
 
 def test_the_worker_is_part_of_the_transaction(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_the_example_shop(tmp_path: Path) -> None:
     assert again == "count: 30 (attempts: 2)"
     assert list(tmp_path.iterdir()) == []
     # On an existing file it continues.
-    first, second = (run_python([str(EXAMPLES / "shop.py"), "shop.db"], tmp_path) for _ in range(2))
+    first, second = (run_prepared([str(EXAMPLES / "shop.py"), "shop.db"], tmp_path) for _ in range(2))
     assert "apples now: 14" in first
     assert "apples now: 18" in second
 
 
 def test_the_example_client_at_a_server(tmp_path: Path) -> None:
     with serve(tmp_path / "sessions.db", "--tools", "examples.shop") as server:
-        output = run_python([str(EXAMPLES / "call_shop.py"), target_of(server)], tmp_path)
+        output = run_prepared([str(EXAMPLES / "call_shop.py"), target_of(server)], tmp_path)
     tools, bread, first, second, refused, *report = output.splitlines()
     assert tools.startswith("tools: ['open_shop', 'sell', ")
     assert bread == "bread for 5"
@@ -127,7 +127,7 @@ def test_the_example_client_at_a_server(tmp_path: Path) -> None:
 
 
 def test_the_example_with_an_adapter(tmp_path: Path) -> None:
-    assert run_python([str(EXAMPLES / "run_adapter.py")], tmp_path).splitlines() == [
+    assert run_prepared([str(EXAMPLES / "run_adapter.py")], tmp_path).splitlines() == [
         "closed",
         "{'left': 3, 'sold': 2}",
         "InvalidValueError: invalid value for 'stock': value -6 is below minimum 0",
@@ -173,7 +173,7 @@ def test_the_example_with_a_study(tmp_path: Path) -> None:
 
 def test_the_example_whose_temperature_another_process_turns(tmp_path: Path) -> None:
     def turn(server: ServerProcess, name: str, value: str) -> None:
-        run_python(["-m", "dspex_persist", "set", "tuned", name, value, "--target", target_of(server)], tmp_path)
+        run_prepared(["-m", "dspex_persist", "set", "tuned", name, value, "--target", target_of(server)], tmp_path)
 
     shown = next(each for each in programs_of("docs/dspy.md") if "class Draft" in each.text)
     example = (EXAMPLES / "turned_program.py").read_text()
@@ -237,14 +237,14 @@ def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None
     assert here.returncode == 0, here.stderr
     assert "7 tools" in here.stdout
     arguments = ["-m", "dspex_persist", "tools", "list", "--tools", "shop"]
-    assert "7 tools" in run_python(arguments, tmp_path, PYTHONPATH=str(EXAMPLES))
+    assert "7 tools" in run_prepared(arguments, tmp_path, PYTHONPATH=str(EXAMPLES))
 
 
 def test_the_program_that_makes_a_report(tmp_path: Path) -> None:
     (program,) = programs_of("docs/audit-pages.md")
     with connect(tmp_path / "sessions.db") as state:
         Context("tune-checkout", state).define("temperature", 0.7)
-    run(program.text, tmp_path)
+    run_prepared(["-c", program.text], tmp_path)
     assert "temperature" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -311,20 +311,24 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_pytest(project: Path, *options: str, ci: bool = False) -> subprocess.CompletedProcess[str]:
+def run_pytest(project: Path, *options: str, ci: bool = False, own: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run pytest in the project; `own`: in a new interpreter, which has imported nothing yet."""
     environment = {name: text for name, text in os.environ.items() if name not in ("CI", "PYTEST_ADDOPTS")}
     # Without hypothesis, whose import takes longer than all the rest.
     plugins = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", *plugins, *options]
-    return subprocess.run(
-        command,
-        cwd=project,
-        env=environment | ({"CI": "true"} if ci else {}),
-        capture_output=True,
-        text=True,
-        timeout=within(100),
-        check=False,
-    )
+    command = ["-m", "pytest", "-q", "-W", "error", *plugins, *options]
+    environment |= {"CI": "true"} if ci else {}
+    if own:
+        argv = [sys.executable, *command]
+        return subprocess.run(
+            argv, cwd=project, env=environment, capture_output=True, text=True, timeout=within(100), check=False
+        )
+    return commands().run_python(command, cwd=project, env=environment, timeout_s=within(100))
+
+
+def run_program(project: Path) -> None:
+    done = commands().run_python(["run.py"], cwd=project, env=os.environ, timeout_s=within(60))
+    assert done.returncode == 0, done.stderr
 
 
 def run_command(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -456,7 +460,7 @@ def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
     """Its recording is renewed by replaying the client requests from the old one."""
     (project / "test_checkout.py").unlink()
     (project / "run.py").write_text(RUN, encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    run_program(project)
     command = ["session", "export", "s1", "--db", "shop.db", "--as-test", "test_s1.py", "--tools", "shop_tools"]
     exported = run_command(project, *command)
     assert exported.returncode == 0, exported.stderr
@@ -486,7 +490,7 @@ def test_a_recording_without_anything_to_replay_fails_its_test(project: Path) ->
     secret = RUN.replace('"integer", 3)', '"integer", 3, metadata={"sensitive": "true"})')
     # A recording without executions is fine: its state is checked.
     (project / "run.py").write_text(secret + '    state.initialize_session("s2")\n', encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    run_program(project)
     errors = {}
     for session, options in (("s1", ()), ("s2", ()), ("s1", ("--reveal",))):
         test = f"test_{session}{'_revealed' if options else ''}.py"
@@ -541,7 +545,7 @@ def test_names_from_clients_are_literals_in_a_test(project: Path) -> None:
     begun, used = RUN.split("    state.initialize_session", 1)
     each = textwrap.indent("    state.initialize_session" + used, "    ").replace('"s1"', "name")
     (project / "run.py").write_text(f"{begun}    for name in {NAMES!a}:\n{each}", encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    run_program(project)
     for number, name in enumerate(NAMES):
         export = ["session", "export", name, "--db", "shop.db", "--as-test", f"test_named_{number}.py"]
         ran = run_command(project, *export, "--tools", "shop_tools")
@@ -558,7 +562,7 @@ def test_names_from_clients_are_literals_in_a_test(project: Path) -> None:
 
 def test_a_test_without_its_tools_is_not_made(project: Path) -> None:
     (project / "run.py").write_text(RUN, encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    run_program(project)
     export = ["session", "export", "s1", "--db", "shop.db", "--as-test", "test_none.py"]
     ran = run_command(project, *export, "--tools", "nope")
     assert (ran.returncode, "nope" in ran.stderr) == (2, True), ran.stderr
@@ -574,7 +578,7 @@ def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
         "    assert not heavy & set(sys.modules)\n",
         encoding="utf-8",
     )
-    ran = run_pytest(project)
+    ran = run_pytest(project, own=True)
     assert ran.returncode == 0, ran.stdout
     markers = run_pytest(project, "--markers").stdout
     assert "dspex_replay(tape" in markers

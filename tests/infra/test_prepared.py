@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.deadline import within
-from tests.prepared import Started, _starter
+from tests.prepared import Started, _starter, commands
 
 TELL = """
 import json, os, resource, signal, sys, threading
@@ -138,3 +138,41 @@ def test_threads_start_processes_at_once(tmp_path: Path, is_fork: None) -> None:
             assert int(process.stderr.readline()) == process.pid
             process.kill()
     assert {process.returncode for process in processes} == {-signal.SIGKILL}
+
+
+PROGRAM = """
+import __main__, atexit, sys, threading, warnings
+
+print([__name__, __main__.__dict__ is globals(), sys.argv, "tests" in sys.modules, sys.stdin.read()])
+for category in (UserWarning, DeprecationWarning):
+    try:
+        warnings.warn("one", category)
+    except Warning as error:
+        print(type(error).__name__)
+atexit.register(print, "at exit", flush=True)
+threading.Timer(0.05, lambda: print(VALUE)).start()
+VALUE = 7
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["-c", "-m", "file"])
+def test_a_program_runs_and_ends_as_in_a_new_interpreter(tmp_path: Path, how: str) -> None:
+    (tmp_path / "telling.py").write_text(PROGRAM)
+    program = {"-c": ["-c", PROGRAM], "-m": ["-m", "telling"], "file": ["telling.py"]}[how]
+    words = ["-W", "error", "-W", "ignore::DeprecationWarning", *program, "a", "b"]
+    env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    new = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=within(30),
+        check=False,
+    )
+    prepared = commands().run_python(words, cwd=tmp_path, env=env, timeout_s=within(30))
+    assert (new.returncode, new.stderr) == (3, "")
+    assert (prepared.returncode, prepared.stdout, prepared.stderr) == (3, new.stdout, "")
+    assert new.stdout.endswith("7\nat exit\n")
