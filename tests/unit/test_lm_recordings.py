@@ -1,10 +1,13 @@
 """`ctx.recording()`: LM calls of code that is no tool, in the journal."""
 
 import asyncio
+import functools
+import gc
 import json
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,6 +162,27 @@ def test_calls_in_threads_belong_to_the_block_that_started_them(ctx: Context) ->
     calls = calls_in(ctx, recording.execution_id)
     assert [call["ordinal"] for call in calls] == [0, 1, 2]
     assert all(call["concurrent"] for call in calls)
+
+
+@pytest.mark.parametrize("own_run", [False, True])
+def test_what_a_thread_was_given_goes_with_it(ctx: Context, own_run: bool) -> None:
+    """Not only with the next garbage collection."""
+    given, calls = lm_on(Engine()), list[str]()
+    with ctx.recording() as recording:
+        thread = threading.Thread(target=calls.append, args=(given,))
+        if own_run:
+            vars(thread)["run"] = functools.partial(given, "a")
+        gc.disable()
+        try:
+            thread.start()
+            thread.join()
+            ended, kept = weakref.ref(thread), weakref.ref(given)
+            del thread, given
+            calls.clear()
+            assert (ended(), kept()) == (None, None)
+        finally:
+            gc.enable()
+    assert len(calls_in(ctx, recording.execution_id)) == own_run
 
 
 def test_a_call_that_ends_after_the_block_is_not_recorded_and_answers(ctx: Context) -> None:

@@ -508,6 +508,21 @@ def _run_carrying(
         thread_local_overrides.reset(token)
 
 
+def _have_carry(thread: threading.Thread, carried: Mapping[str, Any]) -> None:
+    """Have a thread that is about to start run with the carried settings."""
+    own, run, is_recorded = vars(thread).get("run"), thread.run, lm_guard.caller_is_recorded.get()
+
+    def carrying() -> None:
+        # It refers to the thread: both, and what the thread works on, would stay until the next garbage collection.
+        if own is None:
+            del vars(thread)["run"]
+        else:
+            vars(thread)["run"] = own
+        _run_carrying(carried, is_recorded, run)
+
+    vars(thread)["run"] = carrying
+
+
 def _carry_into_threads() -> None:
     """Have every thread, and all work in thread pools, use the observers of the caller that started it."""
     threads: Any = threading.Thread
@@ -517,8 +532,7 @@ def _carry_into_threads() -> None:
     @functools.wraps(start)
     def started(thread: threading.Thread) -> None:
         if carried := _carried():
-            is_recorded = lm_guard.caller_is_recorded.get()
-            setattr(thread, "run", functools.partial(_run_carrying, carried, is_recorded, thread.run))  # noqa: B010
+            _have_carry(thread, carried)
         start(thread)
 
     @functools.wraps(submit)
