@@ -3,14 +3,105 @@
 Commands, imports and replays all use this code, so a session has the same state however it was built.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
+from typing import Final, NamedTuple
 
-from dspex_persist.state.events import Event, Moment, SessionStarted, VariableRegistered
+from dspex_persist.state.events import (
+    DependencyAdded,
+    DependencyRemoved,
+    Event,
+    ExecutionBegan,
+    ExecutionEnded,
+    Moment,
+    OptimizationStarted,
+    OptimizationStopped,
+    RuleAdded,
+    RuleRemoved,
+    SessionStarted,
+    VariableConstrained,
+    VariableRegistered,
+)
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import REASON, RESTORED_METADATA, ChangeKind, Variable, VariableVersion, without_reason
 from dspex_persist.state.session_state import SessionState, Undo
 from dspex_persist.state.values.json_text import stored_texts
+
+_LOCKING: Final = frozenset({OptimizationStarted, OptimizationStopped})
+_APPLIED: Final = _LOCKING | {
+    DependencyAdded,
+    DependencyRemoved,
+    ExecutionBegan,
+    ExecutionEnded,
+    RuleAdded,
+    RuleRemoved,
+    VariableConstrained,
+    VariableRegistered,
+}
+"""The events whose commits `after_commits` applies."""
+
+
+class LaterCommit(NamedTuple):
+    """A commit as a log has it.
+
+    Attributes:
+        sequence: Its number.
+        at: Its time.
+        events: Its events in order. Of an execution's beginning and end, what the session does not keep may be missing.
+        versions: Its versions, by the age of their variables, then by their numbers.
+    """
+
+    sequence: int
+    at: datetime
+    events: Sequence[Event]
+    versions: Sequence[VariableVersion]
+
+
+def after_commits(state: SessionState, commits: Iterable[LaterCommit]) -> SessionState | None:
+    """Return a session as it is after its next commits, as if it were loaded then.
+
+    Args:
+        state: The session, which does not change.
+        commits: All its commits after the last one that the state has, in order.
+
+    Returns:
+        None if it has to be loaded: for rare events, and where the log does not tell in what order a commit made its
+        changes.
+    """
+    after = state.copy()
+    return after if all(_applied(after, commit) for commit in commits) else None
+
+
+def _applied(state: SessionState, commit: LaterCommit) -> bool:
+    """Apply a commit to a session; whether that was possible."""
+    kinds = {type(event) for event in commit.events}
+    if not kinds <= _APPLIED or (commit.versions and not kinds.isdisjoint(_LOCKING)):
+        return False
+    if VariableRegistered in kinds and any(version.kind is ChangeKind.DELETED for version in commit.versions):
+        # Another variable may have had the name before.
+        return False
+    born = {version.variable_id: version for version in commit.versions if version.kind is ChangeKind.REGISTERED}
+    moment = Moment(commit.sequence, commit.at)
+    for event in commit.events:
+        if isinstance(event, VariableRegistered):
+            version = born.pop(event.variable_id, None)
+            if version is None or event.variable_key is None:
+                # Not every log has the store's key in the event.
+                return False
+            state.keys[event.variable_id] = event.variable_key
+            fold_version(state, version, [], event)
+        else:
+            fold(state, event, moment, [])
+    for version in commit.versions:
+        if version.kind is not ChangeKind.REGISTERED:
+            variable = state.variables.get(state.names.get(version.variable_id, ""))
+            if variable is None or version.version != variable.version + 1:
+                # Pruned meanwhile.
+                return False
+            fold_version(state, version, [])
+    state.sequence = commit.sequence
+    return not born
 
 
 def fold(state: SessionState | None, event: Event, moment: Moment, undo: Undo) -> SessionState | None:

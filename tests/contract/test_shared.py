@@ -24,6 +24,7 @@ from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract,
 from dspex_persist.testing.shared_memory_log import SharedMemory, SharedMemoryLog
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
+from tests.advancing import check_always
 from tests.deadline import within
 
 R = TypeVar("R")
@@ -39,6 +40,8 @@ class Alternating(StateProvider, Holdable):
         self._server = servers[0]
         self._pending: list[Future[Any]] = []
         self._lock = threading.Lock()
+        for each in servers:
+            check_always(each._shared.log)
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         with self._lock:

@@ -3,8 +3,11 @@
 import pytest
 
 from dspex_persist.state.distributed import PostgresState
+from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.store.postgres import later
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from tests.advancing import check_each_kind, check_many
 
 
 def load(log: PostgresLog, *session_ids: str) -> list[SessionState]:
@@ -35,21 +38,51 @@ def test_sessions_with_new_versions_are_as_if_loaded(url: str, changed: list[str
     assert all(state.sequence < each.sequence for state, each in zip(before, loaded, strict=True))
 
 
-def test_those_with_events_are_to_be_loaded(url: str) -> None:
+def test_a_session_is_as_if_loaded_after_each_kind_of_commit(url: str) -> None:
     log = PostgresLog(url)
     with PostgresState(url) as other:
-        for session_id in ("a", "b", "c"):
-            other.initialize_session(session_id)
-            other.register_variable(session_id, "x", "integer", 0)
+        check_each_kind(log, other)
+    log.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_session_is_as_if_loaded_after_many_commits(url: str, seed: int) -> None:
+    log = PostgresLog(url)
+    with PostgresState(url) as other:
+        check_many(log, other, 25, seed)
+    log.close()
+
+
+def test_a_session_with_too_many_commits_is_to_be_loaded(url: str) -> None:
+    log = PostgresLog(url)
+    with PostgresState(url) as other:
+        other.initialize_session("s")
+        other.register_variable("s", "x", "integer", 0)
         with log.group():
-            before = load(log, "a", "b", "c")
-        other.set_variable("a", "x", 1)
-        other.register_variable("b", "y", "integer", 0)
-        other.set_variable("c", "x", 3)
+            before = load(log, "s")
+        for number in range(later.MOST + 1):
+            other.set_variable("s", "x", number)
         with log.group() as news:
             assert news is not None
-            first, second, third = log.advance(before, news.sequence)
+            assert log.advance(before, news.sequence) == [None]
+            (advanced,) = log.advance(before, news.sequence - 1)
     log.close()
-    assert second is None
-    values = [x.value.json for state in (first, third) if state is not None for x in state.variables.values()]
-    assert values == ["1", "3"]
+    assert advanced is not None
+    assert advanced.variables["x"].value.json == str(later.MOST - 1)
+
+
+def test_a_session_whose_versions_were_pruned_is_to_be_loaded(url: str) -> None:
+    log = PostgresLog(url)
+    with PostgresState(url) as other:
+        other.initialize_session("s")
+        other.register_variable("s", "x", "integer", 0)
+        with log.group():
+            before = load(log, "s")
+        for number in range(3):
+            other.set_variable("s", "x", number)
+        sequence = log.head()
+        other.prune(PrunePolicy(keep_versions=1, session_id="s"), confirm=True)
+        with log.group():
+            assert log.advance(before, sequence) == [None]
+            assert log.advance(before, log.sequence) == [None]
+    log.close()

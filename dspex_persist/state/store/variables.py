@@ -7,7 +7,6 @@ from math import inf
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
-from sqlalchemy.dialects import sqlite
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
@@ -82,17 +81,6 @@ def select_versions(*more: Any) -> Select[Any]:
 _SELECT_VERSIONS = select_versions()
 _ONE_VERSION = _SELECT_VERSIONS.where(
     versions.c.variable_key == bindparam("variable_key"), versions.c.version == bindparam("version")
-)
-# Of the session's versions after a commit, up to and including another one, by commit, then by key. Run on the driver,
-# with a session key and both numbers; it returns `VersionRow`s.
-VERSIONS_BETWEEN = str(
-    _SELECT_VERSIONS.where(
-        commits.c.session_key == bindparam("session_key"),
-        commits.c.sequence > bindparam("after"),
-        commits.c.sequence <= bindparam("until"),
-    )
-    .order_by(commits.c.sequence, versions.c.variable_key, versions.c.version)
-    .compile(dialect=sqlite.dialect(paramstyle="qmark"))
 )
 # Run on the driver: SQLAlchemy's rows take three times as long, and this query returns a hundred rows at a time.
 _HISTORY = """

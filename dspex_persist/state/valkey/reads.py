@@ -12,8 +12,9 @@ import redis
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.budgets import NOTHING, Spent
 from dspex_persist.state.decoding import decoding
+from dspex_persist.state.errors import DamagedSessionError
 from dspex_persist.state.events import ExecutionEnded
-from dspex_persist.state.fold import fold_version
+from dspex_persist.state.fold import LaterCommit, after_commits
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.log_store import affected
 from dspex_persist.state.model import (
@@ -193,22 +194,22 @@ class Reads:
                 pages.append(CommitChanges(commit.sequence, changes, affected(state, commit.sequence, changes)))
         return pages
 
-    def advance(self, state: SessionState, until: int) -> SessionState | None:
-        """Return a session as of a later commit, if there are only few commits in between, and none has events."""
-        first = state.session.sequence
-        with reading(state.session.id):
-            name = self._keys.commits(first)
-            rows = self.client.xrange(name, f"({state.sequence}-0", f"{until}-0", count=_MOST_ADVANCED + 1)
-            if len(rows) > _MOST_ADVANCED or any(row[b"e"] != b"[]" for _, row in rows):
-                return None
-            after = state.copy()
-            commits = [codec.commit_in(row) for _, row in rows]
-            for stored in self.versions(first, (pair for commit in commits for pair in commit.versions)):
-                if stored is None:
-                    return None
-                fold_version(after, stored.version, [])
-            after.sequence = commits[-1].sequence if commits else state.sequence
-        return after
+    @reported
+    def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
+        """Return sessions as of a later commit; None for those that have to be loaded, as for new variables."""
+        keys, most = self._keys, _MOST_ADVANCED + 1
+        names = ((keys.commits(state.session.sequence), state.sequence) for state in states)
+        wanted = (("xrange", name, f"({after}-0", f"{until}-0", most) for name, after in names)
+        later = [[row for _, row in rows] for rows in self.pipelined(wanted)]
+        commits = [_few(state.session.id, rows) for state, rows in zip(states, later, strict=True)]
+        pairs = (
+            (keys.versions(state.session.sequence, variable_id), codec.version_id(number))
+            for state, few in zip(states, commits, strict=True)
+            for commit in few
+            for variable_id, number in commit.versions
+        )
+        versions = self.pipelined(("xrange", name, id_, id_) for name, id_ in pairs)
+        return [_advanced(state, few, versions) for state, few in zip(states, commits, strict=True)]
 
     def _changes_in(self, commit: codec.StoredCommit) -> Iterator[Change]:
         keys = self._keys
@@ -304,6 +305,37 @@ class Reads:
         """Return the members of `ages` for at most so many outcomes recorded before a time."""
         until = f"({to_micros(before)}"
         return list(self.client.zrangebyscore(self._keys.ages, "-inf", until, start=0, num=most))
+
+
+def _few(session_id: str, rows: Sequence[Mapping[bytes, bytes]]) -> list[codec.StoredCommit]:
+    """Return the commits in these entries; nothing if there are too many, or they cannot be read."""
+    if len(rows) > _MOST_ADVANCED:
+        return []
+    try:
+        with reading(session_id):
+            return list(map(codec.commit_in, rows))
+    except DamagedSessionError:
+        return []
+
+
+def _advanced(
+    state: SessionState, commits: Sequence[codec.StoredCommit], versions: Iterator[Any]
+) -> SessionState | None:
+    """Return a session after its next commits. Takes the entries of all their versions from `versions`."""
+    rows = [[next(versions) for _ in commit.versions] for commit in commits]
+    if not commits or not all(map(all, rows)):
+        return None
+    try:
+        with reading(state.session.id):
+            return after_commits(state, map(_later, commits, rows))
+    except DamagedSessionError:
+        # Whoever loads the session says so.
+        return None
+
+
+def _later(commit: codec.StoredCommit, rows: Sequence[Any]) -> LaterCommit:
+    versions = [codec.version_in(found[0][1]).version for found in rows]
+    return LaterCommit(commit.sequence, commit.at, commit.events, versions)
 
 
 def reading(session_id: str) -> AbstractContextManager[None]:

@@ -452,8 +452,8 @@ class ValkeyLog(DatabaseLog):
         return self.reads.changes_after(state, after, most_commits)
 
     def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
-        """See `SharedLog`. It applies only commits without events: most have none."""
-        return [self.reads.advance(state, until) for state in states]
+        """See `SharedLog`."""
+        return self.reads.advance(states, until)
 
     @reported
     def expiry_of(self, state: SessionState) -> datetime | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -228,14 +228,3 @@ def run(connection: psycopg.Connection[Any], statements: str) -> psycopg.Cursor[
     cursor, as_it_is = psycopg.Cursor(connection), cast(Any, statements)
     cursor.execute(as_it_is, prepare=False)
     return cursor
-
-
-def all_rows(
-    connection: psycopg.Connection[Any], statement: str, every: Sequence[Sequence[object]]
-) -> list[list[tuple[Any, ...]]]:
-    """Run a statement with each of several lists of parameters, all in one round trip; return the rows of each."""
-    if len(every) < 2:
-        return [connection.execute(statement, each).fetchall() for each in every]
-    with connection.pipeline():
-        cursors = [connection.execute(statement, each) for each in every]
-    return [cursor.fetchall() for cursor in cursors]

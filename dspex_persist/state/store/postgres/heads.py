@@ -13,6 +13,7 @@ from dspex_persist.state.log_store import News
 from dspex_persist.state.shared import lost
 from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.store.log import Keys
+from dspex_persist.state.store.postgres.connections import run
 from dspex_persist.state.store.postgres.schema import LOCKS
 from dspex_persist.state.store.schema import REVISION
 
@@ -21,14 +22,6 @@ SELECT_HEAD: Final = """
         (SELECT epoch FROM servers WHERE server_id = '{server}'),
         (SELECT version_num FROM alembic_version), has_holds
     FROM head
-"""
-# Planning these takes the database as long as running them, so each connection that writes prepares them.
-PREPARE: Final = f"""
-    PREPARE dspex_lock AS SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
-    PREPARE dspex_try_lock AS SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
-    PREPARE dspex_head AS {SELECT_HEAD};
-    PREPARE dspex_end (bigint, bytea, bigint, bigint, bigint) AS UPDATE head SET sequence = $1, hash = $2,
-        last_at = greatest(last_at, $3), next_session_key = $4, next_variable_key = $5
 """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
 BEGIN: Final = "BEGIN; EXECUTE dspex_lock; EXECUTE dspex_head"
@@ -43,7 +36,18 @@ _HASH: Final = "SELECT hash FROM commits WHERE sequence = %s"
 _CHANGED: Final = """
     SELECT DISTINCT sessions.started_sequence, sessions.session_id, sessions.ended_sequence IS NOT NULL
     FROM commits JOIN sessions ON sessions.session_key = commits.session_key
-    WHERE commits.sequence > %s AND commits.sequence <= %s
+    WHERE commits.sequence > $1 AND commits.sequence <= $2
+"""
+
+# Planning these takes the database as long as running them, so each connection that writes prepares them.
+PREPARE: Final = f"""
+    PREPARE dspex_lock AS SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
+    PREPARE dspex_try_lock AS SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
+    PREPARE dspex_head AS {SELECT_HEAD};
+    PREPARE dspex_hash (bigint) AS SELECT hash FROM commits WHERE sequence = $1;
+    PREPARE dspex_changed (bigint, bigint) AS {_CHANGED};
+    PREPARE dspex_end (bigint, bytea, bigint, bigint, bigint) AS UPDATE head SET sequence = $1, hash = $2,
+        last_at = greatest(last_at, $3), next_session_key = $4, next_variable_key = $5
 """
 
 
@@ -124,11 +128,13 @@ class KnownHead:
         if row.sequence == before.sequence:
             self.take(row)
             return None
-        if before.sequence:
-            found = connection.execute(_HASH, (before.sequence,)).fetchone()
-            if found is None or found[0] != before.hash:
-                raise lost.other_commit(self._name, before.sequence)
-        rows = connection.execute(_CHANGED, (before.sequence, row.sequence)).fetchall()
+        numbers = f"{before.sequence}, {row.sequence}"
+        cursor = run(connection, f"EXECUTE dspex_hash ({before.sequence}); EXECUTE dspex_changed ({numbers})")
+        found = cursor.fetchone()
+        if before.sequence and (found is None or found[0] != before.hash):
+            raise lost.other_commit(self._name, before.sequence)
+        cursor.nextset()
+        rows = cursor.fetchall()
         self.take(row)
         ended = frozenset(first for first, _, has_ended in rows if has_ended)
         changed = {first: session_id for first, session_id, _ in rows}

@@ -16,7 +16,6 @@ from dspex_persist.addresses import canonical
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import StateError, UnavailableError
-from dspex_persist.state.fold import fold_version
 from dspex_persist.state.log_store import FencedError, News
 from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import VariableVersion
@@ -27,11 +26,10 @@ from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import log, outcomes
 from dspex_persist.state.store import sessions as stored_sessions
-from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import Durability, snapshot
-from dspex_persist.state.store.postgres import holds, schema, servers
+from dspex_persist.state.store.postgres import holds, later, schema, servers
 from dspex_persist.state.store.postgres.clocks import compare_clocks
-from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, all_rows
+from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
 from dspex_persist.state.store.postgres.inserts import NUMBERS, Many
 from dspex_persist.state.store.postgres.notices import Notices
@@ -43,10 +41,6 @@ from dspex_persist.state.store.stored import StoredLog, StoredSessions
 from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
 
 SETTLE_S: Final = 10.0
-_SINCE: Final = """
-    SELECT count(events.sequence), max(commits.sequence) FROM commits LEFT JOIN events USING (sequence)
-    WHERE commits.session_key = %s AND commits.sequence > %s AND commits.sequence <= %s
-"""
 # Of the session that asks, until it ends: whoever holds it prunes by the settings of all servers.
 _TRY_TO_PRUNE: Final = f"SELECT pg_try_advisory_lock({schema.LOCKS}, 'pruned'::regclass::oid::int)"
 _EXPIRES: Final = Many(
@@ -176,20 +170,8 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
             yield news
 
     def advance(self, states: Sequence[SessionState], until: int) -> list[SessionState | None]:
-        """See `SharedLog`. It applies only commits without events: most have none."""
-        driver = self._writing.driver
-        ranges = [(state.key, state.sequence, until) for state in states]
-        counted = [rows[0] for rows in all_rows(driver, _SINCE, ranges)]
-        quiet = [place for place, (events, _) in enumerate(counted) if not events]
-        found = all_rows(driver, stored_variables.VERSIONS_BETWEEN, [ranges[place] for place in quiet])
-        advanced: list[SessionState | None] = [None for _ in states]
-        for place, rows in zip(quiet, found, strict=True):
-            after = states[place].copy()
-            for row in rows:
-                fold_version(after, stored_variables.version_of(stored_variables.VersionRow(*row)), [])
-            _, after.sequence = counted[place]
-            advanced[place] = after
-        return advanced
+        """See `SharedLog`."""
+        return later.advance(self._writing.driver, states, until)
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """See `LogStore`."""

@@ -16,7 +16,7 @@ from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
 from dspex_persist.state.log_store import FencedError, News, UnwritableError, WouldWaitError
 from dspex_persist.state.store.log import Keys
-from dspex_persist.state.store.postgres import heads
+from dspex_persist.state.store.postgres import heads, later
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run
 from dspex_persist.state.store.postgres.heads import HeadRow, KnownHead
 from dspex_persist.state.store.postgres.servers import Lease
@@ -112,7 +112,7 @@ class Writing:
         # Asked for, because psycopg forgets all prepared statements with a transaction that is rolled back.
         self._prepared = {name for (name,) in run(self.driver, "SELECT name FROM pg_prepared_statements").fetchall()}
         if "dspex_head" not in self._prepared:
-            run(self.driver, heads.PREPARE.format(server=self._lease.server_id))
+            run(self.driver, f"{heads.PREPARE.format(server=self._lease.server_id)}; {later.PREPARE}")
 
     def drop(self) -> None:
         """Give the connection up: what an error leaves behind in one is not worth knowing."""
