@@ -18,7 +18,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,6 +137,28 @@ class Server(ABC):
         (self.directory / "away").unlink()
         wait_until(self._answers)
 
+    def processes(self) -> list[int]:
+        """The server, and the processes that it has started."""
+        pid = self.pid()
+        others = (int(each.name) for each in Path("/proc").iterdir() if each.name.isdecimal())
+        return [pid, *(each for each in others if _parent_of(each) == pid)]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Have the server stand still within a block: its machine takes connections, and nobody answers."""
+        stopped: list[int] = []
+        try:
+            # The first one starts no others meanwhile.
+            while more := [each for each in self.processes() if each not in stopped]:
+                for each in more:
+                    os.kill(each, signal.SIGSTOP)
+                stopped += more
+            yield
+        finally:
+            for each in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGCONT)
+
     def end(self) -> None:
         """End the server, if there is one, and remove all that it has written."""
         try:
@@ -156,11 +178,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def runs(pid: int) -> bool:
     """Whether there is such a process. One that only waits for its parent to take notice has ended."""
+    facts = _facts_of(pid)
+    return bool(facts) and facts[0] not in ("Z", "X")
+
+
+def _parent_of(pid: int) -> int | None:
+    facts = _facts_of(pid)
+    return int(facts[1]) if facts else None
+
+
+def _facts_of(pid: int) -> list[str]:
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return []
+    return status.rpartition(")")[2].split()
 
 
 def _user() -> dict[str, int]:

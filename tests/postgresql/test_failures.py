@@ -30,7 +30,9 @@ from dspex_persist.state.log_store import FencedError, WouldWaitError
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.store.postgres import connections, cursors, writing
 from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.store.postgres.cursors import NoAnswerError
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from dspex_persist.state.tools.with_tools import WithTools
@@ -181,6 +183,67 @@ def test_a_database_that_is_away_for_a_while(own_postgres: Postgres) -> None:
         own_postgres.bring_back()
         assert state.set_variable("s", "x", 3) == 1
         assert value(other) == Value("3")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up soon what does not answer: a connection, or a new one."""
+    monkeypatch.setattr(cursors, "QUIET_S", 0.2)
+    # The driver takes no less.
+    monkeypatch.setitem(connections._NETWORK, "connect_timeout", "2")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_database_that_takes_connections_and_answers_nothing(own_postgres: Postgres) -> None:
+    url = own_postgres.url()
+    fill(url)
+    with PostgresState(url) as state:
+        assert state.set_variable("s", "x", 2) == 1
+        assert value(state) == Value("2")
+        with own_postgres.stopped():
+            for use in (lambda: value(state), lambda: state.set_variable("s", "x", 3)):
+                with pytest.raises(UnavailableError):
+                    use()
+        wait_until(lambda: _succeeds(lambda: state.set_variable("s", "x", 4)))
+        assert value(state) == Value("4")
+        stopped = own_postgres.stopped()
+        stopped.__enter__()
+    stopped.__exit__(None, None, None)
+
+
+def _succeeds(use: Callable[[], object]) -> bool:
+    try:
+        use()
+    except (UnavailableError, StorageError, OutcomeUnknownError):
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_answer_may_take_long_while_the_database_is_there(filled: str) -> None:
+    database = Database(filled)
+    with database.connect() as patient, database.connect(is_brief=True) as brief:
+        assert patient.execute("SELECT 1 FROM pg_sleep(0.7)").fetchone() == (1,)
+        with pytest.raises(NoAnswerError, match="the database has not answered"):
+            brief.execute("SELECT 1 FROM pg_sleep(0.7)")
+        assert brief.broken
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_commit_that_takes_too_long_is_looked_up(
+    filled: str, beside: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As one does that waits for a synchronous standby.
+    beside.execute("""
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON commits DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION wait()
+    """)
+    monkeypatch.setattr(writing, "_COMMIT_S", 0.4)
+    with PostgresState(filled) as state:
+        assert state.set_variable("s", "x", 2) == 1
+        assert value(state) == Value("2")
+    assert "commit settled" in caplog.text
 
 
 def test_a_transaction_that_a_stopped_server_left_is_ended(state: PostgresState, filled: str) -> None:

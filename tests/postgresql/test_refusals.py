@@ -19,6 +19,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.local import LocalState
 from dspex_persist.state.model import Value
 from dspex_persist.state.recording import write_recording
+from dspex_persist.state.store.databases import check
 from dspex_persist.state.store.postgres import clocks
 from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.session_store import StoreOptions
@@ -47,6 +48,41 @@ def test_commits_that_a_crash_would_lose(url: str, connection: Any) -> None:
         assert setting(state, "synchronous_commit") == "off"
     # Readers do not mind.
     open_audit(url).close()
+
+
+UNUSUAL = {
+    "default_transaction_isolation": "serializable",
+    "default_transaction_read_only": "on",
+    "statement_timeout": "50ms",
+    "lock_timeout": "1ms",
+    "idle_in_transaction_session_timeout": "10ms",
+    "idle_session_timeout": "10s",
+    "timezone": "Asia/Kathmandu",
+    "datestyle": "German",
+    "intervalstyle": "sql_standard",
+    "bytea_output": "escape",
+    "array_nulls": "off",
+    "quote_all_identifiers": "on",
+    "standard_conforming_strings": "off",
+    "search_path": "nowhere",
+    "client_min_messages": "debug1",
+    "row_security": "off",
+}
+
+
+def test_settings_that_do_not_matter(url: str, connection: Any) -> None:
+    (name,) = connection.execute("SELECT current_database()").fetchone()
+    for setting_, unusual in UNUSUAL.items():
+        connection.execute(f"ALTER DATABASE {name} SET {setting_} = '{unusual}'".encode())
+    with PostgresState(url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "string", "a\\b'c", metadata={"at": "1"})
+        assert state.set_variable("s", "x", "d") == 1
+        assert [each.version for each in state.get_variable_history("s", "x")] == [1, 0]
+        with state.audit() as audit:
+            assert audit.version("s", "x", 0).metadata == {"at": "1"}
+    report = check(url)
+    assert (report.commits, report.problems) == (3, ())
 
 
 @pytest.mark.parametrize("name", ["fsync", "full_page_writes"])

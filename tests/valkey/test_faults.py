@@ -20,17 +20,21 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.errors import (
     DamagedSessionError,
+    OutcomeUnknownError,
     StateError,
     StorageError,
+    UnavailableError,
 )
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.shared import SharedGroups
+from dspex_persist.state.valkey import address as addresses
 from dspex_persist.state.valkey import connection, valkey_log
 from dspex_persist.state.valkey.notices import Notices
 from dspex_persist.state.valkey.valkey_log import ValkeyLog
 from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.deadline import within
+from tests.engines import Valkey, wait_until
 from tests.valkey.conftest import Open
 from tests.valkey.proxy import Proxy
 
@@ -52,6 +56,34 @@ def content(client: redis.Redis, prefix: str) -> dict[bytes, bytes | None]:
 def begin(server: ValkeyState, session: str) -> None:
     server.initialize_session(session)
     server.register_variable(session, "x", "integer", 0)
+
+
+def test_a_store_that_takes_connections_and_answers_nothing(
+    open_own: Open, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(valkey_log, "_SETTLE_S", 0.3)
+    server = open_own()
+    begin(server, "s")
+    assert server.set_variable("s", "x", 2) == 1
+    with own_valkey.stopped():
+        with pytest.raises(UnavailableError, match="Timeout"):
+            server.get_variable("s", "x")
+        for _ in range(2):
+            with pytest.raises((UnavailableError, OutcomeUnknownError)):
+                server.set_variable("s", "x", 3, idempotency_key="once")
+    wait_until(lambda: _succeeds(server))
+    assert server.get_variable("s", "x").version == 2
+    with own_valkey.stopped():
+        server.close()
+
+
+def _succeeds(server: ValkeyState) -> bool:
+    try:
+        server.set_variable("s", "x", 3, idempotency_key="once")
+    except (UnavailableError, OutcomeUnknownError, StorageError):
+        return False
+    return True
 
 
 # Notices

@@ -38,7 +38,8 @@ class Connection:
 
     def __init__(self, client: redis.Redis, *, retries: int) -> None:
         # By default, a client sends any command again, up to ten times.
-        client.set_retry(Retry(NoBackoff(), retries))
+        # A store that has not answered in time is not asked again: that would take as long again.
+        client.set_retry(Retry(NoBackoff(), retries, supported_errors=(redis.ConnectionError,)))
         # Without its annotations, which answer every command with a value or something to await.
         self.client: Any = client
 

@@ -45,7 +45,14 @@ _SETTINGS: Final = {
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
     "standard_conforming_strings": "on",
+    "datestyle": "ISO",
+    "array_nulls": "on",
+    "quote_all_identifiers": "off",
+    # A connection that waits is no idle one.
+    "idle_session_timeout": "0",
 }
+# Those of newer releases.
+_NEWER: Final = sql.SQL("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'")
 # The statements of the store are written for indexes and nested loops: SQLite has no other joins, and gets hints. These
 # settings are the hints here. Without them, a page of the history may read all executions, as statistics change.
 _PLANS: Final = {
@@ -88,8 +95,13 @@ class Database:
         ours = _NETWORK | {"application_name": f"dspex-persist:{server_id[:12]}"}
         self._conninfo = make_conninfo("", **(ours | given))
 
-    def connect(self, *, autocommit: bool = True) -> Connection:
+    def connect(self, *, autocommit: bool = True, is_brief: bool = False) -> Connection:
         """Open a connection.
+
+        Args:
+            autocommit: Whether each statement is a transaction.
+            is_brief: Whether all statements on it are answered at once, unless the database is away. Others may take
+                long, as long as the database takes new connections meanwhile.
 
         Raises:
             psycopg.Error: It cannot be reached, or refuses.
@@ -98,6 +110,8 @@ class Database:
         connection = Connection.connect(self._conninfo, autocommit=True)
         try:
             self._prepare(connection)
+            if not is_brief:
+                connection.is_there = self._is_there
             if not autocommit:
                 connection.autocommit = False
         except BaseException:
@@ -113,11 +127,18 @@ class Database:
             settings["synchronous_commit"] = "off"
         given = [_SET.format(name=sql.Literal(name), value=sql.Literal(value)) for name, value in settings.items()]
         with psycopg.Cursor(connection) as cursor:
-            cursor.execute(sql.SQL("; ").join([*given, _FACTS]))
+            cursor.execute(sql.SQL("; ").join([*given, _NEWER, _FACTS]))
             while cursor.nextset():
                 pass
             (facts,) = cursor.fetchall()
         self._check(*facts)
+
+    def _is_there(self) -> bool:
+        try:
+            psycopg.Connection.connect(self._conninfo).close()
+        except psycopg.Error:
+            return False
+        return True
 
     def _check(
         self, number: int, version: str, encoding: str, is_standby: bool, fsync: str, full_pages: str, commit: str

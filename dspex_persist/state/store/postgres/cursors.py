@@ -1,9 +1,11 @@
 """Connections and cursors of psycopg that take the statements of the store as those of sqlite3 do."""
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 import psycopg
 from psycopg.rows import namedtuple_row, tuple_row
@@ -13,6 +15,9 @@ from dspex_persist.state.store.postgres.inserts import insert_of
 
 # What `stream` fetches in one round trip; a row may have some MiB.
 _STREAMED_ROWS: Final = 50
+R = TypeVar("R")
+QUIET_S: Final = 10.0
+"""How long a database may be silent while it owes an answer, before anybody asks whether it is still there."""
 _QUERY: Final = re.compile(r"\s*(?:SELECT|WITH)\b", re.IGNORECASE)
 
 
@@ -55,13 +60,55 @@ def merged(connection: psycopg.Connection[Any], statement: str, parameters: Sequ
     return psycopg.ClientCursor(connection).mogrify(query, params)
 
 
+class NoAnswerError(psycopg.OperationalError):
+    """The database has owed an answer for too long, so that the connection was given up."""
+
+
 class Connection(psycopg.Connection[Any]):
-    """A connection that is a `Driver`, as those of sqlite3 are."""
+    """A connection that is a `Driver`, as those of sqlite3 are.
+
+    A database that is stopped, or behind a network that drops what it sends, may owe an answer for ever. Nothing on
+    the way tells: what acknowledges our packets is its machine, or a proxy.
+
+    Attributes:
+        is_there: Asked after a silence of `QUIET_S`: whether the database answers others, and so may only take its
+            time. The connection is given up if not.
+        most_s: How long the database may be silent at most, even if it is there, in seconds.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.cursor_factory = Cursor
         self._numbers = count()
+        self.is_there: Callable[[], bool] = _nobody_asks
+        self.most_s = math.inf
+
+    def wait(self, gen: Generator[Any, Any, R], *arguments: Any, **options: Any) -> R:
+        """Wait for what the database owes, as long as it may be silent."""
+        return super().wait(self._watched(gen), *arguments, **options)
+
+    def _watched(self, gen: Generator[Any, Any, R]) -> Generator[Any, Any, R]:
+        heard_at = asked_at = time.monotonic()
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                # Several times a second, nothing is ready.
+                now = time.monotonic()
+                if ready:
+                    heard_at = asked_at = now
+                elif now - asked_at > QUIET_S:
+                    if now - heard_at > self.most_s or not self.is_there():
+                        self._give_up(now - heard_at)
+                    asked_at = now
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+    def _give_up(self, silent_s: float) -> NoReturn:
+        self.pgconn.finish()
+        raise NoAnswerError(f"the database has not answered for {silent_s:.0f} s")
 
     def stream(self, statement: str, parameters: Sequence[object], named: bool = False) -> Iterator[Any]:
         """Yield the rows of a statement with only some of them in memory. The transaction has to last as long.
@@ -91,3 +138,7 @@ class Connection(psycopg.Connection[Any]):
             cursor.executemany(statement, rows)
             return cursor
         return cursor.execute(insert.text, arrays)
+
+
+def _nobody_asks() -> bool:
+    return False

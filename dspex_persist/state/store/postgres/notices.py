@@ -60,7 +60,7 @@ class Notices:
 
     def _hear(self) -> Generator[bool]:
         """See `Listener`."""
-        with contextlib.closing(self._database.connect()) as connection:
+        with contextlib.closing(self._database.connect(is_brief=True)) as connection:
             connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
             yield True
             while True:
@@ -77,7 +77,10 @@ class Notices:
             is_last = self._closed.is_set()
             try:
                 if connection is None or connection.closed:
-                    connection = self._database.connect()
+                    if is_last:
+                        # Nobody waits for a database that is away: the listener looks every second, too.
+                        break
+                    connection = self._database.connect(is_brief=True)
                     # A hint need not be on the disk: waiting for that would delay the commits that follow.
                     connection.execute("SET synchronous_commit = off")
                 connection.execute("SELECT pg_notify(%s, %s)", (self._channel, self._server_id))

@@ -273,7 +273,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
                 is_new = self._barrier is None or self._barrier.closed
                 try:
                     if self._barrier is None or is_new:
-                        self._barrier = self._database.connect()
+                        self._barrier = self._database.connect(is_brief=True)
                     row = self._barrier.execute("SELECT sequence FROM head").fetchone()
                 except psycopg.Error as error:
                     if self._barrier is not None:

@@ -81,7 +81,7 @@ class Lease:
         """See `SharedLog.renew`."""
         try:
             if self._connection is None or self._connection.closed:
-                self._connection = self._database.connect()
+                self._connection = self._database.connect(is_brief=True)
             renewal = self._connection.execute(_RENEW, (self.address, self.server_id, self.epoch))
             if renewal.fetchone() is None:
                 raise FencedError

@@ -1,6 +1,7 @@
 """The connection that writes: one group of commits is one transaction, which holds the lock of the log."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -18,6 +19,7 @@ from dspex_persist.state.log_store import FencedError, News, UnwritableError, Wo
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres import heads, later
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run
+from dspex_persist.state.store.postgres.cursors import Connection, NoAnswerError
 from dspex_persist.state.store.postgres.heads import HeadRow, KnownHead
 from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.store.postgres.staging import Staged
@@ -26,6 +28,7 @@ from dspex_persist.state.store.postgres.staging import Staged
 _OF_ONE_UNIT: Final = ("22", "23", "54")
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
+_COMMIT_S: Final = 20.0
 _COMMIT_WARNING: Final = "01000"
 _logger: Final = get_logger(__name__)
 
@@ -85,13 +88,13 @@ class Writing:
         return self._staged
 
     @property
-    def driver(self) -> "psycopg.Connection[Any]":
+    def driver(self) -> Connection:
         """The driver's connection, while it is open."""
         driver = self.connection.connection.dbapi_connection
-        assert isinstance(driver, psycopg.Connection), "it is of psycopg"
+        assert isinstance(driver, Connection), "it is of `Database`"
         return driver
 
-    def connect(self) -> "psycopg.Connection[Any]":
+    def connect(self) -> Connection:
         """Return the driver's connection, a new one after an error.
 
         Raises:
@@ -239,9 +242,15 @@ class Writing:
             self._prepare()
 
     def _commit(self, end: str) -> None:
-        cursor = run(self.driver, end)
-        while cursor.nextset():
-            pass
+        # It may wait for a standby that is away, for as long as that is.
+        driver = self.driver
+        driver.most_s = _COMMIT_S
+        try:
+            cursor = run(driver, end)
+            while cursor.nextset():
+                pass
+        finally:
+            driver.most_s = math.inf
         if cursor.statusmessage != "COMMIT":
             # What the database answers, without an error, if an error has ended the transaction before.
             raise StorageError("the database has rolled the transaction back")
@@ -267,12 +276,14 @@ class Writing:
             self.drop()
             if is_sent and self._is_stored(reason):
                 return
+            if isinstance(_original(error), NoAnswerError):
+                raise UnavailableError(reason) from error
             raise StorageError(f"the connection to the database was lost: {reason}") from error
         self._roll_back()
         self._raise_for(error, reason)
 
     def _raise_for(self, error: Exception, reason: str) -> NoReturn:
-        original = error.orig if isinstance(error, DBAPIError) else error
+        original = _original(error)
         state = getattr(original, "sqlstate", None) or ""
         _logger.warning("group failed", reason=reason)
         if state[:2] in _OF_ONE_UNIT or isinstance(original, psycopg.DataError | psycopg.ProgrammingError):
@@ -312,7 +323,13 @@ class Writing:
 
     def close(self) -> None:
         """End the lease, and close the connection."""
-        with contextlib.suppress(*DRIVER_ERRORS, StateError):
-            self._lease.leave(self.connect())
+        if self._checked is not None:
+            # Without a connection, the database is away, and the lease ends by itself.
+            with contextlib.suppress(*DRIVER_ERRORS, StateError):
+                self._lease.leave(self.driver)
         self.drop()
         self._engine.dispose()
+
+
+def _original(error: BaseException) -> BaseException | None:
+    return error.orig if isinstance(error, DBAPIError) else error
