@@ -10,7 +10,7 @@ from dspex_persist.state.commands import RegisterVariable
 from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.errors import InvalidArgumentError, StateError
 from dspex_persist.state.model import Value
-from dspex_persist.state.store.postgres import inserts, staging, writing
+from dspex_persist.state.store.postgres import contents, inserts, staging, writing
 from dspex_persist.state.store.postgres.connections import Database, run
 from dspex_persist.state.store.postgres.inserts import update_of
 from dspex_persist.state.store.postgres.staging import Staged
@@ -115,6 +115,27 @@ def test_a_commit_takes_two_round_trips(filled: str, monkeypatch: pytest.MonkeyP
     assert [each.split(";")[0] for each in of_groups[::2]] == ["BEGIN", "BEGIN"]
     assert len(of_groups) == 4
     assert all(each.endswith("COMMIT") for each in of_groups[1::2])
+
+
+def test_large_contents_are_stored_once_and_all_at_once(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "_AT_ONCE_BYTES", 7000)
+    texts = ["a" * 3000, "b" * 3000, "c" * 3000, "a" * 3000, "x" * 5000, "d"]
+    names = [f"n{number}" for number in range(len(texts))]
+    values = [Value(f'"{text}"') for text in texts]
+    with PostgresState(filled) as state:
+        state.register_variables(
+            "s", [RegisterVariable("s", name, "string", value) for name, value in zip(names, values, strict=True)]
+        )
+        state.register_variable("s", "v", "embedding", [0.5] * 2000)
+        state.set_variable("s", "v", [0.25] * 2000)
+        state.set_variable("s", "v", [0.5] * 2000)
+    with PostgresState(filled) as state, psycopg.connect(filled) as connection:
+        assert [state.get_variable("s", name).value for name in names] == values
+        assert [state.get_value("s", "v")[0]] == [0.5]
+        kept = connection.execute("SELECT length(content), count(*) FROM blobs GROUP BY 1 ORDER BY 1").fetchall()
+    # "x" * 5000 was there.
+    assert kept[:2] == [(3002, 3), (5002, 1)]
+    assert sum(count for _, count in kept) == 6
 
 
 def test_prepared_statements_outlive_a_group_that_fails(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:

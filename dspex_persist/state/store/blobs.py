@@ -1,6 +1,8 @@
 """Large contents, stored once however many versions share them."""
 
+from collections.abc import Mapping
 from hashlib import sha256
+from typing import TypeAlias
 
 from sqlalchemy import Connection, bindparam, func, insert, select
 
@@ -8,6 +10,8 @@ from dspex_persist.state.store.schema import blobs
 
 INLINE_BYTES = 1024
 """Contents up to this size stay in the row of their version."""
+Kept: TypeAlias = Mapping[str | bytes, tuple[int, bytes]]
+"""The keys and the digests of contents, by the contents."""
 
 # Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
 _FIND = select(blobs.c.blob_key).where(blobs.c.digest == bindparam("digest"))

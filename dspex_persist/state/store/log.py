@@ -141,11 +141,20 @@ class LogWriter:
         head: The last commit before the group.
         keys: The free keys.
         staging: Where statements go that return nothing; None to run them on the connection.
+        kept: The keys and digests of large contents that are stored already.
     """
 
-    def __init__(self, connection: Connection, head: Head, keys: "Keys", staging: Staging | None = None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        head: Head,
+        keys: "Keys",
+        staging: Staging | None = None,
+        kept: blobs.Kept | None = None,
+    ) -> None:
         self._connection = connection
         self._staging = staging
+        self._kept = kept or {}
         self._driver: Driver = staging or driver_of(connection)
         self._keys = keys
         self._hash = head.hash
@@ -232,7 +241,7 @@ class LogWriter:
             if len(value.json) <= blobs.INLINE_BYTES:
                 text = value.json
             else:
-                text_blob, text_digest = self._keep_blob(value.json.encode())
+                text_blob, text_digest = self._keep_blob(value.json)
             if value.binary is not None:
                 if len(value.binary) <= blobs.INLINE_BYTES:
                     binary, binary_digest = value.binary, blobs.digest(value.binary).hex()
@@ -251,8 +260,11 @@ class LogWriter:
             self._merged[key] = self._metadata_text(change.variable.metadata)
         return version_text(key, version.version, kind, source, text, metadata, text_digest, binary_digest)
 
-    def _keep_blob(self, content: bytes) -> tuple[int, str]:
-        key, digest = blobs.keep(self._connection, content)
+    def _keep_blob(self, content: str | bytes) -> tuple[int, str]:
+        kept = self._kept.get(content)
+        if kept is None:
+            kept = blobs.keep(self._connection, content.encode() if isinstance(content, str) else content)
+        key, digest = kept
         return key, digest.hex()
 
     def _metadata_text(self, metadata: Mapping[str, str]) -> str:

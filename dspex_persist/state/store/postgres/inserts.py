@@ -18,7 +18,6 @@ MOST_CHARACTERS: Final = 2**20
 _TABLES: Final = commits.metadata.tables
 _INSERT: Final = re.compile(r"INSERT INTO (\w+) \(([^()]+)\) VALUES \([?, ]+\)")
 _UPDATE: Final = re.compile(r"UPDATE (\w+) SET ((?:\w+ = \?, )*\w+ = \?) WHERE (\w+) = \?")
-_ESCAPED: Final = str.maketrans({"\\": "\\\\", '"': '\\"'})
 
 
 def _number(value: int) -> str:
@@ -30,7 +29,7 @@ def _float(value: float) -> str:
 
 
 def _text(value: str) -> str:
-    return f'"{value.translate(_ESCAPED)}"' if '"' in value or "\\" in value else f'"{value}"'
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _binary(value: bytes) -> str:

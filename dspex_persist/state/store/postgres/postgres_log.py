@@ -27,7 +27,7 @@ from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import log, outcomes
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.engine import Durability, snapshot
-from dspex_persist.state.store.postgres import holds, later, schema, servers
+from dspex_persist.state.store.postgres import contents, holds, later, schema, servers
 from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
@@ -178,8 +178,8 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         check_metadata_keys(units)
         known, before = self._known, self._writing.written
         written = before or Written(known.head, known.keys.copy(), known.last_at)
-        staged = self._writing.staged
-        writer = log.LogWriter(self._writing.connection, written.head, written.keys, staged)
+        staged, kept = self._writing.staged, contents.keep(self._writing.driver, units)
+        writer = log.LogWriter(self._writing.connection, written.head, written.keys, staged, kept)
         for unit in units:
             writer.add(unit)
             written.at = max(written.at, unit.now)
