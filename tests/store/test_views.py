@@ -24,6 +24,7 @@ from dspex_persist.audit import (
     VariableState,
 )
 from dspex_persist.audit.web.questions import VIEWS
+from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.history.views import QUESTIONS
 from tests.end_to_end import story
@@ -51,6 +52,29 @@ COLUMNS = {
     "v_rules": "session_id name expression description added_sequence",
 }
 """Promised: later releases may add some at the end. None may go, move or mean something else."""
+
+
+@pytest.mark.parametrize("of_null", [0, None], ids=["before 3.45", "since 3.45"])
+def test_an_execution_that_runs_has_no_error(tmp_path: Path, of_null: int | None) -> None:
+    """Releases of SQLite differ in whether NULL is JSON."""
+
+    def json_valid(text: str | None) -> int | None:
+        return of_null if text is None else int(is_json(text))
+
+    with EmbeddedState(tmp_path / "a.db") as state:
+        state.initialize_session("s")
+        with state.begin_transaction("s"), closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+            connection.create_function("json_valid", 1, json_valid, deterministic=True)
+            assert connection.execute("SELECT json_valid(NULL)").fetchone() == (of_null,)
+            assert connection.execute("SELECT status, error FROM v_executions").fetchall() == [("running", None)]
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")

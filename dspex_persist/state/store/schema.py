@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, BigInteger, Column, Double, Integer, LargeBinary, MetaData, Table, Text
 
-REVISION = "0008"
+REVISION = "0009"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
