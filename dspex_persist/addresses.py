@@ -16,6 +16,7 @@ _SYNONYMS: Final = {
     **dict.fromkeys(("rediss", "redis+unix", "valkey", "valkeys", "valkey+unix"), "redis"),
 }
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH: Final = re.compile(rf"^({'|'.join(map(re.escape, (*FORM_OF, *_SYNONYMS)))}):/?(?!/)", re.IGNORECASE)
 # Without a host, what follows the colon is no port, unless it is a number.
 _LEFT_OUT: Final = re.compile(r"([^:@/?#\[\],]*):(?![0-9]{0,5}(?:[,/?#]|$)).*", re.DOTALL)
 _COLON: Final = re.compile(":|%3A", re.IGNORECASE)
@@ -59,8 +60,16 @@ def scheme_of(text: str) -> str | None:
     return None if match is None else _SYNONYMS.get(match[1].lower(), match[1].lower())
 
 
+def form_of_misspelled(text: str) -> str | None:
+    """Return the form of the URL that a text is meant to be that has no two slashes after its scheme; or else None."""
+    match = _ONE_SLASH.match(text)
+    return None if match is None else FORM_OF[_SYNONYMS.get(match[1].lower(), match[1].lower())]
+
+
 def shown(url: str) -> str:
     """Return a URL without its password, also one that is misspelled."""
+    if match := _ONE_SLASH.match(url):
+        return shown(f"{match[1]}://{url[match.end() :]}").replace(f"{match[1]}://", match[0], 1)
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url

@@ -26,7 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from dspex_persist.addresses import FORM_OF, DatabaseUrl, database_url, scheme_of, shown
+from dspex_persist.addresses import FORM_OF, DatabaseUrl, database_url, form_of_misspelled, scheme_of, shown
 from dspex_persist.opening import ENV_PREFIX as ENV_PREFIX
 from dspex_persist.sources import CONFIG_VARIABLE as CONFIG_VARIABLE
 from dspex_persist.sources import DATABASE, LISTEN, find_file, read_file
@@ -43,6 +43,8 @@ _MISSPELLING: Final = 0.8
 
 def _read_url(value: object) -> object:
     """Read the URL of a database; the path of a file is read as such."""
+    if isinstance(value, str) and (form := form_of_misspelled(value)) is not None:
+        raise ValueError(f"two slashes come after the scheme of a URL: {form}")
     if not isinstance(value, str) or (scheme := scheme_of(value)) is None:
         return value
     if scheme == "sqlite" and value.lower().startswith("sqlite:///"):

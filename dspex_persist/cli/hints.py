@@ -22,6 +22,14 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "where that is"
     ),
     "call_less_often": "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
+    "begin_database": (
+        "`dspex-persist serve` begins a log there; if there is one elsewhere, name its schema (?schema=NAME) or prefix "
+        "(?prefix=NAME) in --db"
+    ),
+    "check_address": (
+        "see whether the database runs, and whether host, port, user, password and database in --db are right"
+    ),
+    "grant_access": "have the owner of its tables grant this user access to them, or name the owner in --db",
     "check_file": (
         "check it with `dspex-persist db check`, then open it again; to let several programs write, have them all "
         "use `dspex-persist serve`"

@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.extras import how_to_install
-from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
+from dspex_persist.state.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from dspex_persist.wiring.options import sorted_options
 
 if TYPE_CHECKING:
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from dspex_persist.state.served import ServedEngine
     from dspex_persist.state.store.maintenance.checks import CheckReport
     from dspex_persist.state.store.session_store import StoreOptions
+
+T = TypeVar("T")
+
+
+@contextmanager
+def reaching(url: DatabaseUrl) -> Iterator[None]:
+    """Have an error of a database that is not reached, when it is opened, say which it is, and what to look at."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise UnavailableError.at(str(url), error.reason.rstrip(".")) from error
 
 
 class Database(ABC):
@@ -68,6 +79,13 @@ class Database(ABC):
         """Check everything, as `db check` does, while servers go on. It changes nothing."""
         raise UnsupportedError(f"a check of {self.url}", "check a file into which its sessions were imported")
 
+    @contextmanager
+    def _opened(self, opening: "AbstractContextManager[T]") -> "Iterator[T]":
+        with ExitStack() as stack:
+            with reaching(self.url):
+                opened = stack.enter_context(opening)
+            yield opened
+
     @abstractmethod
     def check_there(self) -> None:
         """Raise `OpenError` if the database has no sessions yet, not even the tables for them."""
@@ -84,7 +102,8 @@ class Postgresql(Database):
         from dspex_persist.state.store.session_store import StoreOptions
 
         store_options, options = sorted_options(options, StoreOptions, DistributedState, "a PostgreSQL database")
-        return DistributedState(self.url.url, store_options, **options)
+        with reaching(self.url):
+            return DistributedState(self.url.url, store_options, **options)
 
     def engine(
         self,
@@ -100,20 +119,22 @@ class Postgresql(Database):
         from dspex_persist.state.shared import SWEEP_S
 
         often_s = min(sweep_interval_s, SWEEP_S)
-        return PostgresState(
-            self.url.url,
-            options,
-            sweep_interval_s=often_s,
-            anchor_dir=anchor_dir,
-            on_fatal=on_fatal,
-            meter=meter,
-        )
+        with reaching(self.url):
+            return PostgresState(
+                self.url.url,
+                options,
+                sweep_interval_s=often_s,
+                anchor_dir=anchor_dir,
+                on_fatal=on_fatal,
+                meter=meter,
+            )
 
     def audit(self, *, reveal: bool) -> "AuditSource":
         """See `Database`."""
         from dspex_persist.state.store import databases
 
-        return databases.open_audit(self.url.url, reveal=reveal)
+        with reaching(self.url):
+            return databases.open_audit(self.url.url, reveal=reveal)
 
     def recording(
         self, session_id: str, *, started: int | None, reveal: bool
@@ -121,19 +142,20 @@ class Postgresql(Database):
         """See `Database`."""
         from dspex_persist.state.store import databases
 
-        return databases.open_recording(self.url.url, session_id, started=started, reveal=reveal)
+        return self._opened(databases.open_recording(self.url.url, session_id, started=started, reveal=reveal))
 
     def check(self, progress: "Progress") -> "CheckReport":
         """See `Database`."""
         from dspex_persist.state.store import databases
 
-        return databases.check(self.url.url, progress)
+        with reaching(self.url):
+            return databases.check(self.url.url, progress)
 
     def check_there(self) -> None:
         """See `Database`."""
         from dspex_persist.state.store import databases
 
-        with databases.open_readers(self.url.url):
+        with reaching(self.url), databases.open_readers(self.url.url):
             pass
 
 
@@ -149,7 +171,8 @@ class Redis(Database):
         from dspex_persist.state.valkey.valkey_state import RedisState
 
         session_options, options = sorted_options(options, SessionOptions, RedisState, "a Redis store")
-        return RedisState(self.url.url, session_options, **options)
+        with reaching(self.url):
+            return RedisState(self.url.url, session_options, **options)
 
     def engine(
         self,
@@ -167,21 +190,23 @@ class Redis(Database):
         for name in ("retention_keep_versions", "retention_age_s", "retention_ended_sessions_s", "warn_size_bytes"):
             if getattr(options, name) is not None:
                 raise InvalidArgumentError(name, f"{self.url} keeps the whole history; nothing there prunes it")
-        return ValkeyState(
-            self.url.url,
-            options,
-            durability=options.durability,
-            cache_size_bytes=options.cache_size_bytes,
-            sweep_interval_s=min(sweep_interval_s, SWEEP_S),
-            anchor_dir=anchor_dir,
-            on_fatal=on_fatal,
-            meter=meter,
-            denials_kept=options.denials_kept,
-        )
+        with reaching(self.url):
+            return ValkeyState(
+                self.url.url,
+                options,
+                durability=options.durability,
+                cache_size_bytes=options.cache_size_bytes,
+                sweep_interval_s=min(sweep_interval_s, SWEEP_S),
+                anchor_dir=anchor_dir,
+                on_fatal=on_fatal,
+                meter=meter,
+                denials_kept=options.denials_kept,
+            )
 
     def audit(self, *, reveal: bool) -> "AuditSource":
         """See `Database`."""
-        raise UnsupportedError(f"audits of {self.url}", "export its sessions, and import them into a file")
+        what = f"a query of the history, such as a list of sessions, in {self.url}"
+        raise UnsupportedError(what, "export the sessions that you want to look at, and import them into a file")
 
     def recording(
         self, session_id: str, *, started: int | None, reveal: bool
@@ -189,7 +214,7 @@ class Redis(Database):
         """See `Database`."""
         from dspex_persist.state.valkey import databases
 
-        return databases.open_recording(self.url.url, session_id, started=started, reveal=reveal)
+        return self._opened(databases.open_recording(self.url.url, session_id, started=started, reveal=reveal))
 
     def check(self, progress: "Progress") -> "CheckReport":
         """See `Database`."""
@@ -201,7 +226,8 @@ class Redis(Database):
         def report(done: int, in_all: int) -> None:
             progress("checking commits", done, in_all)
 
-        commits, found = databases.verify(self.url.url, report, most=MOST_PROBLEMS)
+        with reaching(self.url):
+            commits, found = databases.verify(self.url.url, report, most=MOST_PROBLEMS)
         problems = tuple(Problem(*each) for each in found)
         is_complete = len(problems) < MOST_PROBLEMS
         return CheckReport(str(self.url), str(FORMAT), commits, 0, 0, 0, False, problems, is_complete)
@@ -210,7 +236,7 @@ class Redis(Database):
         """See `Database`."""
         from dspex_persist.state.valkey import databases
 
-        with databases.open_reads(self.url.url):
+        with reaching(self.url), databases.open_reads(self.url.url):
             pass
 
 

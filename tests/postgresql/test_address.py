@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,32 @@ def test_what_cannot_be_reached_says_so() -> None:
     with pytest.raises(UnavailableError, match="Connection refused") as refused:
         connect("postgresql://me:geheim@127.0.0.1:1/db")
     assert "geheim" not in str(refused.value)
+    assert "postgresql://me:***@127.0.0.1:1/db" in str(refused.value)
+    assert "each part of the address" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words", [("get", "s", "x"), ("audit", "sessions"), ("session", "export", "s", "-o", "s.jsonl"), ("db", "check")]
+)
+def test_commands_say_what_to_look_at(run: Run, filled: str, words: tuple[str, ...]) -> None:
+    for name in ("postgresql://me:geheim@127.0.0.1:1/db", filled.replace("postgres@", "nobody:geheim@")):
+        code, printed = run(*words, "--db", name)
+        assert (code, "host, port, user, password and database in --db" in printed) == (1, True), printed
+    code, printed = run(*words, "--db", f"{filled}&schema=elsewhere")
+    assert (code, "name its schema (?schema=NAME)" in printed) == (5, True), printed
+
+
+def test_a_user_who_may_not_read_says_so(run: Run, filled: str) -> None:
+    import psycopg
+
+    role = f"weak_{uuid.uuid4().hex}"
+    with psycopg.connect(filled, autocommit=True) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN".encode())
+        try:
+            code, printed = run("get", "s", "x", "--db", filled.replace("postgres@", f"{role}@"))
+        finally:
+            owner.execute(f"DROP ROLE {role}".encode())
+    assert (code, "have the owner of its tables grant" in printed) == (1, True), printed
 
 
 @pytest.mark.parametrize(

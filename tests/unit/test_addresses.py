@@ -41,6 +41,8 @@ def test_a_url_of_a_database(url: str) -> None:
         ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
         ("redis+unix:///a:b?db=1", "redis+unix:///a:b?db=1"),
         ("/a/path", "/a/path"),
+        ("postgresql:/me:secret@host/db", "postgresql:/me:***@host/db"),
+        ("redis:me:secret@host", "redis:me:***@host"),
         ("postgresql://host/db?pass%77ord=secret", "postgresql://host/db?pass%77ord=***"),
         ("postgresql://host/db?pasword=secret&sslmode=require", "postgresql://host/db?pasword=***&sslmode=require"),
         ("postgresql://host/db?options=-c%20a.b=secret&secret", "postgresql://host/db?options=***&***"),
@@ -66,6 +68,16 @@ def test_other_schemes_are_refused_as_a_setting(db: str) -> None:
     with pytest.raises(SettingsError, match=r"the path of a file, or postgresql://USER@HOST/DATABASE") as refused:
         load_settings({"db": db})
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("db", ["postgresql:/me:secret@host/db", "redis:127.0.0.1:6379", "redis+unix:/run/redis.sock"])
+def test_a_url_without_its_slashes_is_no_path(db: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"two slashes come after the scheme of a URL: (postgresql|redis)://"
+    ) as raised:
+        load_settings({"db": db})
+    assert "secret" not in str(raised.value)
+    assert load_settings({"db": f"./{db}"}).db == Path(db)
 
 
 def test_other_schemes_are_refused_as_an_address() -> None:

@@ -150,6 +150,17 @@ def test_what_cannot_be_reached_says_so() -> None:
     with pytest.raises(UnavailableError, match="refused") as refused:
         connect("redis://me:geheim@127.0.0.1:1")
     assert "geheim" not in str(refused.value)
+    assert "each part of the address" in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [("get", "s", "x"), ("session", "export", "s", "-o", "s.jsonl"), ("db", "check")])
+def test_commands_say_what_to_look_at(run: Run, secret: str, words: tuple[str, ...]) -> None:
+    wrong = secret.replace("me:geheim@", "me:geheim!@")
+    for name in ("redis://me:geheim@127.0.0.1:1", wrong, f"{secret}&db=99"):
+        code, printed = run(*words, "--db", name)
+        assert (code, "host, port, user, password and database in --db" in printed) == (1, True), printed
+    code, printed = run(*words, "--db", f"{secret}elsewhere")
+    assert (code, "prefix (?prefix=NAME)" in printed) == (5, True), printed
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,12 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.CHECK_OR_RESTORE: (
         "check the file with `dspex-persist db check`, or restore a backup with `dspex-persist db restore`"
     ),
+    Hint.BEGIN_DATABASE: (
+        "`dspex-persist serve` begins a log there; if there is one elsewhere, name its schema (?schema=NAME) or prefix "
+        "(?prefix=NAME) with --db"
+    ),
+    Hint.CHECK_ADDRESS: "see whether the database runs, and whether each part of --db of the server is right",
+    Hint.GRANT_ACCESS: "have the owner of its tables grant the user of the server access to them",
     Hint.CLOSE_FIRST: "use that one, or close it first",
     Hint.CLOSE_WATCHES: "close some of them and repeat",
     Hint.CONNECT_AFTER_FORK: (

@@ -16,8 +16,14 @@ class Hint(StrEnum):
     ANOTHER_TOOL_NAME = "another_tool_name"
     ASK_OWNER = "ask_owner"
     BEGIN_SESSION = "begin_session"
+    GRANT_ACCESS = "grant_access"
+    """The user of the database may not use its tables."""
     CALL_ITS_SERVER = "call_its_server"
     CALL_LESS_OFTEN = "call_less_often"
+    BEGIN_DATABASE = "begin_database"
+    """No server has made a database there yet."""
+    CHECK_ADDRESS = "check_address"
+    """The database at an address was not reached when it was opened."""
     CHECK_FILE = "check_file"
     """Another program has written to the file while it was open."""
     CHECK_OR_RESTORE = "check_or_restore"
@@ -103,6 +109,11 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "tells the others where that is"
     ),
     Hint.CALL_LESS_OFTEN: "repeat in {retry_in_s:.2g} s, or raise rate= or inflight= on its line in the token file",
+    Hint.BEGIN_DATABASE: (
+        "connect(url) begins a log there; if there is one elsewhere, name its schema (?schema=NAME) or prefix "
+        "(?prefix=NAME)"
+    ),
+    Hint.CHECK_ADDRESS: "see whether the database runs, and whether each part of the address is right",
     Hint.CHECK_FILE: (
         f"check it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
         "through a server: connect('grpc://HOST:PORT')"
@@ -120,6 +131,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.CONNECT_WITH_TLS: "connect('grpcs://HOST:PORT')",
     Hint.CONNECT_IN_MEMORY: "use LocalState() or connect('memory:') instead",
     Hint.EXPORT_REVEALED: "export the session with reveal=True",
+    Hint.GRANT_ACCESS: "have the owner of its tables grant this user access to them, or name the owner in the URL",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
     Hint.LIST_EXECUTIONS: "an ExecutionQuery lists them",
     Hint.LIST_VERSIONS: "its history lists the remaining versions",

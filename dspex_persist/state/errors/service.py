@@ -1,6 +1,7 @@
 """Errors of an engine or a server that cannot answer."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from dspex_persist.state.errors.base import StateError
 from dspex_persist.state.errors.hints import Hint
@@ -32,6 +33,11 @@ class UnavailableError(StateError):
     template = "unavailable: {reason}"
     retryable = True
     reason: str
+
+    @classmethod
+    def at(cls, address: str, reason: str) -> Self:
+        """Return the error for a database that was not reached when it was opened: its address may be wrong."""
+        return cls(f"{address}: {reason}").advising(Hint.CHECK_ADDRESS)
 
 
 @dataclass(eq=False)

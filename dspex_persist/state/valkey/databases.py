@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from dspex_persist.state.errors import NotADatabaseError
+from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.valkey.address import Address
 from dspex_persist.state.valkey.connection import Connection, converted
@@ -30,7 +31,8 @@ def open_reads(url: str) -> Iterator[tuple[Reads, Keys]]:
         with converted():
             refuse_others(connection.client, keys, address.name)
             if not connection.client.exists(keys.head):
-                raise NotADatabaseError(address.name, f"it has no sessions under the prefix {address.prefix}")
+                reason = f"it has no sessions under the prefix {address.prefix}"
+                raise NotADatabaseError(address.name, reason).advising(Hint.BEGIN_DATABASE)
         yield Reads(connection, keys), keys
     finally:
         connection.close()

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist.addresses import shown
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError, UnavailableError
+from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.store import damage, engine
 from dspex_persist.state.store.engine import Durability
 from dspex_persist.state.store.postgres.cursors import Connection
@@ -68,6 +69,7 @@ _FACTS: Final = sql.SQL("""
         current_setting('server_encoding'), pg_is_in_recovery(), current_setting('fsync'),
         current_setting('full_page_writes'), current_setting('synchronous_commit')
 """)
+_NOT_ALLOWED: Final = "42501"
 # Classes of errors because of what is in a row, or of what should be in the schema.
 _OF_ROWS: Final = ("22", "42", "XX")
 _HOST: Final = r"(?:\[[0-9A-Fa-f:.%]+\]|[^\[\]/?#:@,]*)(?::[0-9]{1,5})?"
@@ -198,6 +200,8 @@ class Database:
             yield
         except DRIVER_ERRORS as error:
             state = getattr(getattr(error, "orig", None) or error, "sqlstate", None) or ""
+            if state == _NOT_ALLOWED:
+                raise ReadFailedError(self.name, self.reason(error)).advising(Hint.GRANT_ACCESS) from error
             if state[:2] in _OF_ROWS:
                 raise ReadFailedError(self.name, self.reason(error)) from error
             raise UnavailableError(self.reason(error)) from error

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
+from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.store import migrate
 from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.schema import REVISION
@@ -54,7 +55,8 @@ def check(connection: Connection, database: Database) -> None:
     """Raise `OpenError` unless a database has the revision of this release."""
     revision = _revision(connection, database)
     if revision is None:
-        raise NotADatabaseError(database.name, f"there are no sessions in its schema {database.schema}")
+        reason = f"there are no sessions in its schema {database.schema}"
+        raise NotADatabaseError(database.name, reason).advising(Hint.BEGIN_DATABASE)
     if revision != REVISION:
         reason = f"an older release made it (schema {revision}): a server of this release upgrades it when it starts"
         raise NotADatabaseError(database.name, reason)
