@@ -54,8 +54,7 @@ def place_of(url: Address, forms: str = FORMS) -> Path | DatabaseUrl | str:
     if url in IN_MEMORY:
         hint = "only the process that has a state in memory can query it: provider.audit()"
     else:
-        respelled = _respelled(scheme, rest)
-        hint = did_you_mean(meant, spell=str) or did_you_mean(respelled and addresses.shown(respelled))
+        hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
     raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(addresses.shown(url))} is not {forms}", hint))))
 
 
@@ -68,7 +67,7 @@ def _refuse_word(url: str) -> None:
 
 
 def _respelled(scheme: str, rest: str) -> str | None:
-    """Return the URL with its misspelled scheme corrected, or only the form of such URLs if it would be invalid."""
+    """Return the URL, without its password, with its misspelled scheme corrected, or only the form of such URLs."""
     meant = closest(scheme.lower(), _FORM_OF) if scheme not in _FORM_OF else None
     if meant is None:
         return None
@@ -76,7 +75,7 @@ def _respelled(scheme: str, rest: str) -> str | None:
         place_of(f"{meant}:{rest}")
     except InvalidArgumentError:
         return _FORM_OF[meant]
-    return f"{meant}:{rest}"
+    return addresses.shown(f"{meant}:{rest}")
 
 
 def _meant(url: str) -> str:
