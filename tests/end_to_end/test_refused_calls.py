@@ -26,7 +26,7 @@ from tests.faults.crash_test import server_argv
 
 pytestmark = pytest.mark.usefixtures("own_interpreters")
 
-CALLS, ROUNDS = int(os.environ.get("REFUSED_CALLS", "15")), 5
+CALLS, ROUNDS = int(os.environ.get("REFUSED_CALLS", "8")), 5
 LARGE_MIB = int(os.environ.get("REFUSED_MIB", "10"))
 """`make refused-test` says more calls, and larger ones."""
 MIB = 1024 * 1024

@@ -63,10 +63,13 @@ class Report:
 class PowerCuts:
     """Makes recordings, and disks from them."""
 
-    def __init__(self, folder: Path, seed: int, planted: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, seed: int, planted: str | None = None, most_problems: int = _MOST_PROBLEMS
+    ) -> None:
         self.report = Report(seed)
         self._folder = folder
         self._planted = planted
+        self._most_problems = most_problems
         self._library = shim.build(folder, shim.RECORDER)
         self._random = Random(seed)
         self._seen: set[bytes] = set()
@@ -112,7 +115,7 @@ class PowerCuts:
             instant = operations[done].at_s if done < len(operations) else float("inf")
             for mode in MODES:
                 self._cut(recording, disk.cut(mode, self._random), instant, mode, place / f"cut-{index}-{mode}")
-                if len(self.report.problems) >= _MOST_PROBLEMS:
+                if len(self.report.problems) >= self._most_problems:
                     return
 
     def _cut(self, recording: Recording, files: dict[str, bytes], instant: float, mode: str, folder: Path) -> None:

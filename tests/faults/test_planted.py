@@ -132,7 +132,7 @@ def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
 def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)
-    report = PowerCuts(tmp_path, seed=1, planted=bug).run(210, {FOUND_BY_POWER_CUTS[bug]: 100})
+    report = PowerCuts(tmp_path, seed=1, planted=bug, most_problems=3).run(210, {FOUND_BY_POWER_CUTS[bug]: 100})
     assert "lost" in {problem.split(": ")[1] for problem in report.problems}, report
 
 

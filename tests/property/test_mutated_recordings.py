@@ -66,7 +66,7 @@ def mutated(lines: list[str], random: Random) -> str:
     return "\n".join(changed) + "\n"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(4, 16))])
 def test_accepted_recordings_can_be_used(files: tuple[Path, list[str]], tmp_path: Path, seed: int) -> None:
     empty, lines = files
     random = Random(seed)

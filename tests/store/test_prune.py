@@ -585,7 +585,7 @@ def test_the_end_of_the_log_is_still_checked_at_open(path: Path) -> None:
         EmbeddedState(path)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(4, 12))])
 def test_random_histories_are_sound_after_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     print(f"seed {seed}")
     randomly = random.Random(seed)

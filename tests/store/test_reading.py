@@ -276,9 +276,17 @@ FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def walk(work: Callable[[], object], kind: str, most: int = 400) -> int:
-    """Have the n-th call of the driver fail, and all after it, for n = 0, 1, ...; how many there were to fail."""
-    for after in range(most):
+WHOLE = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.thorough)])
+
+
+def walk(work: Callable[[], object], kind: str, most: int = 400, *, whole: bool = True) -> int:
+    """Have the n-th call of the driver fail, and all after it, for n = 0, 1, ...; how many there were to fail.
+
+    If not `whole`, each call fails in one of the kinds.
+    """
+    kinds = list(KINDS)
+    first, step = (0, 1) if whole else (kinds.index(kind), len(kinds))
+    for after in range(first, most, step):
         FAULTS.error, FAULTS.after, FAULTS.calls = KINDS[kind], after, 0
         try:
             with suppress(DspexError):
@@ -291,10 +299,11 @@ def walk(work: Callable[[], object], kind: str, most: int = 400) -> int:
     return most
 
 
+@WHOLE
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", STATE)
 def test_no_error_of_the_driver_leaves_the_engine(
-    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, whole: bool
 ) -> None:
     monkeypatch.setattr(sqlite3, "connect", faulty_connect)
     with connect(path) as opened:
@@ -306,18 +315,21 @@ def test_no_error_of_the_driver_leaves_the_engine(
             state.engine._store.readers.dispose()
             return STATE[name](state)
 
-        assert walk(ask, kind) > 1
+        assert walk(ask, kind, whole=whole) > 1
         # Errors hold on to what was being read, and the end would wait for that.
         gc.collect()
         assert state.set_variable("s", "x", 2) >= 2, "nothing of that ends the engine"
         assert state.audit().head() > 3
 
 
+@WHOLE
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
-def test_nor_a_function_on_a_file(path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+def test_nor_a_function_on_a_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, whole: bool
+) -> None:
     monkeypatch.setattr(sqlite3, "connect", faulty_connect)
-    assert walk(lambda: FILES[name](path), kind, 60) > 1
+    assert walk(lambda: FILES[name](path), kind, 60, whole=whole) > 1
 
 
 def test_nor_the_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

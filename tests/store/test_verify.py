@@ -315,7 +315,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(5, 15))])
 def test_everything_that_the_engine_writes_is_sound(tmp_path: Path, seed: int) -> None:
     """Random commands in random groups, so that transactions contain all combinations of events and versions."""
     print(f"seed {seed}")
