@@ -59,7 +59,7 @@ R = TypeVar("R", bound="DataclassInstance")
         "server writes. It detects any altered byte, and missing commits: the .anchor file next to the database "
         "remembers the last one. A backup has no such file, so commits missing from its end go unnoticed. Pruned rows "
         "are counted; other missing rows are problems.\n\n"
-        "A database (--db URL) is checked in the same way, by one process.\n\n"
+        "A database (--db URL) is checked in the same way; in Redis or Valkey, by one process.\n\n"
         "Exit code 3: there are problems, each with its commit, session and variable.\n\n"
     )
 )
@@ -72,7 +72,7 @@ def check(db: Db = None, jobs: Jobs = None, as_json: Json = False) -> None:
         if isinstance(place, DatabaseUrl):
             from dspex_persist.wiring.databases import database_at
 
-            return database_at(place).check(progress)
+            return database_at(place).check(progress, jobs)
         return maintenance.check(place, progress, jobs)
 
     _tell(as_json, work, show_check)

@@ -75,8 +75,13 @@ class Database(ABC):
     ) -> "AbstractContextManager[tuple[Header, Iterator[RecordedCommit]]]":
         """Open the log of a session. It creates nothing."""
 
-    def check(self, progress: "Progress") -> "CheckReport":
-        """Check everything, as `db check` does, while servers go on. It changes nothing."""
+    def check(self, progress: "Progress", jobs: int | None = None) -> "CheckReport":
+        """Check everything, as `db check` does, while servers go on. It changes nothing.
+
+        Args:
+            progress: Called now and then.
+            jobs: How many processes share the work, if they can; None for as many as are worth it.
+        """
         raise UnsupportedError(f"a check of {self.url}", "check a file into which its sessions were imported")
 
     @contextmanager
@@ -144,12 +149,12 @@ class Postgresql(Database):
 
         return self._opened(databases.open_recording(self.url.url, session_id, started=started, reveal=reveal))
 
-    def check(self, progress: "Progress") -> "CheckReport":
+    def check(self, progress: "Progress", jobs: int | None = None) -> "CheckReport":
         """See `Database`."""
         from dspex_persist.state.store import databases
 
         with reaching(self.url):
-            return databases.check(self.url.url, progress)
+            return databases.check(self.url.url, progress, jobs)
 
     def check_there(self) -> None:
         """See `Database`."""
@@ -216,7 +221,7 @@ class Redis(Database):
 
         return self._opened(databases.open_recording(self.url.url, session_id, started=started, reveal=reveal))
 
-    def check(self, progress: "Progress") -> "CheckReport":
+    def check(self, progress: "Progress", jobs: int | None = None) -> "CheckReport":
         """See `Database`."""
         from dspex_persist.state.store.maintenance.checks import CheckReport
         from dspex_persist.state.store.verify import MOST_PROBLEMS, Problem

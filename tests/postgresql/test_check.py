@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UnavailableError
+from dspex_persist.infra.helpers import Helper
+from dspex_persist.state.errors import InvalidArgumentError, NewerSchemaError, NotADatabaseError, UnavailableError
 from dspex_persist.state.store import schema
 from dspex_persist.state.store.databases import check
+from dspex_persist.state.store.verify import log, sharing
 from tests.assets.make_database import fill
-from tests.engines import Databases
+from tests.engines import Databases, runs
 from tests.postgresql.hand_made import changing, copy_file, read_rows, write_rows
 from tests.store.test_verify import LOG_COLUMNS, STATE_COLUMNS, alterations
 
@@ -29,6 +31,12 @@ def sound(postgres: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iter
     postgres.drop(url)
 
 
+@pytest.fixture
+def _short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log in many ranges, as that of a large database is."""
+    monkeypatch.setattr(log, "_PAGE_COMMITS", 7)
+
+
 def problems_in(url: str) -> list[str]:
     return [str(problem) for problem in check(url).problems]
 
@@ -40,6 +48,32 @@ def test_what_a_file_has_is_as_sound_in_a_database(sound: str) -> None:
     assert report.commits > 50
     assert report.pruned_commits > 0
     assert report.path == sound
+
+
+@pytest.mark.usefixtures("_short_ranges")
+def test_several_processes_find_the_same(sound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers: list[int] = []
+
+    class Known(Helper):
+        def __init__(self, module: str) -> None:
+            super().__init__(module)
+            helpers.append(self._popen.pid)
+
+    monkeypatch.setattr(sharing, "Helper", Known)
+    assert check(sound, jobs=1).problems == ()
+    assert check(sound, jobs=2).problems == ()
+    with changing(sound) as connection:
+        (actor,) = connection.execute("SELECT actor FROM commits WHERE sequence = 9").fetchone() or ()
+        connection.execute("UPDATE commits SET actor = 'x' WHERE sequence = 9")
+        try:
+            alone, together = check(sound, jobs=1).problems, check(sound, jobs=3).problems
+        finally:
+            connection.execute("UPDATE commits SET actor = %s WHERE sequence = 9", (actor,))
+    assert alone == together != ()
+    assert len(helpers) == 3
+    assert not any(map(runs, helpers))
+    with pytest.raises(InvalidArgumentError, match="from 1 to"):
+        check(sound, jobs=0)
 
 
 class Changes:

@@ -9,10 +9,11 @@ from dspex_persist.addresses import shown
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.store import verify
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.history import recordings
 from dspex_persist.state.store.history.answers import StoredAudit
-from dspex_persist.state.store.maintenance.checks import CheckReport, checked
+from dspex_persist.state.store.maintenance.checks import CheckReport, check_jobs, checked
 from dspex_persist.state.store.postgres import objects, schema
 from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.verify import Problem
@@ -61,13 +62,16 @@ def open_recording(
         yield recordings.read_session(readers, session_id, started=started, reveal=reveal)
 
 
-def check(url: str, progress: Progress = silent) -> CheckReport:
+def check(url: str, progress: Progress = silent, jobs: int | None = None) -> CheckReport:
     """Check a whole database, as `maintenance.check` checks a file: its schema, its references, its log.
 
-    One process does it, and servers go on meanwhile. See `open_readers` for the errors.
+    Servers go on meanwhile. `jobs`: see `maintenance.check`. See `open_readers` for the errors.
     """
+    check_jobs(jobs)
     with open_readers(url) as readers:
-        return checked(shown(url), readers, None, _own_problems(readers), progress, 1)
+        with snapshot(readers) as connection:
+            jobs = jobs or verify.jobs_for(objects.size_bytes(connection))
+        return checked(shown(url), readers, None, _own_problems(readers), progress, jobs, {"url": url})
 
 
 def _own_problems(readers: Engine) -> Iterator[Problem]:

@@ -55,8 +55,7 @@ def check(path: Path, progress: Progress = silent, jobs: int | None = None) -> C
     at most 4, and a single one for a small file. Neither the problems nor their order depend on it. Raises
     `InvalidArgumentError` if it is out of range.
     """
-    if jobs is not None and not 1 <= arguments.number("jobs", jobs) <= MOST_JOBS:
-        raise InvalidArgumentError("jobs", f"it must be from 1 to {MOST_JOBS}, not {jobs}")
+    check_jobs(jobs)
     # Read the anchor before the file: a server that writes meanwhile can then only be ahead of it.
     anchor = read_anchor(path)
     with reading(path) as readers:
@@ -64,11 +63,17 @@ def check(path: Path, progress: Progress = silent, jobs: int | None = None) -> C
         return check_opened(path, readers, anchor, progress, jobs)
 
 
+def check_jobs(jobs: int | None) -> None:
+    """Raise `InvalidArgumentError` for a number of processes that cannot be."""
+    if jobs is not None and not 1 <= arguments.number("jobs", jobs) <= MOST_JOBS:
+        raise InvalidArgumentError("jobs", f"it must be from 1 to {MOST_JOBS}, not {jobs}")
+
+
 def check_opened(
     path: Path, readers: Engine, anchor: Head | None, progress: Progress, jobs: int | None = None
 ) -> CheckReport:
     own = _file_problems(readers, progress)
-    return checked(path, readers, anchor, own, progress, jobs or verify.jobs_for(path))
+    return checked(path, readers, anchor, own, progress, jobs or verify.jobs_for(verify.size_of(path)))
 
 
 def checked(
@@ -78,13 +83,17 @@ def checked(
     own: Iterator[Problem],
     progress: Progress,
     jobs: int,
+    opening: verify.Opening | None = None,
 ) -> CheckReport:
-    """Check what is the same everywhere. `own`: problems of another kind, which are reported first."""
+    """Check what is the same everywhere.
+
+    `own`: problems of another kind, which are reported first. `opening`: what helpers open, if it is no file.
+    """
 
     def report(done: int, in_all: int) -> None:
         progress("checking commits", done, in_all)
 
-    with verify.checking(readers, anchor, report, jobs) as rest:
+    with verify.checking(readers, anchor, report, jobs, opening) as rest:
         problems = tuple(islice(chain(own, rest), MOST_PROBLEMS))
     with snapshot(readers) as connection:
         commits = log_reader.head(connection).sequence

@@ -24,6 +24,10 @@ _TRIGGERS: Final = """
     SELECT tgname, relname, tgisinternal, tgenabled IN ('O', 'A')
     FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid WHERE relnamespace = current_schema()::regnamespace
 """
+_SIZE: Final = text("""
+    SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class
+    WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'
+""")
 _BODIES: Final = "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = current_schema()::regnamespace"
 # Each refers by one column to one.
 _REFERENCES: Final = """
@@ -97,3 +101,8 @@ def reference_problems(connection: Connection) -> Iterator[tuple[str, str]]:
         """
         for (value,) in chain(connection.execute(text(statement))):
             yield f"table {child}, {column} {value}", f"it refers to a row of {parent} that does not exist"
+
+
+def size_bytes(connection: Connection) -> int:
+    """Return the size of the tables and indexes."""
+    return int(connection.execute(_SIZE).scalar_one())

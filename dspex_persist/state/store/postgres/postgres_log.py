@@ -27,7 +27,7 @@ from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import log, outcomes
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.engine import Durability, snapshot
-from dspex_persist.state.store.postgres import contents, holds, later, schema, servers
+from dspex_persist.state.store.postgres import contents, holds, later, objects, schema, servers
 from dspex_persist.state.store.postgres.clocks import compare_clocks
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
@@ -50,11 +50,6 @@ _EXPIRES: Final = Many(
     """,
     [NUMBERS, NUMBERS],
 )
-_SIZE: Final = text("""
-    SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)
-    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
-    WHERE pg_namespace.nspname = :schema AND pg_class.relkind = 'r'
-""")
 _EXPIRY: Final = text("SELECT expires_at FROM sessions WHERE session_key = :key AND ended_sequence IS NULL")
 
 
@@ -251,7 +246,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
     def size_bytes(self) -> int:
         """Return the size of the tables and indexes."""
         with snapshot(self.readers) as connection:
-            return int(connection.execute(_SIZE, {"schema": self._database.schema}).scalar_one())
+            return objects.size_bytes(connection)
 
     def figures(self) -> FileFigures:
         """Return that size, and how many live sessions there are."""

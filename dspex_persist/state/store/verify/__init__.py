@@ -12,7 +12,17 @@ its remaining rows; the digest in a marker covers the residues; and the chain co
 
 from dspex_persist.state.store.verify.parts import MOST_PROBLEMS
 from dspex_persist.state.store.verify.problems import checking, iter_problems, schema_problems
-from dspex_persist.state.store.verify.sharing import jobs_for
+from dspex_persist.state.store.verify.sharing import Opening, jobs_for, size_of
 from dspex_persist.state.store.verify.walk import Problem, Progress
 
-__all__ = ["MOST_PROBLEMS", "Problem", "Progress", "checking", "iter_problems", "jobs_for", "schema_problems"]
+__all__ = [
+    "MOST_PROBLEMS",
+    "Opening",
+    "Problem",
+    "Progress",
+    "checking",
+    "iter_problems",
+    "jobs_for",
+    "schema_problems",
+    "size_of",
+]

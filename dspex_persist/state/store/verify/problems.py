@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine
 from dspex_persist.state.anchor import Head
 from dspex_persist.state.store import migrate
 from dspex_persist.state.store.verify.parts import LOG, Meter, Part, PartChecker, parts_of
-from dspex_persist.state.store.verify.sharing import Team
+from dspex_persist.state.store.verify.sharing import Opening, Team, opening_of_file
 from dspex_persist.state.store.verify.walk import Problem, Progress
 
 _Check: TypeAlias = Callable[[Part], Generator[Problem, None, bool]]
@@ -38,7 +38,11 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
 
 @contextmanager
 def checking(
-    readers: Engine, anchor: Head | None = None, progress: Progress = _ignore, jobs: int = 1
+    readers: Engine,
+    anchor: Head | None = None,
+    progress: Progress = _ignore,
+    jobs: int = 1,
+    opening: Opening | None = None,
 ) -> Iterator[Iterator[Problem]]:
     """Give an iterator over what `iter_problems` yields, with helper processes that work until the block ends.
 
@@ -50,6 +54,7 @@ def checking(
         anchor: See `iter_problems`.
         progress: See `iter_problems`. Called on this thread, while the iterator is being advanced.
         jobs: The number of processes, including this one.
+        opening: What helpers open; by default the file that `readers` read.
     """
     meter = Meter(progress)
     checker = PartChecker(readers, anchor, meter.advance)
@@ -57,7 +62,7 @@ def checking(
     with ExitStack() as ending:
         check = checker.check
         if jobs > 1 and sys.executable:
-            team = Team(readers, anchor, checker, meter, parts)
+            team = Team(lambda: opening or opening_of_file(readers, anchor), checker, meter, parts)
             ending.callback(team.close)
             team.start(min(jobs, len(parts)) - 1)
             check = team.check

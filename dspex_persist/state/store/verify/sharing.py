@@ -1,15 +1,15 @@
 """Share the parts of a check between this process and helper processes.
 
-A helper opens the file itself, read-only, as any other program may.
+A helper opens the file or the database itself, read-only, as any other program may.
 """
 
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from sqlalchemy import Engine
 
@@ -26,19 +26,34 @@ _LONG: Final = ("contents", "metadata", "lm_calls", "live", "sessions")
 """The parts after the log that can take long, the longest last."""
 _HELPING: Final = "dspex_persist.state.store.verify.helping"
 
+Opening: TypeAlias = Mapping[str, object]
+"""What a helper opens, as JSON: a file, or a database by its `url`."""
+
 _logger: Final = get_logger(__name__)
 
 
-def jobs_for(path: Path) -> int:
-    """Return how many processes to check a file with. Starting a helper takes longer than checking a small file."""
+def size_of(path: Path) -> int:
+    """Return the size of a file and its WAL, in bytes."""
     size_bytes = 0
     for file in (path, Path(f"{path}-wal")):
         with suppress(OSError):
             size_bytes += file.stat().st_size
+    return size_bytes
+
+
+def jobs_for(size_bytes: int) -> int:
+    """Return how many processes to check so much with. Starting a helper takes longer than checking a small file."""
     if size_bytes < _SMALL_BYTES:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_JOBS)
+
+
+def opening_of_file(readers: Engine, anchor: Head | None) -> Opening:
+    """Return what a helper opens: the file that these connections read."""
+    path = Path(readers.url.database or "")
+    head = (anchor.sequence, anchor.hash.hex()) if anchor is not None else None
+    return {"path": str(path), "identity": identity_of(path.stat()), "anchor": head}
 
 
 class Team:
@@ -49,10 +64,9 @@ class Team:
     """
 
     def __init__(
-        self, readers: Engine, anchor: Head | None, checker: PartChecker, meter: Meter, parts: Iterable[Part]
+        self, opening: Callable[[], Opening], checker: PartChecker, meter: Meter, parts: Iterable[Part]
     ) -> None:
-        self._path = Path(readers.url.database or "")
-        self._head = (anchor.sequence, anchor.hash.hex()) if anchor is not None else None
+        self._opening = opening
         self._checker = checker
         self._meter = meter
         self._changed = threading.Condition()
@@ -66,7 +80,7 @@ class Team:
         """Start helpers, or as many of them as can be started."""
         for number in range(1, helpers + 1):
             try:
-                opening = (str(self._path), identity_of(self._path.stat()), self._head)
+                opening = self._opening()
                 helper = Helper(_HELPING)
             except (OSError, HelperEndedError) as error:
                 _logger.warning("the check continues with fewer processes", reason=str(error))
