@@ -30,6 +30,10 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "see whether the database runs, and whether host, port, user, password and database in --db are right"
     ),
     "grant_access": "have the owner of its tables grant this user access to them, or name the owner in --db",
+    "check_database": (
+        "`dspex-persist db check` names what is wrong, while its servers go on; end the session, or put a copy of the "
+        "database in its place"
+    ),
     "check_file": (
         "check it with `dspex-persist db check`, then open it again; to let several programs write, have them all "
         "use `dspex-persist serve`"

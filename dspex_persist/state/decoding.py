@@ -29,6 +29,17 @@ def decoding(session_id: str, is_clear: Callable[[Exception], bool]) -> Iterator
         raise damaged(session_id, error) from error
 
 
+@contextlib.contextmanager
+def in_database() -> Iterator[None]:
+    """Have the errors of a block say that what is damaged is in a database that servers share."""
+    try:
+        yield
+    except DamagedSessionError as error:
+        if error.kind == "database":
+            raise
+        raise DamagedSessionError(error.session_id, error.reason, "database") from error.__cause__
+
+
 def damaged(session_id: str, error: Exception) -> DamagedSessionError:
     """Log the exception, and return the error for the caller."""
     # As text, because exception renderers may show local variables, which hold users' values.

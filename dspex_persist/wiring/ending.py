@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from dspex_persist.addresses import database_url
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End
-from dspex_persist.state.errors import FileChangedError, LostCommitsError, OutcomeUnknownError
+from dspex_persist.state.errors import FileChangedError, OpenError, OutcomeUnknownError
 
 EXIT_STORAGE_FAILED: Final = 70
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
@@ -35,8 +36,9 @@ class StorageFailedError(DspexError):
         # The advice of OutcomeUnknownError is meant for clients.
         reason = self.failure.sentence if isinstance(self.failure, OutcomeUnknownError) else text_of(self.failure)
         # Errors about a changed file, or lost commits, have their own advice, and the disk is not to blame.
-        is_disk = not isinstance(self.failure, FileChangedError | LostCommitsError)
-        advice = ". Check the disk, then start the server again; acknowledged writes are safe" if is_disk else ""
+        has_advice = isinstance(self.failure, FileChangedError | OpenError)
+        check = "database" if database_url(self.path) is not None else "disk"
+        advice = "" if has_advice else f". Check the {check}, then start the server again; acknowledged writes are safe"
         return f"the storage of {self.path} failed, so the server ended: {reason}{advice}"
 
 

@@ -18,10 +18,12 @@ from dspex_persist.state.anchor import Anchor, Head
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.distributed import DistributedState, PostgresState
 from dspex_persist.state.errors import (
+    DamagedSessionError,
     FileChangedError,
     ForkedProcessError,
     LostCommitsError,
     OutcomeUnknownError,
+    ReadFailedError,
     StateError,
     StorageError,
     UnavailableError,
@@ -30,13 +32,14 @@ from dspex_persist.state.log_store import FencedError, WouldWaitError
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.shared import SharedGroups, SharedState
+from dspex_persist.state.store.history import answers
 from dspex_persist.state.store.postgres import connections, cursors, writing
 from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.postgres.cursors import NoAnswerError
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from dspex_persist.state.tools.with_tools import WithTools
-from dspex_persist.wiring.connecting import connect
+from dspex_persist.wiring.connecting import connect, open_audit
 from tests.deadline import within
 from tests.end_to_end.old_style import serve, target_of
 from tests.engines import Databases, Postgres, wait_until
@@ -392,6 +395,32 @@ def test_another_database_at_the_same_address_is_refused(filled: str, beside: An
     with pytest.raises(LostCommitsError, match="it is another database than before"):
         PostgresState(filled, anchor_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# Rows that somebody has changed
+
+
+def test_a_damaged_session_is_one_of_a_database(filled: str, beside: Any) -> None:
+    beside.execute("ALTER TABLE sessions DISABLE TRIGGER USER")
+    beside.execute("UPDATE sessions SET metadata = '7'")
+    with PostgresState(filled) as state:
+        with pytest.raises(DamagedSessionError) as read:
+            state.get_variable("s", "x")
+        with pytest.raises(DamagedSessionError) as written:
+            state.set_variable("s", "x", 2)
+        for refused in (read, written):
+            assert "its data in the database is damaged" in str(refused.value)
+            assert "a check of the database names what is wrong" in str(refused.value)
+
+
+def test_unreadable_rows_are_of_the_database(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def head_of(_: object) -> int:
+        raise ValueError("not a number")
+
+    monkeypatch.setattr(answers, "head_of", head_of)
+    with open_audit(filled) as audit, pytest.raises(ReadFailedError) as refused:
+        audit.head()
+    assert str(refused.value).startswith(f"{filled} could not be read: it has damaged rows (ValueError)")
 
 
 # Forks

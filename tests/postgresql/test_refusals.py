@@ -138,8 +138,15 @@ def test_poolers(filled: str, by_session: bool) -> None:
             with PostgresState(pooler.url) as state:
                 assert state.set_variable("s", "x", 2) == 1
             return
-        with pytest.raises(NotADatabaseError, match="a pooler gives its connections to others between transactions"):
-            PostgresState(pooler.url)
+        for use in (PostgresState, open_audit, check):
+            with pytest.raises(
+                NotADatabaseError, match="a pooler gives its connections to others between transactions"
+            ):
+                use(pooler.url)
+        # Others that use it have nothing of ours.
+        with psycopg.connect(pooler.url, autocommit=True) as other:
+            for name, default in (("search_path", '"$user", public'), ("enable_seqscan", "on"), ("lock_timeout", "0")):
+                assert other.execute("SELECT current_setting(%s)", (name,)).fetchone() == (default,)
 
 
 # Connections

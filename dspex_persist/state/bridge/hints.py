@@ -25,6 +25,10 @@ IN_RPCS: Final[Mapping[str, str]] = {
         "check it with `dspex-persist db check`, then start the server again; to let several programs write, have "
         "them all call the server"
     ),
+    Hint.CHECK_DATABASE: (
+        "`dspex-persist db check --db URL` names what is wrong, while servers go on; end the session, or put a copy of "
+        "the database in its place"
+    ),
     Hint.CHECK_OR_RESTORE: (
         "check the file with `dspex-persist db check`, or restore a backup with `dspex-persist db restore`"
     ),

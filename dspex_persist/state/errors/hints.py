@@ -24,6 +24,8 @@ class Hint(StrEnum):
     """No server has made a database there yet."""
     CHECK_ADDRESS = "check_address"
     """The database at an address was not reached when it was opened."""
+    CHECK_DATABASE = "check_database"
+    """A database that servers share has damaged rows or keys."""
     CHECK_FILE = "check_file"
     """Another program has written to the file while it was open."""
     CHECK_OR_RESTORE = "check_or_restore"
@@ -114,6 +116,10 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "(?prefix=NAME)"
     ),
     Hint.CHECK_ADDRESS: "see whether the database runs, and whether each part of the address is right",
+    Hint.CHECK_DATABASE: (
+        "a check of the database names what is wrong, while its servers go on; end the session, or put a copy of the "
+        "database in its place"
+    ),
     Hint.CHECK_FILE: (
         f"check it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
         "through a server: connect('grpc://HOST:PORT')"

@@ -56,15 +56,24 @@ class SessionPrunedError(StateError):
 
 @dataclass(eq=False)
 class DamagedSessionError(StateError):
-    """The session's data in the file is inconsistent: another program has changed it, or the disk has damaged it."""
+    """The session's data is inconsistent: another program has changed it, or the disk has damaged it.
+
+    `kind`: whether it is in a file, or in a database that servers share.
+    """
 
     template = (
-        "session {session_id!q} cannot be read: its data in the file is damaged ({reason}); other sessions are not "
+        "session {session_id!q} cannot be read: its data in the {kind} is damaged ({reason}); other sessions are not "
         "affected"
     )
     advice = Hint.CHECK_OR_RESTORE
     session_id: str
     reason: str
+    kind: str = "file"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "database":
+            self.advice = Hint.CHECK_DATABASE
 
 
 @dataclass(eq=False)

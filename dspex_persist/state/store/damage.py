@@ -31,5 +31,5 @@ def unreadable(path: str, error: Exception) -> ReadFailedError:
     """Do the same for rows whose session is unknown."""
     _logger.error("rows cannot be read", path=path, traceback=trace_of(error))
     release_frames(error)
-    reason = f"it has damaged rows ({type(error).__name__}): check the file, or restore a backup"
+    reason = f"it has damaged rows ({type(error).__name__}): check it, or restore a backup"
     return ReadFailedError(path, reason)

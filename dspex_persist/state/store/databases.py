@@ -37,6 +37,7 @@ def open_readers(url: str) -> Iterator[Engine]:
 
 def _readers(url: str) -> Engine:
     database = Database(url, writes=False)
+    database.refuse_poolers()
     readers = database.readers()
     try:
         with snapshot(readers) as connection:

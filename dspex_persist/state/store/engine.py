@@ -600,12 +600,19 @@ def _rests(path: Path, connection: _AtRest) -> bool:
         return False
 
 
+NAME: Final = "dspex_name"
+"""The option of the readers of a database that is no file with its name."""
 _snapshots: Final[WeakKeyDictionary[Engine, TakeSnapshot]] = WeakKeyDictionary()
 
 
 def snapshots_by(readers: Engine, take: TakeSnapshot) -> None:
     """Have `snapshot` call `take`, which must not keep them, with these readers of a database that is no file."""
     _snapshots[readers] = take
+
+
+def name_of(readers: Engine) -> str:
+    """Return how errors name the file, or the database, of these readers."""
+    return str(readers.get_execution_options().get(NAME) or readers.url.database)
 
 
 @contextmanager

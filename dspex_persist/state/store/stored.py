@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 from sqlalchemy import Connection, Engine
@@ -23,15 +24,19 @@ class StoredSessions:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    def _reading(self, session_id: str) -> AbstractContextManager[None]:
+        """Return a context manager around the decoding of a session's rows."""
+        return damage.reading(session_id)
+
     def load(self, session_id: str) -> SessionState | None:
         """Return the live session's state. Damaged rows fail only the calls on this session."""
-        with damage.reading(session_id):
+        with self._reading(session_id):
             return stored_sessions.load(self._connection, session_id)
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         """Return one committed version."""
         key = state.keys.get(variable_id)
-        with damage.reading(state.session.id):
+        with self._reading(state.session.id):
             return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
@@ -40,7 +45,7 @@ class StoredSessions:
         key = state.keys.get(variable.id) if variable is not None else None
         if key is None:
             key = stored_variables.find_key(self._connection, state.key, query.identifier, query.as_of)
-        with damage.reading(state.session.id):
+        with self._reading(state.session.id):
             return stored_variables.history(self._connection, key, query) if key is not None else None
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
@@ -49,12 +54,12 @@ class StoredSessions:
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """Return the last ended execution with an idempotency key."""
-        with damage.reading(state.session.id):
+        with self._reading(state.session.id):
             return stored_executions.find_by_key(self._connection, state.key, key)
 
     def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
         """Return what the LM calls of ended executions have used, by tool, and up to which commit."""
-        with damage.reading(state.session.id):
+        with self._reading(state.session.id):
             return stored_executions.spent(self._connection, state.key)
 
 
@@ -77,10 +82,10 @@ class StoredLog(StoredSessions):
 
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
         """See `LogStore`."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+        with snapshot(self.readers) as connection, self._reading(state.session.id):
             return log_reader.changes_after(connection, state, after, most_commits)
 
     def find_pruning(self, state: SessionState, after: int) -> int | None:
         """See `LogStore`."""
-        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+        with snapshot(self.readers) as connection, self._reading(state.session.id):
             return log_reader.find_pruning(connection, state.key, after)

@@ -1,8 +1,8 @@
 """Reading sessions, their histories and their outcomes."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
@@ -11,7 +11,7 @@ import redis
 
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.budgets import NOTHING, Spent
-from dspex_persist.state.decoding import decoding
+from dspex_persist.state.decoding import decoding, in_database
 from dspex_persist.state.errors import DamagedSessionError
 from dspex_persist.state.events import ExecutionEnded
 from dspex_persist.state.fold import LaterCommit, after_commits
@@ -338,9 +338,11 @@ def _later(commit: codec.StoredCommit, rows: Sequence[Any]) -> LaterCommit:
     return LaterCommit(commit.sequence, commit.at, commit.events, versions)
 
 
-def reading(session_id: str) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def reading(session_id: str) -> Iterator[None]:
     """Convert exceptions while decoding what is stored of this session to `DamagedSessionError`."""
-    return decoding(session_id, _is_clear)
+    with in_database(), decoding(session_id, _is_clear):
+        yield
 
 
 def _is_clear(error: Exception) -> bool:

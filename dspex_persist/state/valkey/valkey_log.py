@@ -597,7 +597,7 @@ def _refused(error: redis.RedisError, appended: Sequence[tuple[Sequence[UnitOfWo
         # Somebody else has written to keys of the log. Alone, the session that they are of fails.
         ids = [unit.state.session.id for units, _ in appended for unit in units if unit.state is not None]
         _logger.error("keys of the log were changed", reason=reason)
-        return UnwritableError(DamagedSessionError(ids[0] if ids else "", reason.removeprefix("CHANGED ")))
+        return UnwritableError(DamagedSessionError(ids[0] if ids else "", reason.removeprefix("CHANGED "), "database"))
     return StorageError(reason)
 
 

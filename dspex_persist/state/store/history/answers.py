@@ -34,7 +34,7 @@ from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.masking import Secrets
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
-from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.engine import name_of, snapshot
 from dspex_persist.state.store.history.denials import denials_of
 from dspex_persist.state.store.history.execution_rows import execution_row
 from dspex_persist.state.store.history.executions import detail_of, execution_page
@@ -93,7 +93,7 @@ class StoredAudit(AuditSource):
             except damage.own_errors():
                 raise
             except Exception as error:
-                raise damage.unreadable(str(self._readers.url.database), error) from error
+                raise damage.unreadable(name_of(self._readers), error) from error
 
     # Points
 

@@ -15,11 +15,13 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.addresses import shown
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.decoding import in_database
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError, UnavailableError
 from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.store import damage, engine
 from dspex_persist.state.store.engine import Durability
 from dspex_persist.state.store.postgres.cursors import Connection
+from dspex_persist.state.store.postgres.poolers import refuse_shared
 
 DRIVER_ERRORS: Final = (DBAPIError, psycopg.Error)
 """What the driver raises, itself or through SQLAlchemy."""
@@ -109,7 +111,7 @@ class Database:
             psycopg.Error: It cannot be reached, or refuses.
             NotADatabaseError: Its settings, or its version, would break our promises.
         """
-        connection = Connection.connect(self._conninfo, autocommit=True)
+        connection = self._open()
         try:
             self._prepare(connection)
             if not is_brief:
@@ -120,6 +122,17 @@ class Database:
             connection.close()
             raise
         return connection
+
+    def _open(self) -> Connection:
+        return Connection.connect(self._conninfo, autocommit=True)
+
+    def refuse_poolers(self) -> None:
+        """Raise `NotADatabaseError` if a pooler gives connections to others: they would get what is set for ours.
+
+        Nothing of that is set before.
+        """
+        with self.reported(), contextlib.closing(self._open()) as first:
+            refuse_shared(first, self._open, self.name)
 
     def _prepare(self, connection: Connection) -> None:
         """Set what is a matter of the session, and look at what is not."""
@@ -170,7 +183,7 @@ class Database:
         """
         options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
         if reads:
-            options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+            options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True, engine.NAME: self.name}
         return create_engine(
             "postgresql+psycopg://",
             creator=lambda: self.connect(autocommit=False),
@@ -190,7 +203,7 @@ class Database:
 
     @contextlib.contextmanager
     def _snapshot(self, readers: Engine) -> Iterator[Checked]:
-        with self.reported(), readers.begin() as connection:
+        with self.reported(), in_database(), readers.begin() as connection:
             yield connection
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 
 from dspex_persist.addresses import canonical
 from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.decoding import in_database
 from dspex_persist.state.denials import Denial
 from dspex_persist.state.errors import StateError, UnavailableError
 from dspex_persist.state.log_store import FencedError, News
@@ -33,7 +34,6 @@ from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Databa
 from dspex_persist.state.store.postgres.heads import KnownHead, has_commit
 from dspex_persist.state.store.postgres.inserts import NUMBERS, Many
 from dspex_persist.state.store.postgres.notices import Notices
-from dspex_persist.state.store.postgres.poolers import refuse_shared
 from dspex_persist.state.store.postgres.refused import check_metadata_keys
 from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.store.postgres.writing import Writing, Written
@@ -55,6 +55,11 @@ _EXPIRY: Final = text("SELECT expires_at FROM sessions WHERE session_key = :key 
 
 class _Stored(StoredSessions):
     """The `Backing` of units of work, read from a connection. No text of PostgreSQL contains NUL."""
+
+    @contextlib.contextmanager
+    def _reading(self, session_id: str) -> Iterator[None]:
+        with in_database(), super()._reading(session_id):
+            yield
 
     def load(self, session_id: str) -> SessionState | None:
         return None if "\0" in session_id else super().load(session_id)
@@ -109,9 +114,8 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         self._anchor: ServerAnchor | None = None
         self.readers = self._database.readers()
         try:
+            self._database.refuse_poolers()
             with self._database.reported():
-                with contextlib.closing(self._database.connect()) as first:
-                    refuse_shared(first, self._database.connect, self._database.name)
                 schema.upgrade(self._database)
             with self._writing.using() as connection:
                 compare_clocks(connection, self._database.name)
