@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.state.distributed import PostgresState
+from tests.addressed import run  # noqa: F401 - a fixture
 from tests.engines import Databases
 
 

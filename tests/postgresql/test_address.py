@@ -2,30 +2,24 @@
 
 import gc
 import io
-import itertools
-import json
-import sys
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
-from dspex_persist import Context, cli, tool
-from dspex_persist.infra.process import ServerProcess
+from dspex_persist import Context, tool
 from dspex_persist.state.abilities import Auditable, Forkable, Prunable, Recordable, Restorable
 from dspex_persist.state.audit import SessionQuery
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, UnavailableError
 from dspex_persist.state.recording import write_recording
 from dspex_persist.wiring.connecting import connect, open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
+from tests.addressed import Addressed, Run
 from tests.deadline import within
-from tests.end_to_end.old_style import environment, serve, target_of
+from tests.end_to_end.old_style import environment
 from tests.prepared import commands
-
-Run = Callable[..., tuple[int, str]]
 
 
 @tool
@@ -37,23 +31,6 @@ def twice(number: int) -> int:
 def secret(filled: str) -> str:
     """A database with something in it, by a URL with a password, which the server does not ask for."""
     return filled.replace("postgres@", "postgres:geheim@")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """`dspex-persist ...` in this process: its exit code, and what it has printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dspex-persist", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert "geheim" not in stdout + stderr
-        return int(ended.value.code or 0), stdout + stderr
-
-    return run
 
 
 def test_connect(secret: str) -> None:
@@ -68,26 +45,8 @@ def test_connect(secret: str) -> None:
         connect(secret, timeout_s=1.0)
 
 
-def test_a_context(secret: str) -> None:
-    with Context("s", secret) as ctx:
-        ctx["x"] = 5
-        assert "geheim" not in repr(ctx)
-        assert secret.replace("geheim", "***") in repr(ctx)
-        # It is durable where it is.
-        ctx.ensure_persistent("other.db")
-        assert not Path("other.db").exists()
-    with Context("s", secret) as ctx:
-        assert ctx["x"] == 5
-
-
-def test_a_session_in_memory_moves_to_it(secret: str) -> None:
-    with Context("moved", "local") as ctx:
-        ctx["y"] = 1
-        ctx.move_to(secret)
-        assert "geheim" not in repr(ctx)
-        ctx["y"] = 2
-    with connect(secret) as state:
-        assert state.get_variable("moved", "y").version == 1
+class TestAddress(Addressed):
+    pass
 
 
 def test_history_and_recordings(secret: str) -> None:
@@ -206,24 +165,3 @@ def test_a_missing_database_is_not_created_by_a_command(run: Run, url: str, conn
 def test_a_context_refuses_what_is_no_address() -> None:
     with pytest.raises(InvalidArgumentError, match=r"postgresql://USER@HOST/DATABASE"):
         Context("s", "mysql://host/db")
-
-
-@pytest.fixture
-def servers(secret: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
-    with serve(tmp_path / "unused.db", "--db", secret) as one, serve(tmp_path / "unused.db", "--db", secret) as two:
-        yield [one, two]
-
-
-def test_two_servers(servers: list[ServerProcess], secret: str) -> None:
-    one, two = (connect(f"grpc://{target_of(server)}") for server in servers)
-    with one, two, connect(secret) as here:
-        one.set_variable("s", "x", 7)
-        assert json.loads(two.get_variable("s", "x").value.json) == 7
-        two.set_variable("s", "x", 8)
-        assert json.loads(here.get_variable("s", "x").value.json) == 8
-        with two.watch("s", ["x"], after_sequence=0) as watch:
-            assert [each.variable.version for each in itertools.islice(watch, 3)] == [0, 1, 2]
-    for server in servers:
-        assert server.terminate(timeout_s=within(10)) == 0
-        assert '"event": "serving"' in server.stderr_tail
-        assert "geheim" not in server.stderr_tail

@@ -7,6 +7,7 @@ import pytest
 import redis
 
 from dspex_persist.state.valkey.valkey_state import ValkeyState
+from tests.addressed import run  # noqa: F401 - a fixture
 
 Open = Callable[..., ValkeyState]
 

@@ -1,30 +1,23 @@
 """Whatever takes an address takes that of a store, and no place that tells it shows its password."""
 
 import io
-import json
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
-from dspex_persist import Context, cli
-from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, UnavailableError, UnsupportedError
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.valkey.databases import verify
 from dspex_persist.wiring.connecting import connect, open_audit
 from dspex_persist.wiring.recordings import import_session, open_recording
+from tests.addressed import Addressed, Run
 from tests.deadline import within
-from tests.end_to_end.old_style import environment, serve, target_of
+from tests.end_to_end.old_style import environment
 from tests.engines import Valkey
-from tests.valkey.conftest import Open, address
-
-Run = Callable[..., tuple[int, str]]
+from tests.valkey.conftest import address
 
 
 @pytest.fixture
@@ -36,41 +29,6 @@ def secret(valkey: str, valkey_prefix: str, client: redis.Redis) -> str:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 1)
     return url
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """`dspex-persist ...` in this process: its exit code, and what it has printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dspex-persist", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capsys.readouterr()
-        assert "geheim" not in stdout + stderr
-        return int(ended.value.code or 0), stdout + stderr
-
-    return run
-
-
-def test_a_key_of_another_program(open_server: Open, client: redis.Redis, valkey: str, valkey_prefix: str) -> None:
-    url, head = address(valkey, valkey_prefix), f"{{{valkey_prefix}}}:head"
-    ended: list[BaseException] = []
-    server = open_server(on_fatal=ended.append)
-    server.initialize_session("s")
-    client.delete(head)
-    client.set(head, "a text")
-    for use in (lambda: server.get_session("s"), server._store.news, lambda: connect(url), lambda: verify(url)):
-        with pytest.raises(NotADatabaseError, match=f"its key {re.escape(head)} is of the type string, not hash"):
-            use()
-    # Nothing was done to it.
-    assert client.get(head) == b"a text"
-    client.delete(head)
-    client.hset(head, "format", "theirs")
-    with pytest.raises(NotADatabaseError, match="is not one that dspex-persist has written"):
-        connect(url)
 
 
 def test_connect(secret: str) -> None:
@@ -109,24 +67,8 @@ def test_a_server_with_an_anchor(secret: str, client: redis.Redis, valkey_prefix
     assert "geheim" not in printed
 
 
-def test_a_context(secret: str) -> None:
-    with Context("s", secret) as ctx:
-        ctx["x"] = 5
-        assert "geheim" not in repr(ctx)
-        # It is durable where it is.
-        ctx.ensure_persistent("other.db")
-        assert not Path("other.db").exists()
-    with Context("s", secret) as ctx:
-        assert ctx["x"] == 5
-
-
-def test_a_session_in_memory_moves_to_it(secret: str) -> None:
-    with Context("moved", "local") as ctx:
-        ctx["y"] = 1
-        ctx.move_to(secret)
-        ctx["y"] = 2
-    with connect(secret) as state:
-        assert state.get_variable("moved", "y").version == 1
+class TestAddress(Addressed):
+    pass
 
 
 def test_recordings(secret: str, tmp_path: Path) -> None:
@@ -236,24 +178,3 @@ def test_a_missing_log_is_not_created_by_a_command(run: Run, valkey: str, client
 def test_an_address_that_is_none() -> None:
     with pytest.raises(InvalidArgumentError, match="prefix"):
         connect("redis://host?prefix=a b")
-
-
-@pytest.fixture
-def servers(secret: str, tmp_path: Path) -> Iterator[list[ServerProcess]]:
-    with serve(tmp_path / "unused.db", "--db", secret) as one, serve(tmp_path / "unused.db", "--db", secret) as two:
-        yield [one, two]
-
-
-def test_two_servers(servers: list[ServerProcess], secret: str) -> None:
-    one, two = (connect(f"grpc://{target_of(server)}") for server in servers)
-    with one, two, connect(secret) as here:
-        one.set_variable("s", "x", 7)
-        assert json.loads(two.get_variable("s", "x").value.json) == 7
-        two.set_variable("s", "x", 8)
-        assert json.loads(here.get_variable("s", "x").value.json) == 8
-        with two.watch("s", after_sequence=0) as watch:
-            assert next(iter(watch)).sequence == 2
-    for server in servers:
-        assert server.terminate(timeout_s=within(10)) == 0
-        assert '"event": "serving"' in server.stderr_tail
-        assert "geheim" not in server.stderr_tail

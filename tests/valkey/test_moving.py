@@ -1,6 +1,5 @@
 """Sessions of contexts that move to a store and away from it, and holds that end in other ways than they should."""
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +9,13 @@ from typing import Any
 import pytest
 import redis
 
-from dspex_persist import Context, connect
 from dspex_persist.state.errors import (
-    SessionMovedError,
-    SessionNotFoundError,
-    StateError,
     StorageError,
     UnavailableError,
-    UnsupportedError,
 )
-from dspex_persist.state.provider import StateProvider
 from tests.deadline import within
 from tests.engines import remove_keys
+from tests.moving import Moving
 from tests.valkey.conftest import Open, address
 from tests.valkey.proxy import Proxy
 from tests.valkey.test_imports import recorded
@@ -52,82 +46,13 @@ def held(client: Any, prefix: str) -> int:
     return int(client.hlen(f"{{{prefix}}}:holds"))
 
 
-def test_functions_of_one_process_do_not_come_along(url: str) -> None:
-    with Context("derived", "local") as ctx:
-        ctx["a"] = 1
-        ctx.derive("double", ["a"], lambda a: 2 * a)
-        with pytest.raises(UnsupportedError, match=r"a database that servers share, with derived variables \(double\)"):
-            ctx.move_to(url)
-        ctx["a"] = 4
-        assert ctx["double"] == 8
+class TestMoving(Moving):
+    overtaken = (StorageError,)
 
-
-def test_a_store_derives_nothing(url: str) -> None:
-    with Context("derived", url) as ctx:
-        ctx["a"] = 1
-        with pytest.raises(UnsupportedError, match="derived variables"):
-            ctx.derive("double", ["a"], lambda a: 2 * a)
-
-
-def test_a_session_leaves_a_store_while_others_write_it(
-    url: str, client: redis.Redis, valkey_prefix: str, tmp_path: Path
-) -> None:
-    acknowledged: list[list[int]] = [[] for _ in range(3)]
-    refused: list[StateError] = []
-    pause = threading.Event()
-
-    def write(state: StateProvider, name: str, mine: list[int]) -> None:
-        number = 0
-        while True:
-            number += 1
-            try:
-                state.set_variable("s", name, number)
-            except (SessionMovedError, SessionNotFoundError) as error:
-                refused.append(error)
-                return
-            except StorageError:
-                # The other servers have overtaken it again and again, and nothing was written.
-                continue
-            mine.append(number)
-            # Without a pause, one server may have the others wait for long.
-            pause.wait(0.005)
-
-    with Context("s", url) as ctx, connect(url) as other, connect(url) as third:
-        for name in ("x0", "x1", "x2"):
-            ctx[name] = 0
-        threads = [
-            threading.Thread(target=write, args=(state, f"x{number}", acknowledged[number]))
-            for number, state in enumerate((other, other, third))
-        ]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: min(len(each) for each in acknowledged) >= 20)
-        ctx.move_to(tmp_path / "moved.db")
-        for thread in threads:
-            thread.join(within(30))
-        assert len(refused) == 3
-        # Each acknowledged write is here, and none was acknowledged there after the move.
-        for number, mine in enumerate(acknowledged):
-            history = ctx.backend.provider.get_variable_history("s", f"x{number}", 5000)
-            assert [int(version.value.json) for version in reversed(history)][1:] == mine
-        ctx["x0"] = -1
-        assert ctx["x0"] == -1
-        with pytest.raises(SessionNotFoundError):
-            other.get_session("s")
-    assert held(client, valkey_prefix) == 0
-
-
-def test_a_session_moves_from_a_store_to_another(url: str, elsewhere: str) -> None:
-    with Context("travels", "local") as ctx:
-        ctx["a"] = 1
-        ctx.move_to(url)
-        ctx["a"] = 2
-        ctx.move_to(elsewhere)
-        ctx["a"] += 1
-        assert "distributed" in ctx.backend.capabilities
-        with connect(elsewhere) as other, connect(url) as before:
-            assert other.get_value("travels", "a") == 3
-            assert not before.heartbeat("travels")
+    @pytest.fixture(autouse=True)
+    def _leaves_no_hold(self, client: redis.Redis, valkey_prefix: str) -> Iterator[None]:
+        yield
+        assert held(client, valkey_prefix) == 0
 
 
 def wait_until(condition: Any) -> None:
