@@ -62,7 +62,7 @@ def test_a_store_that_takes_connections_and_answers_nothing(
     open_own: Open, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "TIMEOUT_S", 0.3)
-    monkeypatch.setattr(valkey_log, "_SETTLE_S", 0.3)
+    monkeypatch.setattr(valkey_log, "SETTLE_S", 0.3)
     server = open_own()
     begin(server, "s")
     assert server.set_variable("s", "x", 2) == 1

@@ -31,6 +31,7 @@ from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersi
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.database_state import LEASE_S, DatabaseLog
 from dspex_persist.state.shared.server_anchor import ServerAnchor
+from dspex_persist.state.shared.settling import SETTLE_S, settled
 from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
 from dspex_persist.state.valkey import codec, heads, holds
@@ -53,8 +54,6 @@ CALL_BYTES: Final = 16 * 1024 * 1024
 """A group of several commits is not larger, so that no call keeps others waiting for long."""
 _COMMIT_BYTES: Final = 192 * 1024 * 1024
 """A single commit is not larger, whatever the limits allow."""
-_SETTLE_S: Final = 10.0
-"""How long to ask what has become of a call whose answer was lost."""
 _OFTEN: Final = 8
 """After how many groups in a row that others have overtaken a server takes the turn for the next one."""
 _TURN_MS: Final = 1_000
@@ -330,7 +329,7 @@ class ValkeyLog(DatabaseLog):
         try:
             if not self._waits_for_disk:
                 return bytes(self._writing.call("append", keys, *words))
-            answer = self._writing.call_durably("append", keys, words, _SETTLE_S)
+            answer = self._writing.call_durably("append", keys, words, SETTLE_S)
         except UNCERTAIN as error:
             if self._settle(head):
                 return b"stored"
@@ -343,26 +342,27 @@ class ValkeyLog(DatabaseLog):
 
     def _settle(self, head: Head) -> bool:
         """Whether a call was carried out that was not answered. Before that, it is made sure that it never will be."""
-        deadline, pause_s = time.monotonic() + _SETTLE_S, POLL_S
-        while True:
-            try:
-                self._writing.reconnect()
-                is_alive = self._leases.give_up_calls(self._writing)
-                is_stored = has_commit(self._writing.client, self.keys, head.anchored)
-                # What this connection has written comes after the commit.
-                is_on_disk = not (self._waits_for_disk and is_stored) or self._writing.wait_for_disk(_SETTLE_S)
-                break
-            except redis.RedisError as error:
-                if time.monotonic() > deadline:
-                    reason = f"the store did not say whether it has kept the commit: {reason_of(error)}"
-                    raise OutcomeUnknownError(reason) from error
-                self._closed.wait(pause_s)
-                pause_s = min(2 * pause_s, 1.0)
+        is_alive, is_stored, is_on_disk = settled(
+            lambda: self._look_up(head),
+            (redis.RedisError,),
+            lambda error: f"the store did not say whether it has kept the commit: {reason_of(error)}",
+            settle_s=SETTLE_S,
+            wait=self._closed.wait,
+        )
         if not is_on_disk:
             raise _not_on_disk()
         if not is_alive and not is_stored:
             self._take_for_dead()
         return is_stored
+
+    def _look_up(self, head: Head) -> tuple[bool, bool, bool]:
+        """Return whether the lease is current, whether a head is stored, and whether it is on disk if it has to be."""
+        self._writing.reconnect()
+        is_alive = self._leases.give_up_calls(self._writing)
+        is_stored = has_commit(self._writing.client, self.keys, head.anchored)
+        # What this connection has written comes after the commit.
+        is_on_disk = not (self._waits_for_disk and is_stored) or self._writing.wait_for_disk(SETTLE_S)
+        return is_alive, is_stored, is_on_disk
 
     # Imports
 

@@ -23,6 +23,7 @@ from dspex_persist.state.model import VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.database_state import LEASE_S, DatabaseLog
 from dspex_persist.state.shared.server_anchor import ServerAnchor
+from dspex_persist.state.shared.settling import SETTLE_S
 from dspex_persist.state.shared_log import SharedHold
 from dspex_persist.state.store import denials as stored_denials
 from dspex_persist.state.store import log, outcomes
@@ -40,7 +41,6 @@ from dspex_persist.state.store.postgres.writing import Writing, Written
 from dspex_persist.state.store.stored import StoredLog, StoredSessions
 from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
 
-SETTLE_S: Final = 10.0
 # Of the session that asks, until it ends: whoever holds it prunes by the settings of all servers.
 _TRY_TO_PRUNE: Final = f"SELECT pg_try_advisory_lock({schema.LOCKS}, 'pruned'::regclass::oid::int)"
 _EXPIRES: Final = Many(

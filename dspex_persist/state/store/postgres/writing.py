@@ -2,9 +2,9 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import psycopg
@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.anchor import Head
-from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError, UnavailableError
+from dspex_persist.state.errors import StateError, StorageError, UnavailableError
 from dspex_persist.state.log_store import FencedError, News, UnwritableError, WouldWaitError
+from dspex_persist.state.shared.settling import settled
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres import heads, later
 from dspex_persist.state.store.postgres.connections import DRIVER_ERRORS, Database, run
@@ -26,8 +27,6 @@ from dspex_persist.state.store.postgres.staging import Staged
 
 # Errors of the rows of one unit: its data, a constraint, a limit of the database.
 _OF_ONE_UNIT: Final = ("22", "23", "54")
-_FIRST_PAUSE_S: Final = 0.05
-_LONGEST_PAUSE_S: Final = 1.0
 _COMMIT_S: Final = 20.0
 _COMMIT_WARNING: Final = "01000"
 _logger: Final = get_logger(__name__)
@@ -297,20 +296,22 @@ class Writing:
             OutcomeUnknownError: The database does not answer.
         """
         assert self.written is not None, "there was something to commit"
-        deadline, pause_s = time.monotonic() + self._settle_s, _FIRST_PAUSE_S
-        while True:
-            try:
-                stored = self._look_up(self.written.head)
-            except (*DRIVER_ERRORS, StateError):
-                self.drop()
-            else:
-                _logger.warning("commit settled", reason=reason, stored=stored)
-                return stored
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-        raise OutcomeUnknownError(f"{self._database.name} did not answer whether it has stored the commit")
+        unknown = f"{self._database.name} did not answer whether it has stored the commit"
+        stored = settled(
+            partial(self._look_up_anew, self.written.head),
+            (*DRIVER_ERRORS, StateError),
+            lambda _: unknown,
+            settle_s=self._settle_s,
+        )
+        _logger.warning("commit settled", reason=reason, stored=stored)
+        return stored
+
+    def _look_up_anew(self, head: Head) -> bool:
+        try:
+            return self._look_up(head)
+        except (*DRIVER_ERRORS, StateError):
+            self.drop()
+            raise
 
     def _look_up(self, head: Head) -> bool:
         connection = self.connect()
