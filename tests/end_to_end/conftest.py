@@ -1,12 +1,22 @@
 """What tests of tools begin with. A module says itself what its `server` and the `path` of its database are."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 
 from dspex_persist.infra.process import ServerProcess
 from tests.end_to_end.old_style import Gate, Journal, OldClient, target_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """Have commands that run in this process share the tree of all commands, as making it takes as long as they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture

@@ -73,8 +73,9 @@ def all_commands(command: Any, name: str = "dspex-persist") -> Iterator[tuple[st
 def test_every_command_in_the_pages_and_in_the_help_can_be_parsed() -> None:
     commands = documented()
     assert len(commands) > 100
+    whole: Any = typer.main.get_command(cli.app)
     for where, words in commands:
-        command, rest = typer.main.get_command(cli.app), list(words)
+        command, rest = whole, list(words)
         while rest and hasattr(command, "commands"):
             if rest[0].startswith("-"):
                 break

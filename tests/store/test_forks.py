@@ -130,7 +130,7 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(3)]
 for thread in threads: thread.start()
 codes = []
-for number in range(10):
+for number in range(int(sys.argv[2])):
     pid = os.fork()
     if pid == 0:
         import signal
@@ -154,10 +154,11 @@ print(codes)
 """
 
 
-def test_children_of_a_busy_process_end_quickly_and_silently(path: Path) -> None:
-    argv = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", PROGRAM, str(path)]
+@pytest.mark.parametrize("children", [4, pytest.param(10, marks=pytest.mark.thorough)])
+def test_children_of_a_busy_process_end_quickly_and_silently(path: Path, children: int) -> None:
+    argv = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", PROGRAM, str(path), str(children)]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
-    assert (ended.stdout, ended.returncode) == (f"{[7] * 10}\n", 0), ended.stderr
+    assert (ended.stdout, ended.returncode) == (f"{[7] * children}\n", 0), ended.stderr
     assert ended.stderr == ""
     assert maintenance.check(path).problems == ()
 
