@@ -36,8 +36,7 @@ from dspex_persist.state.watch import Watch
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
-
-pytestmark = pytest.mark.usefixtures("own_interpreters")
+from tests.prepared import Started
 
 SESSION = "watched"
 WATCH = "/snakepit.bridge.BridgeService/WatchVariables"
@@ -78,6 +77,12 @@ def connected(server: ServerProcess) -> Iterator[BridgedState]:
 def state(server: ServerProcess) -> Iterator[BridgedState]:
     with connected(server) as state:
         yield state
+
+
+@pytest.fixture
+def own_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of the memory of its server."""
+    monkeypatch.setattr(Started, "own_interpreters", True)
 
 
 def rss_mib(pid: int) -> float:
@@ -133,6 +138,7 @@ def test_two_thousand_watchers(tmp_path: Path) -> None:
     assert seen == [['"0"', '"1"', '"2"']] * count
 
 
+@pytest.mark.usefixtures("own_interpreter")
 def test_a_client_that_does_not_read_is_ended_and_can_resume(server: ServerProcess, state: BridgedState) -> None:
     writes = 400
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
