@@ -245,8 +245,11 @@ def _starter() -> _Starter:
         return _starters[0]
 
 
+_PROGRAMS: Final = [[sys.executable, "-m", "dspex_persist", command] for command in ("serve", "watch", "worker")]
+
+
 class Started(subprocess.Popen[Any]):
-    """A process that runs `python -m dspex_persist serve`: a fork where that does, else a new interpreter."""
+    """A process that runs a command that runs on: a fork where that does, else a new interpreter."""
 
     own_interpreters = False
     """Whether all get a new interpreter."""
@@ -271,7 +274,7 @@ class Started(subprocess.Popen[Any]):
         if (
             self.own_interpreters
             or sys.platform != "linux"
-            or program != [sys.executable, "-m", "dspex_persist", "serve"]
+            or program not in _PROGRAMS
             or any(wants_more)
             or not close_fds
             or any(each is not None for each in (gid, gids, uid))

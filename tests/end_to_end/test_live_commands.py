@@ -22,6 +22,7 @@ from dspex_persist.wiring.connecting import connect
 from tests.deadline import within
 from tests.end_to_end.old_style import Gate, environment, serve, target_of
 from tests.end_to_end.test_db_commands import FAILED, FINE, IN_USE, UNUSABLE, USAGE, assert_one_sentence, document_of
+from tests.prepared import Started
 
 TOOLS = "tests.end_to_end.served_tools"
 CONFLICT, UNFINISHED = 7, 8
@@ -353,7 +354,7 @@ class Watching:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         argv = [sys.executable, "-m", "dspex_persist", "watch", *arguments]
-        self._process = subprocess.Popen(
+        self._process = Started(
             argv, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
