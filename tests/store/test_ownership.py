@@ -31,6 +31,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import open_groups
+from tests import prepared
 from tests.databases import remove, rename, replace, truncate
 from tests.logs import capture_logs
 
@@ -55,8 +56,15 @@ connection.close()
 
 
 def in_child(program: str, *arguments: object) -> str:
-    argv = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=True).stdout
+    words = ["-c", program, *map(str, arguments)]
+    done = prepared.commands().run_python(words, cwd=Path.cwd(), env=os.environ, timeout_s=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def visit(path: Path) -> None:
+    """Read the file with sqlite3, in a process that does nothing else."""
+    subprocess.run([sys.executable, "-c", _VISIT, path], capture_output=True, timeout=DEADLINE_S, check=True)
 
 
 @pytest.fixture
@@ -166,7 +174,7 @@ class TestASecondOwner:
             mine.execute("SELECT count(*) FROM commits").fetchall()
             for _ in range(3):
                 connect(path).close()
-            in_child(_VISIT, path)
+            visit(path)
             assert path.with_name("x.db-wal").exists(), "a visitor that believed to be alone removed it"
         connect(path).close()
         assert not path.with_name("x.db-wal").exists()
@@ -220,7 +228,7 @@ def own_and_die(path: Path, act: str) -> None:
     state.initialize_session("s")
     state.register_variable("s", "x", "integer", 0)
     ACTS[act](path)
-    in_child(_VISIT, path)
+    visit(path)
     for number in range(1, 6):
         print(state.set_variable("s", "x", number), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -232,9 +240,8 @@ def test_visitors_never_remove_the_wal_whatever_the_owner_did(path: Path, act: s
         "import sys; from pathlib import Path; from tests.store.test_ownership import own_and_die\n"
         "own_and_die(Path(sys.argv[1]), sys.argv[2])"
     )
-    owner = subprocess.run(
-        [sys.executable, "-c", program, path, act], stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
-    )
+    words = ["-c", program, str(path), act]
+    owner = prepared.commands().run_python(words, cwd=Path.cwd(), env=os.environ, timeout_s=DEADLINE_S)
     assert owner.returncode == -signal.SIGKILL
     assert owner.stdout.split() == ["1", "2", "3", "4", "5"]
     with connect(path) as state:

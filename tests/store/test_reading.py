@@ -23,6 +23,7 @@ from dspex_persist.state.model import PrunePolicy, UpdateKind
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import StoreOptions
+from tests.prepared import commands
 
 STRANGER = 23456
 DEADLINE_S = 60
@@ -68,8 +69,8 @@ _CLI = "from dspex_persist.cli import main; sys.argv = ['dspex-persist', *argume
 
 def as_stranger(*arguments: object, original: Path, program: str = _CLI) -> subprocess.CompletedProcess[str]:
     text = _AS_STRANGER.format(uid=STRANGER, program=program, original=str(original))
-    argv = [sys.executable, "-c", text, *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    words = ["-c", text, *map(str, arguments)]
+    return commands().run_python(words, cwd=Path.cwd(), env=os.environ, timeout_s=DEADLINE_S)
 
 
 @pytest.fixture
