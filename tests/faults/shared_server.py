@@ -10,11 +10,9 @@ from typing import Any
 
 from dspex_persist.cli import main
 from dspex_persist.state import shared
-from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.shared import barrier
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from dspex_persist.state.valkey.valkey_log import ValkeyLog
-from dspex_persist.state.valkey.valkey_state import ValkeyState
 from tests.faults.planted_server import _patch
 
 LEASE_S = 2.0
@@ -51,7 +49,7 @@ BUGS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     _shorten(PostgresLog.__init__, lease_s=LEASE_S, settle_s=SETTLE_S)
-    for each in (PostgresState, ValkeyLog, ValkeyState):
+    for each in (shared.DatabaseState, ValkeyLog):
         _shorten(each.__init__, lease_s=LEASE_S)
     BUGS[sys.argv.pop(1)]()
     main()

@@ -94,6 +94,15 @@ def test_a_store_that_does_not_tell_its_settings_is_waited_for_or_refused() -> N
     assert StoreSettings("redis://h", assumes_durable=True).check(Told(redis_version="7.0.15")) is False
 
 
+@pytest.fixture
+def waits_for_disk(own_client: redis.Redis) -> None:
+    """A store that can be asked to have everything on disk: Redis from 7.2 on, and Valkey."""
+    facts: Any = own_client.info()
+    if tuple(map(int, facts["redis_version"].split(".")[:2])) < (7, 2):
+        pytest.skip("it has no WAITAOF")
+
+
+@pytest.mark.usefixtures("waits_for_disk")
 def test_each_append_waits_for_the_disk_if_nobody_may_ask_for_the_settings(
     own_valkey: Valkey, open_own: Open, own_client: redis.Redis
 ) -> None:
@@ -105,6 +114,7 @@ def test_each_append_waits_for_the_disk_if_nobody_may_ask_for_the_settings(
     assert len(server.list_variables("s")) == 0
 
 
+@pytest.mark.usefixtures("waits_for_disk")
 def test_a_commit_whose_answer_was_lost_is_on_disk_before_it_is_acknowledged(
     own_valkey: Valkey, open_own: Open, own_client: redis.Redis, tmp_path: Path
 ) -> None:
