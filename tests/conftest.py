@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -86,6 +87,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Fail the test after which a thread stays in a critical section, not the next one that forks."""
+    # Commands that have run in this process may have set it: they are all that a process does.
+    logging.getLogger("dspex_persist").setLevel(logging.NOTSET)
     deadline = time.monotonic() + 10
     while forks.inside() and time.monotonic() < deadline:
         time.sleep(0.01)
