@@ -39,6 +39,7 @@ from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring.serving import serve
 from tests.certificates import Authority, Pair
 from tests.deadline import within
+from tests.other_users import as_user
 
 
 @pytest.fixture(scope="module")
@@ -288,18 +289,11 @@ def check_another_user_is_refused(target: str, token: str = "", user: int = 6553
         "    except grpc.RpcError as error:\n"
         "        print(error.code().name, error.details())\n"
     )
-    answer = subprocess.run(
-        (sys.executable, "-c", calling),
-        user=user,
-        group=user,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",
-    )
+    command = as_user(user, sys.executable, "-c", calling)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert answer.stdout.startswith(
         "UNAUTHENTICATED not authenticated: the call comes from a process of another user; run it as the user of"
-    ), answer.stderr
+    ), answer
 
 
 @AS_ROOT

@@ -30,6 +30,7 @@ from dspex_persist.testing.server import ServedDatabase
 from tests.deadline import within
 from tests.end_to_end import story
 from tests.end_to_end.old_style import environment
+from tests.other_users import as_user
 from tests.prepared import commands
 
 SESSION = story.SESSION
@@ -530,15 +531,8 @@ def test_the_site_answers_to_this_machines_names_only(site: str) -> None:
 @needs_datasette
 def test_the_site_answers_no_other_user_of_this_machine(site: str) -> None:
     asking = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
-    answer = subprocess.run(
-        (sys.executable, "-c", asking, site),
-        user=65534,
-        group=65534,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",
-    )
+    command = as_user(65534, sys.executable, "-c", asking, site)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert "HTTP Error 403: Forbidden" in answer.stderr
 
 

@@ -31,6 +31,7 @@ from tests.certificates import Authority
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of, wait_until
+from tests.other_users import as_user
 from tests.prepared import commands
 
 SESSIONS = ["first", "second"]
@@ -139,10 +140,9 @@ def test_it_runs_nothing_for_other_users_of_the_machine(request: pytest.FixtureR
     folder = Path(tempfile.mkdtemp(prefix="dspex-nobodys-"))
     request.addfinalizer(lambda: shutil.rmtree(folder))
     os.chown(folder, nobody, nobody)
-    command = (sys.executable, "-m", "dspex_persist", "serve", "--db", str(folder / "a.db"), "--listen", "127.0.0.1:0")
-    server = subprocess.Popen(
-        command, user=nobody, group=nobody, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    serve = ("-m", "dspex_persist", "serve", "--db", str(folder / "a.db"), "--listen", "127.0.0.1:0")
+    command = as_user(nobody, sys.executable, *serve)
+    server = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         target = f"127.0.0.1:{server.stdout.readline().strip().rpartition(':')[2]}"
