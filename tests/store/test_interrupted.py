@@ -3,6 +3,7 @@
 A profile function stands for the other thread: it raises at any event of the write that the test chooses.
 """
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -85,11 +86,14 @@ def written(state: SqliteState, number: int, interrupter: Interrupter) -> BaseEx
     """Write a number on a thread that is interrupted; return what the caller caught."""
 
     def write() -> None:
+        # Nobody would catch what comes as something else is collected.
+        gc.disable()
         sys.setprofile(interrupter)
         try:
             state.set_variable("s", "x", number)
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     try:
         in_thread(write)
