@@ -73,8 +73,7 @@ def all_commands(command: Any, name: str = "dspex-persist") -> Iterator[tuple[st
 def test_every_command_in_the_pages_and_in_the_help_can_be_parsed() -> None:
     commands = documented()
     assert len(commands) > 100
-    # Of its own: a command keeps the options for help that its first context has.
-    whole: Any = typer.main.get_group(cli.app)
+    whole: Any = typer.main.get_command(cli.app)
     for where, words in commands:
         command, rest = whole, list(words)
         while rest and hasattr(command, "commands"):
