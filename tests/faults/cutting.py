@@ -50,15 +50,23 @@ class CuttingProxy:
         self._listener.listen(64)
         self._lock = threading.Lock()
         self._next: Cut | None = None
+        self._goes_away = False
         self._open = set[socket.socket]()
         self._is_away = False
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
-    def cut(self, when: Cut) -> None:
-        """Cut the connection that commits next."""
+    def cut(self, when: Cut, *, goes_away: bool = False) -> None:
+        """Cut the connection that commits next; `goes_away`: and all others with it, until `bring_back`."""
         self.delivered.clear()
+        self._goes_away = goes_away
         self._next = when
+
+    def made(self) -> None:
+        """Note that a cut has been made, of which the server does not know yet."""
+        if self._goes_away:
+            self.take_away()
+        self.cuts_made.release()
 
     def deliver(self) -> None:
         """Pass on the commit that `Cut.LATE` has kept back."""
@@ -147,13 +155,13 @@ class _Link:
         self._answers_are_lost = True
         if when is Cut.LATE:
             _shut(self._client)
-            self._proxy.cuts_made.release()
+            self._proxy.made()
             self._proxy.delivered.wait(within(30))
         if when is not Cut.BEFORE:
             self._server.sendall(data)
             self._answered.wait(within(30))
         if when is not Cut.LATE:
-            self._proxy.cuts_made.release()
+            self._proxy.made()
 
     def _down(self) -> None:
         with contextlib.suppress(OSError):

@@ -141,12 +141,9 @@ def test_commit_that_arrives_late(scene: Scene) -> None:
 
 def test_log_goes_away_in_the_middle(scene: Scene) -> None:
     """Nobody can say whether the write was stored: its key says it once the log is there again."""
-    scene.proxy.cut(Cut.AFTER)
-    leaving = threading.Thread(target=lambda: (scene.proxy.cuts_made.acquire(), scene.proxy.take_away()))
-    leaving.start()
+    scene.proxy.cut(Cut.AFTER, goes_away=True)
     with pytest.raises(OutcomeUnknownError):
         scene.write(idempotency_key="key")
-    leaving.join()
     with pytest.raises(UnavailableError):
         scene.behind.get_variable(SESSION, "x")
     with pytest.raises((UnavailableError, StorageError)):

@@ -188,7 +188,8 @@ def test_context_variables_of_the_caller_apply_to_its_tools() -> None:
 def test_a_tool_that_hangs_only_in_the_replay_times_out() -> None:
     hanging = threading.Event()
 
-    @tool(timeout_s=0.05)
+    # Long enough for a busy machine to return without it.
+    @tool(timeout_s=0.5)
     def stalls(ctx: ToolContext) -> int:
         if ctx["hang"]:
             hanging.wait(within(10))
