@@ -8,6 +8,7 @@ import pytest
 from dspex_persist.state.distributed import PostgresState
 from tests.addressed import run  # noqa: F401 - a fixture
 from tests.engines import Databases
+from tests.helped import helpers, short_ranges  # noqa: F401 - fixtures
 
 
 def fill(url: str) -> None:

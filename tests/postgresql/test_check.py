@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from dspex_persist.infra.helpers import Helper
 from dspex_persist.state.errors import InvalidArgumentError, NewerSchemaError, NotADatabaseError, UnavailableError
 from dspex_persist.state.store import schema
 from dspex_persist.state.store.databases import check
-from dspex_persist.state.store.verify import log, sharing
 from tests.assets.make_database import fill
 from tests.engines import Databases, runs
 from tests.postgresql.hand_made import changing, copy_file, read_rows, write_rows
@@ -31,12 +29,6 @@ def sound(postgres: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iter
     postgres.drop(url)
 
 
-@pytest.fixture
-def _short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log in many ranges, as that of a large database is."""
-    monkeypatch.setattr(log, "_PAGE_COMMITS", 7)
-
-
 def problems_in(url: str) -> list[str]:
     return [str(problem) for problem in check(url).problems]
 
@@ -50,16 +42,8 @@ def test_what_a_file_has_is_as_sound_in_a_database(sound: str) -> None:
     assert report.path == sound
 
 
-@pytest.mark.usefixtures("_short_ranges")
-def test_several_processes_find_the_same(sound: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    helpers: list[int] = []
-
-    class Known(Helper):
-        def __init__(self, module: str) -> None:
-            super().__init__(module)
-            helpers.append(self._popen.pid)
-
-    monkeypatch.setattr(sharing, "Helper", Known)
+@pytest.mark.usefixtures("short_ranges")
+def test_several_processes_find_the_same(sound: str, helpers: list[int]) -> None:
     assert check(sound, jobs=1).problems == ()
     assert check(sound, jobs=2).problems == ()
     with changing(sound) as connection:

@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -13,44 +12,20 @@ from typing import Any
 
 import pytest
 
-from dspex_persist.infra.helpers import Helper
 from dspex_persist.state.anchor import parse
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.store import maintenance, verify
 from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.schema import APPEND_ONLY
-from dspex_persist.state.store.verify import log, sharing
+from dspex_persist.state.store.verify import sharing
 from tests.databases import copy_database
-from tests.infra.test_helpers import is_gone
 
 
 @pytest.fixture
 def path(filled: Path, tmp_path: Path) -> Path:
     """A copy of it, with its anchor, to be damaged."""
     return copy_database(filled, tmp_path / "copy.db")
-
-
-@pytest.fixture
-def helpers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The process ids of the helpers that are started. No test leaves one behind."""
-    pids: list[int] = []
-
-    class Known(Helper):
-        def __init__(self, module: str) -> None:
-            super().__init__(module)
-            pids.append(self._popen.pid)
-
-    monkeypatch.setattr(sharing, "Helper", Known)
-    yield pids
-    assert all(map(is_gone, pids))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dspex-persist-check")]
-
-
-@pytest.fixture
-def _short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log in many ranges, as that of a large file is."""
-    monkeypatch.setattr(log, "_PAGE_COMMITS", 7)
 
 
 def problems_of(path: Path, jobs: int, most: int | None = None) -> list[str]:
@@ -87,7 +62,7 @@ def damage(path: Path, randomly: random.Random) -> None:
         connection.execute("DELETE FROM metadata_entries WHERE sequence % 5 = 1")
 
 
-@pytest.mark.usefixtures("_short_ranges")
+@pytest.mark.usefixtures("short_ranges")
 @pytest.mark.parametrize("seed", range(6))
 def test_more_processes_find_the_same_in_the_same_order(path: Path, helpers: list[int], seed: int) -> None:
     print(f"seed {seed}")
@@ -99,7 +74,7 @@ def test_more_processes_find_the_same_in_the_same_order(path: Path, helpers: lis
     assert len(helpers) == 1 + seed % 2
 
 
-@pytest.mark.usefixtures("_short_ranges")
+@pytest.mark.usefixtures("short_ranges")
 def test_progress_is_reported_on_the_thread_of_the_caller(path: Path, helpers: list[int]) -> None:
     reports: list[tuple[str, int, int]] = []
     threads = set[int]()
@@ -117,7 +92,7 @@ def test_progress_is_reported_on_the_thread_of_the_caller(path: Path, helpers: l
     assert len(helpers) == 2
 
 
-@pytest.mark.usefixtures("_short_ranges")
+@pytest.mark.usefixtures("short_ranges")
 @pytest.mark.parametrize("module", ["tests.store.quitting", "tests.store.no_such_module"])
 def test_a_helper_that_ends_changes_nothing(
     path: Path, helpers: list[int], monkeypatch: pytest.MonkeyPatch, module: str
