@@ -342,10 +342,19 @@ def _settle_without_the_lock(patch: pytest.MonkeyPatch, _: Scene) -> None:
     patch.setattr(writing.Writing, "_look_up", lambda self, head: heads.has_commit(self.connect(), head))
 
 
+def _select_head() -> str:
+    """What connections prepare for their server, for those of any server: they have its id in their names."""
+    select = heads.SELECT_HEAD.replace(
+        "server_id = '{server}'", "'dspex-persist:' || left(server_id, 12) = current_setting('application_name')"
+    )
+    assert select != heads.SELECT_HEAD
+    return select
+
+
 def _lock_and_head_at_once(patch: pytest.MonkeyPatch, _: Scene) -> None:
     """The head is then read as it was before the wait for the lock."""
     lock = f"pg_advisory_xact_lock({heads.LOCKS}, 'head'::regclass::oid::int)"
-    at_once = heads.SELECT_HEAD.replace(" FROM head\n", f", {lock} FROM head\n")
+    at_once = _select_head().replace(" FROM head\n", f", {lock} FROM head\n")
     assert lock in at_once
     patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {at_once}")
     patch.setattr(writing, "HeadRow", lambda *row: heads.HeadRow(*row[: len(heads.HeadRow._fields)]))
@@ -355,8 +364,9 @@ def _order_by_a_sequence(patch: pytest.MonkeyPatch, scene: Scene) -> None:
     """Each group takes its numbers from a sequence of the database, and no lock: later ones may be there before it."""
     with psycopg.connect(scene.place.url(), autocommit=True) as connection:
         connection.execute("CREATE SEQUENCE planted START 100 INCREMENT 100")
-    numbered = heads.SELECT_HEAD.replace("database_id, sequence,", "database_id, nextval('planted'),")
-    assert numbered != heads.SELECT_HEAD
+    select = _select_head()
+    numbered = select.replace("database_id, sequence,", "database_id, nextval('planted'),")
+    assert numbered != select
     patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {numbered}")
     patch.setattr(heads, "TRY_TO_BEGIN", heads.BEGIN)
     patch.setattr(heads.KnownHead, "learn", _learn_the_number)

@@ -219,8 +219,7 @@ class Writing:
         return self._checked is None or self._checked.invalidated or self.driver.broken or self.driver.closed
 
     def _begin(self, wait: bool) -> News | None:
-        statements = heads.BEGIN if wait else heads.TRY_TO_BEGIN
-        cursor = run(self.driver, statements.format(server=self._lease.server_id))
+        cursor = run(self.driver, heads.BEGIN if wait else heads.TRY_TO_BEGIN)
         cursor.nextset()
         has_lock = cursor.fetchone() != (False,)
         cursor.nextset()
