@@ -25,6 +25,22 @@ CREATE TRIGGER events_no_truncate BEFORE TRUNCATE ON events EXECUTE FUNCTION dsp
 CREATE TRIGGER blobs_no_truncate BEFORE TRUNCATE ON blobs EXECUTE FUNCTION dspex_refuse_truncate();
 CREATE TRIGGER pruned_no_truncate BEFORE TRUNCATE ON pruned EXECUTE FUNCTION dspex_refuse_truncate();
 
+-- What the history refers to without foreign keys.
+CREATE FUNCTION dspex_refuse_unless_unused() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    IF TG_OP = 'DELETE' AND TG_TABLE_NAME = 'variables' THEN
+        IF NOT EXISTS (SELECT 1 FROM versions WHERE variable_key = OLD.variable_key) THEN RETURN OLD; END IF;
+    END IF;
+    RAISE EXCEPTION 'rows of % are referred to by the history', TG_TABLE_NAME;
+END $$;
+
+CREATE TRIGGER sessions_stay BEFORE DELETE OR UPDATE OF session_key ON sessions
+    FOR EACH ROW EXECUTE FUNCTION dspex_refuse_unless_unused();
+CREATE TRIGGER variables_stay BEFORE DELETE OR UPDATE OF variable_key ON variables
+    FOR EACH ROW EXECUTE FUNCTION dspex_refuse_unless_unused();
+CREATE TRIGGER sessions_no_truncate BEFORE TRUNCATE ON sessions EXECUTE FUNCTION dspex_refuse_unless_unused();
+CREATE TRIGGER variables_no_truncate BEFORE TRUNCATE ON variables EXECUTE FUNCTION dspex_refuse_unless_unused();
+
 CREATE FUNCTION dspex_note_metadata() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN

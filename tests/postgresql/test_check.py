@@ -131,11 +131,12 @@ TO_ROWS = {
     "INSERT INTO denials VALUES (1000, 2, 1, '', '', 'r', '', 'm', 1)": "row 1000 of denials: its times",
     "INSERT INTO imports VALUES (1, 1000000)": "listed in imports, but they do not exist",
     "UPDATE variables SET session_key = 999 WHERE variable_key = 1": "table variables, session_key 999: it refers to",
+    "UPDATE versions SET variable_key = 888 WHERE variable_key = 2": "table versions, variable_key 888: it refers to",
 }
 TO_OBJECTS = {
     "DROP TRIGGER versions_append_only ON versions": "table versions: the trigger versions_append_only is missing",
     "ALTER TABLE events DISABLE TRIGGER events_append_only": "table events: the trigger events_append_only is disabled",
-    "ALTER TABLE blobs DISABLE TRIGGER ALL": "table blobs: its references are not enforced",
+    "ALTER TABLE variables DISABLE TRIGGER ALL": "table variables: its references are not enforced",
     "CREATE TRIGGER mine AFTER INSERT ON events EXECUTE FUNCTION dspex_refuse()": "trigger mine is not of this schema",
     "CREATE OR REPLACE FUNCTION dspex_refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'": (
         "schema: the function dspex_refuse is changed"

@@ -83,6 +83,20 @@ def test_history_refuses_to_be_changed(filled: str, change: str) -> None:
             assert connection.execute(f"SELECT * FROM {name}".encode()).fetchall() == before
 
 
+REFERRED_TO = {"sessions": "session_key", "variables": "variable_key"}
+
+
+@pytest.mark.parametrize("change", ["UPDATE {0} SET {1} = {1} + 1000", "DELETE FROM {0}", "TRUNCATE {0} CASCADE"])
+def test_rows_that_the_history_refers_to_stay(filled: str, change: str) -> None:
+    with psycopg.connect(filled, autocommit=True) as connection:
+        for table, key in REFERRED_TO.items():
+            before = connection.execute(f"SELECT * FROM {table} ORDER BY {key}".encode()).fetchall()
+            assert before
+            with pytest.raises(psycopg.errors.RaiseException, match="are referred to by the history"):
+                connection.execute(change.format(table, key).encode())
+            assert connection.execute(f"SELECT * FROM {table} ORDER BY {key}".encode()).fetchall() == before
+
+
 # What a database may be when a server opens it
 
 

@@ -29,7 +29,7 @@ _SIZE: Final = text("""
     WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'
 """)
 _BODIES: Final = "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = current_schema()::regnamespace"
-# Each refers by one column to one.
+# Each foreign key refers by one column to one.
 _REFERENCES: Final = """
     SELECT child.relname, quote_ident(own.attname), parent.relname, quote_ident(other.attname)
     FROM pg_constraint
@@ -39,6 +39,18 @@ _REFERENCES: Final = """
     JOIN pg_attribute AS other ON other.attrelid = confrelid AND other.attnum = confkey[1]
     WHERE contype = 'f' AND connamespace = current_schema()::regnamespace ORDER BY 1, 2
 """
+# Without foreign keys: see tables.sql.
+_OF_HISTORY: Final = (
+    ("commits", "session_key", "sessions", "session_key"),
+    ("events", "sequence", "commits", "sequence"),
+    ("executions", "began_sequence", "commits", "sequence"),
+    ("executions", "session_key", "sessions", "session_key"),
+    ("lm_calls", "sequence", "commits", "sequence"),
+    ("versions", "binary_blob", "blobs", "blob_key"),
+    ("versions", "sequence", "commits", "sequence"),
+    ("versions", "value_blob", "blobs", "blob_key"),
+    ("versions", "variable_key", "variables", "variable_key"),
+)
 _MOST_ROWS: Final = 1000
 
 
@@ -92,8 +104,8 @@ def _holder(kind: str, name: str) -> str:
 
 
 def reference_problems(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield the rows that refer to rows that do not exist. The database refuses them, unless that was switched off."""
-    for child, column, parent, key in connection.execute(text(_REFERENCES)).all():
+    """Yield the rows that refer to rows that do not exist, with a foreign key or without."""
+    for child, column, parent, key in (*connection.execute(text(_REFERENCES)).all(), *_OF_HISTORY):
         statement = f"""
             SELECT DISTINCT {column} FROM {child} WHERE {column} IS NOT NULL
                 AND NOT EXISTS (SELECT 1 FROM {parent} WHERE {parent}.{key} = {child}.{column})
