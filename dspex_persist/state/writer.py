@@ -39,6 +39,8 @@ GAP_S = 0.003
 """How long the writer waits for more jobs after a group of several, in seconds: about as long as a COMMIT takes."""
 _RETURN_S: Final = 0.0001
 """How long a caller takes to come back with its next job, in seconds, roughly. More callers take longer."""
+_WAKING_S: Final = 0.002
+"""How long callers may take to wake each other, in seconds, before the writer wakes all that are left."""
 _CHECK_S = 1.0
 """How often an idle writer checks that its file is still there and unchanged."""
 
@@ -69,26 +71,43 @@ class _EndedError(Exception):
     """A group on another thread failed and ended the writer."""
 
 
-class _Waiting:
-    """The ticket of a blocked caller: a raw lock costs a fifth of a future."""
+class Blocked:
+    """The ticket of a blocked caller: a raw lock costs a fifth of a future.
 
-    __slots__ = ("_lock", "_outcome")
+    The callers of a group wake each other, one after the other. If all of them woke at once, each would wait again, for
+    the interpreter.
+    """
+
+    __slots__ = ("_lock", "next", "outcome")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._outcome = Outcome()
+        self.outcome = Outcome()
+        self.next: Blocked | None = None
 
     def begin(self) -> bool:
         return True
 
     def settle(self, result: Any, error: StateError | None) -> None:
-        self._outcome = Outcome(result, error)
-        self._lock.release()
+        self.outcome = Outcome(result, error)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the caller, who has its outcome. To do so again has no effect."""
+        try:  # noqa: SIM105 - `suppress` takes longer than all the rest
+            self._lock.release()
+        except RuntimeError:
+            pass
 
     def wait(self) -> Outcome:
-        self._lock.acquire()
-        return self._outcome
+        try:
+            self._lock.acquire()
+        finally:
+            following, self.next = self.next, None
+            if following is not None:
+                following.wake()
+        return self.outcome
 
 
 class _Begun:
@@ -181,6 +200,8 @@ class Writer:
         # Whether `check` was asked for, and whether there is a `CHECK` in the queue.
         self._check_asked = self._check_queued = False
         self._awaited = 0
+        # The callers of the last group, who may not have been woken yet.
+        self._asleep: list[Blocked] = []
         self._gathered = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-writer", daemon=True)
         self._thread.start()
@@ -211,7 +232,7 @@ class Writer:
             del outcome
 
     def _queue_and_wait(self, job: Job) -> Outcome:
-        waiting = _Waiting()
+        waiting = Blocked()
         self.queue([(job, waiting)])
         return waiting.wait()
 
@@ -347,6 +368,8 @@ class Writer:
                     self._fail(waiting, error)
             if self._failed_on == threading.get_ident():
                 self._on_fatal(error)
+        finally:
+            self._wake_rest()
 
     def _loop(self, waiting: list[_Queued]) -> None:
         last_idle = last_check = self._last_end = time.monotonic()
@@ -388,7 +411,7 @@ class Writer:
     def _gather(self, waiting: list[_Queued]) -> bool:
         """Wait for a job and move all queued ones to `waiting`; False once the writer has to end."""
         try:
-            first = self._queue.get(timeout=min(self._idle_s, _CHECK_S))
+            first = self._get_first()
         except Empty:
             return True
         if isinstance(first, _Sign):
@@ -398,6 +421,7 @@ class Writer:
             # No longer than the callers need, or the disk: on a fast one, a wait costs more than another group.
             gap_s = min(self._gap_s, max(self._last_size * _RETURN_S, self._last_took_s))
             self._await_others(self._last_size - 1, self._last_end + gap_s - time.monotonic())
+        self._wake_rest()
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()
@@ -408,6 +432,25 @@ class Writer:
             elif not self._obey(queued):
                 return False
         return True
+
+    def _get_first(self) -> "_Queued | _Sign":
+        """Return the first entry of the queue.
+
+        Raises:
+            Empty: There was none for about a second.
+        """
+        if self._asleep:
+            try:
+                return self._queue.get(timeout=_WAKING_S)
+            except Empty:
+                self._wake_rest()
+        return self._queue.get(timeout=min(self._idle_s, _CHECK_S))
+
+    def _wake_rest(self) -> None:
+        """Wake the callers who have not been woken by others: those may wait for the interpreter, with a busy one."""
+        asleep, self._asleep = self._asleep, []
+        for waiting in asleep:
+            waiting.wake()
 
     def _obey(self, sign: _Sign) -> bool:
         if sign is _Sign.CHECK:
@@ -463,20 +506,34 @@ class Writer:
                 meter.failed(outcome.error)
 
     def _answer(self, waiting: list[_Queued], outcomes: Sequence[Outcome]) -> None:
-        """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet."""
+        """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet.
+
+        Callers who are blocked wake each other from then on.
+        """
         answered = 0
         late = [queued for queued, outcome in zip(waiting, outcomes, strict=True) if is_held(outcome)]
         if late and self._defer is not None:
             # Before the others are settled: one of them may be about to end the hold.
             for job, ticket in late:
                 self._defer(job, _Begun(ticket))
+        asleep: list[Blocked] = []
         try:
             for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
                 answered += 1
-                if not (late and self._defer is not None and is_held(outcome)):
+                if late and self._defer is not None and is_held(outcome):
+                    continue
+                if isinstance(ticket, Blocked):
+                    ticket.outcome = outcome
+                    if asleep:
+                        asleep[-1].next = ticket
+                    asleep.append(ticket)
+                else:
                     ticket.settle(outcome.result, outcome.error)
         finally:
             del waiting[:answered]
+            if asleep:
+                self._asleep = asleep[1:]
+                asleep[0].wake()
 
     def defer(self, job: Job, ticket: Ticket[StateError]) -> bool:
         """Have a job whose session was held wait until it is not; returns whether it does."""

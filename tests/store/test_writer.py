@@ -27,7 +27,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.log_store import WouldWaitError
 from dspex_persist.state.model import Origin
-from dspex_persist.state.writer import LoopWrites, Writer
+from dspex_persist.state.writer import Blocked, LoopWrites, Writer
 from tests.deadline import within
 
 DEADLINE_S = within(20)
@@ -189,6 +189,39 @@ class TestGroups:
         writer = start()
         writer.submit(job("a")).add_done_callback(lambda _: [][0])
         assert writer.submit(job("b")).result(DEADLINE_S) == "b"
+
+
+class TestBlockedCallers:
+    """They wake each other, one after the other."""
+
+    def test_each_gets_its_own_outcome(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        first = hold(sink, writer)
+        with ThreadPoolExecutor(100) as callers:
+            outcomes = [callers.submit(writer.run, job(f"{number}")) for number in range(100)]
+            deadline = time.monotonic() + DEADLINE_S
+            while writer.length < 101:
+                assert time.monotonic() < deadline
+            sink.may_write.set()
+            assert [outcome.result(DEADLINE_S) for outcome in outcomes] == [f"{number}" for number in range(100)]
+        assert first.result(DEADLINE_S) == "first"
+
+    @pytest.mark.parametrize("then", ["nothing", "another job", "the end"])
+    def test_one_who_has_gone_does_not_keep_the_others_asleep(self, sink: Sink, start: Start, then: str) -> None:
+        writer = start()
+        hold(sink, writer)
+        tickets = [Blocked() for _ in range(5)]
+        writer.queue([(job(f"{number}"), ticket) for number, ticket in enumerate(tickets)])
+        outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        # As after Ctrl-C in the main thread, nobody waits with the second and the fourth.
+        for ticket in tickets[::2]:
+            threading.Thread(target=lambda ticket=ticket: outcomes.put(ticket.wait()), daemon=True).start()
+        sink.may_write.set()
+        if then == "another job":
+            assert writer.run(job("another")) == "another"
+        elif then == "the end":
+            writer.close()
+        assert sorted(outcomes.get(timeout=DEADLINE_S).result for _ in range(3)) == ["0", "2", "4"]
 
 
 class TestCancelling:
