@@ -17,7 +17,8 @@ such as by group commit, the second what an operation costs. Then one caller con
 already: update as before, and load, which opens the file and reads the 20 values.
 
 Each library runs in its own process, because imports of others would slow its garbage collection (and ours in the
-checkout's .venv, because its requirements differ), and each measurement uses a new file. Afterwards the file is opened
+checkout's .venv, because its requirements differ), and each measurement uses a new file. What there is after the warm-up is frozen, as
+servers do, so that full collections do not look at all that was imported. Afterwards the file is opened
 again and every session is read, so that only values that are really there count.
 
 Exit code: 0 when every installed library was measured, 1 when one failed (its row says why).
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -149,6 +151,12 @@ def timed_operation(adapter: Any, operation: Operation, session: str) -> Callabl
     return write_operation(adapter, operation, session)
 
 
+def freeze() -> None:
+    """Spare the garbage collector what is there already, as servers do."""
+    gc.collect()
+    gc.freeze()
+
+
 def run_threads(adapter: ThreadAdapter, work: Work, seconds: float) -> Tally:
     """Drive a thread for each caller for that long. Raises what the first failing caller raised."""
 
@@ -166,6 +174,7 @@ def run_threads(adapter: ThreadAdapter, work: Work, seconds: float) -> Tally:
 
     with ThreadPoolExecutor(work.callers) as callers:
         list(callers.map(warm, work.sessions))
+        freeze()
         began = time.perf_counter()
         deadline = began + seconds
         operations = tuple(callers.map(call, work.sessions))
@@ -188,6 +197,7 @@ async def run_tasks(adapter: TaskAdapter, work: Work, seconds: float) -> Tally:
         return count - work.updates
 
     await asyncio.gather(*map(warm, work.sessions))
+    freeze()
     began = time.perf_counter()
     deadline = began + seconds
     operations = tuple(await asyncio.gather(*map(call, work.sessions)))
