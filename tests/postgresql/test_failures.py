@@ -38,6 +38,7 @@ from dspex_persist.state.store.postgres.connections import Database
 from dspex_persist.state.store.postgres.cursors import NoAnswerError
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from dspex_persist.state.store.postgres.servers import Lease
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.wiring.connecting import connect, open_audit
 from tests.deadline import within
@@ -273,13 +274,14 @@ def test_servers_tell_each_other(state: PostgresState, beside: Any) -> None:
 def test_servers_tell_each_other_in_a_schema_with_a_long_name(url: str) -> None:
     own = f"{url}&schema={'%C3%A9' * 31}"
     heard, told = threading.Event(), threading.Event()
-    listening, telling = (Notices(Database(own), name) for name in ("one", "other"))
+    PostgresState(own).close()
+    listening, telling = (Notices(Database(own), Lease(Database(own), name, 10)) for name in ("one", "other"))
     try:
         # Once it listens, whatever it hears is from the other one.
         listening.listen(lambda: (heard if told.is_set() else told).set())
         assert told.wait(within(10))
+        # It says at once that it is there.
         telling.listen(lambda: None)
-        telling.tell()
         assert heard.wait(within(10))
     finally:
         listening.close()

@@ -11,6 +11,7 @@ from psycopg import sql
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.shared.listener import POLL_S, Listener
 from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.store.postgres.servers import Lease
 
 _MOST_NAME_BYTES: Final = 63
 
@@ -21,14 +22,22 @@ class Notices:
     They are sent after the commit, because transactions that notify wait for each other, and several commits may be one
     notice. The channel is that of the schema: databases may have several.
 
+    A server that listens sends one notice, by which the others know that they are not alone. One that is alone sends no
+    more: a notice takes longer than a commit.
+
     Args:
         database: The database.
-        server_id: Who sends; its own notices are no news.
+        lease: The lease of the server that sends; its own notices are no news.
+
+    Attributes:
+        has_others: Whether there may be other servers.
     """
 
-    def __init__(self, database: Database, server_id: str) -> None:
+    def __init__(self, database: Database, lease: Lease) -> None:
         self._database = database
-        self._server_id = server_id
+        self._lease = lease
+        self._server_id = lease.server_id
+        self.has_others = True
         # In bytes, as the database counts: it cuts off the name to listen to, and refuses to notify a longer one.
         name = f"dspex_persist.{database.schema}".encode()[:_MOST_NAME_BYTES]
         self._channel = name.decode(errors="ignore")
@@ -44,8 +53,9 @@ class Notices:
         self._telling.start()
 
     def tell(self) -> None:
-        """Tell the others soon. It does not block."""
-        self._to_tell.set()
+        """Tell the others soon, if there are any. It does not block."""
+        if self.has_others:
+            self._to_tell.set()
 
     def close(self) -> None:
         """End the threads."""
@@ -62,10 +72,15 @@ class Notices:
         """See `Listener`."""
         with contextlib.closing(self._database.connect(is_brief=True)) as connection:
             connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+            # Whoever comes from now on is heard.
+            self._to_tell.set()
+            self.has_others = self._lease.has_others(connection)
             yield True
             while True:
                 senders = {notice.payload for notice in connection.notifies(timeout=POLL_S, stop_after=1)}
-                yield bool(senders - {self._server_id})
+                is_news = bool(senders - {self._server_id})
+                self.has_others = self.has_others or is_news
+                yield is_news
 
     def _tell(self) -> None:
         connection: psycopg.Connection[Any] | None = None

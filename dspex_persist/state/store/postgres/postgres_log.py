@@ -106,7 +106,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         self.name = self._database.name
         self._known = KnownHead(self._database.name, server_id)
         self._lease = Lease(self._database, server_id, lease_s)
-        self._notices = Notices(self._database, server_id)
+        self._notices = Notices(self._database, self._lease)
         self._writing = Writing(self._database, self._lease, self._known, settle_s)
         # For reads that wait until memory has all that was committed before them.
         self._barrier: psycopg.Connection[Any] | None = None
@@ -325,7 +325,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
 
     def renew(self) -> None:
         """See `SharedLog`."""
-        self._lease.renew()
+        self._notices.has_others = self._lease.renew()
 
     def fence(self) -> None:
         """See `SharedLog`."""

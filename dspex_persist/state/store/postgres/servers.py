@@ -20,8 +20,11 @@ _REGISTER: Final = """
     ON CONFLICT (server_id) DO UPDATE
     SET epoch = servers.epoch + 1, renewed_at = clock_timestamp(), address = EXCLUDED.address RETURNING epoch
 """
-_RENEW: Final = """
-    UPDATE servers SET renewed_at = clock_timestamp(), address = %s WHERE server_id = %s AND epoch = %s RETURNING 1
+_OTHERS: Final = "EXISTS (SELECT FROM servers AS other WHERE other.server_id <> {} AND other.renewed_at < 'infinity')"
+_HAS_OTHERS: Final = f"SELECT {_OTHERS.format('%s')}"
+_RENEW: Final = f"""
+    UPDATE servers SET renewed_at = clock_timestamp(), address = %s WHERE server_id = %s AND epoch = %s
+    RETURNING {_OTHERS.format("servers.server_id")}
 """
 _FENCE: Final = """
     UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'
@@ -77,18 +80,24 @@ class Lease:
         assert row is not None, "it returns the row"
         self.epoch = row[0]
 
-    def renew(self) -> None:
-        """See `SharedLog.renew`."""
+    def renew(self) -> bool:
+        """See `SharedLog.renew`. Returns whether there are other servers."""
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = self._database.connect(is_brief=True)
-            renewal = self._connection.execute(_RENEW, (self.address, self.server_id, self.epoch))
-            if renewal.fetchone() is None:
-                raise FencedError
+            row = self._connection.execute(_RENEW, (self.address, self.server_id, self.epoch)).fetchone()
         except psycopg.Error as error:
             if self._connection is not None:
                 self._connection.close()
             raise UnavailableError(self._database.reason(error)) from error
+        if row is None:
+            raise FencedError
+        return bool(row[0])
+
+    def has_others(self, connection: "psycopg.Connection[Any]") -> bool:
+        """Return whether there are other servers, which have not been fenced."""
+        row = connection.execute(_HAS_OTHERS, (self.server_id,)).fetchone()
+        return row == (True,)
 
     def fence(self, connection: "psycopg.Connection[Any]") -> None:
         """Fence the other servers whose lease has run out."""
