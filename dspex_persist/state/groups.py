@@ -48,12 +48,10 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.holds import Held
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import (
-    FencedError,
+    OF_GROUPS,
     LogStore,
-    MovedError,
     News,
     UnwritableError,
-    WouldWaitError,
     affected,
 )
 from dspex_persist.state.meter import Meter
@@ -88,7 +86,7 @@ _ACTOR_LENGTH: Final = Limits().name_length
 _EXPIRY: Final = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
 _IMPORT: Final = Origin(actor="dspex-persist", cause="import")
-OF_THE_STORE: Final = (OutcomeUnknownError, FileChangedError, LostCommitsError, MovedError, FencedError, WouldWaitError)
+OF_THE_STORE: Final = (OutcomeUnknownError, FileChangedError, LostCommitsError, *OF_GROUPS)
 """Errors of a store that concern the whole group, and that its caller has to deal with."""
 
 
@@ -329,6 +327,8 @@ class Groups(Generic[S_co]):
             result = _apply_once(job, unit, self.meter)
             self._keep_touch(job.command, drafts)
         except NeedsOwnGroupError:
+            raise
+        except OF_GROUPS:
             raise
         except self.log.driver_errors:
             raise

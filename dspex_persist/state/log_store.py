@@ -36,7 +36,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from dspex_persist.state.budgets import Spent
 from dspex_persist.state.denials import Denial
@@ -84,6 +84,10 @@ class MovedError(Exception):
 
 class FencedError(Exception):
     """Another server has taken this one for dead. Nothing was stored; the store has begun another lease."""
+
+
+OF_GROUPS: Final = (WouldWaitError, MovedError, FencedError)
+"""What ends a group of which nothing is stored, through no fault of its jobs."""
 
 
 class LogStore(ABC):

@@ -53,6 +53,14 @@ class SharedLog(LogStore):
         Any thread may call it. It takes one round trip.
         """
 
+    def optimistic_group(self, *, wait: bool = True) -> AbstractContextManager[News | None]:
+        """Return a context manager like that of `group`, for when the others are probably not writing.
+
+        A log that can compare its head as late as when the group is stored saves looking at it before. It yields None
+        then, and raises `MovedError` if the head is another one: when the group ends, or reads from the log.
+        """
+        return self.group(wait=wait)
+
     def reading(self) -> AbstractContextManager[News | None]:
         """Return a context manager like that of `group`, in which nothing is appended.
 

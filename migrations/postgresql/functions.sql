@@ -1,3 +1,8 @@
+-- Ends a transaction that was begun in the hope that nobody else writes. It is made again.
+CREATE FUNCTION dspex_give_up(state TEXT) RETURNS BOOLEAN LANGUAGE plpgsql AS $$ BEGIN
+    RAISE EXCEPTION USING ERRCODE = state, MESSAGE = 'another server was faster, so this is made again';
+END $$;
+
 -- Functions that SQLite has, so that the statements of the store are the same.
 CREATE FUNCTION dspex_path(path TEXT) RETURNS TEXT[] LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
     $$ SELECT CASE WHEN path LIKE '$."%"' THEN ARRAY[substr(path, 4, length(path) - 4)]

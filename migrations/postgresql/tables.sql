@@ -178,6 +178,8 @@ CREATE TABLE head (
 CREATE TABLE servers (
     server_id TEXT PRIMARY KEY,
     epoch BIGINT NOT NULL,
+    -- Moved on where it was not known what became of a commit: should it arrive only now, it is refused.
+    attempt BIGINT NOT NULL DEFAULT 0,
     address TEXT NOT NULL DEFAULT '',
     started_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
     renewed_at TIMESTAMPTZ NOT NULL,

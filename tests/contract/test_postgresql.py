@@ -1,10 +1,12 @@
 """The contracts on servers that share a PostgreSQL database."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
 from dspex_persist.state.distributed import DistributedState, PostgresState
+from dspex_persist.state.shared import shared_groups
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.fork_contract import ForkContract
@@ -25,6 +27,17 @@ def opening(postgresql_url: str) -> Opening:
 
 class TestTwoServers(TwoServers):
     pass
+
+
+class TestOptimisticServers(TwoServers):
+    """No group looks at the head before its end unless it is repeated: most of them are, as the calls alternate."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def always(cls) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_groups, "QUIET", 0)
+            yield
 
 
 @pytest.mark.thorough

@@ -10,6 +10,7 @@ from dspex_persist.state.commands import RegisterVariable
 from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.errors import InvalidArgumentError, StateError
 from dspex_persist.state.model import Value
+from dspex_persist.state.shared import shared_groups
 from dspex_persist.state.store.postgres import contents, inserts, staging, writing
 from dspex_persist.state.store.postgres.connections import Database, run
 from dspex_persist.state.store.postgres.inserts import update_of
@@ -93,10 +94,15 @@ def test_only_what_sets_columns_of_one_row_is_one_update() -> None:
     assert update_of("UPDATE others SET expression = ? WHERE name = ?") is None
 
 
-def test_a_commit_takes_two_round_trips(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quiet", "trips"), [(shared_groups.QUIET, 1), (10_000, 2)])
+def test_a_commit_takes_one_round_trip_unless_others_write(
+    filled: str, monkeypatch: pytest.MonkeyPatch, quiet: int, trips: int
+) -> None:
+    monkeypatch.setattr(shared_groups, "QUIET", quiet)
     sent: list[str] = []
     with PostgresState(filled) as state:
-        state.set_variable("s", "x", 2)
+        for value in range(shared_groups.QUIET if trips == 1 else 1):
+            state.set_variable("s", "x", value)
         execute = psycopg.Cursor.execute
         writer = state._store._writing.driver
 
@@ -112,9 +118,9 @@ def test_a_commit_takes_two_round_trips(filled: str, monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
     # Each is prepared once for a connection; the writer asks for news every second.
     of_groups = [each for each in sent if not each.startswith("PREPARE") and each != "EXECUTE dspex_head"]
-    assert [each.split(";")[0] for each in of_groups[::2]] == ["BEGIN", "BEGIN"]
-    assert len(of_groups) == 4
-    assert all(each.endswith("COMMIT") for each in of_groups[1::2])
+    assert [each.split(";")[0] for each in of_groups[::trips]] == ["BEGIN", "BEGIN"]
+    assert len(of_groups) == 2 * trips
+    assert all(each.endswith("COMMIT") for each in of_groups[trips - 1 :: trips])
 
 
 def test_large_contents_are_stored_once_and_all_at_once(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:

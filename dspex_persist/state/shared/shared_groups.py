@@ -33,6 +33,8 @@ _MOST_ATTEMPTS: Final = 64
 """How often a group is run that others keep overtaking."""
 _AWAY: Final = (OutcomeUnknownError, UnavailableError, StorageError)
 """Errors of a log that may be reached again later."""
+QUIET: Final = 3
+"""After so many groups in a row without news, the next ones are optimistic: a group that was, in vain, costs two."""
 
 
 class _ToBeSavedError(MovedError):
@@ -75,6 +77,8 @@ class SharedGroups(Groups[SharedLog]):
         self._is_away = self._is_fenced = False
         # Whether the group only reads, and whether it may.
         self._reads = False
+        # How many groups in a row had no news.
+        self._quiet = 0
         self._may_read = True
         # The executions that the last group begins, by session; and those that may have begun, as nobody can tell.
         self._begins: list[tuple[str, str]] = []
@@ -100,6 +104,8 @@ class SharedGroups(Groups[SharedLog]):
                 self._may_read = False
                 continue
             except MovedError:
+                # The next attempt looks first.
+                self._quiet = -1
                 if self.server_meter is not None:
                     self.server_meter.repeated()
                 continue
@@ -119,9 +125,12 @@ class SharedGroups(Groups[SharedLog]):
 
     def _group(self, jobs: Sequence[Job], wait: bool) -> AbstractContextManager[News | None]:
         self._reads = self._may_read
-        return self.log.reading() if self._reads else super()._group(jobs, wait)
+        if self._reads:
+            return self.log.reading()
+        return self.log.optimistic_group(wait=wait) if self._quiet >= QUIET else super()._group(jobs, wait)
 
     def _begin(self, news: News | None) -> int:
+        self._quiet += 1
         before = super()._begin(news)
         self._note_holds()
         return before
@@ -233,6 +242,7 @@ class SharedGroups(Groups[SharedLog]):
 
     def learn(self, news: News) -> None:
         """See `Groups.learn`. If it fails half-way, all of memory is forgotten, as the news do not come again."""
+        self._quiet = 0
         try:
             super().learn(news)
         except BaseException:

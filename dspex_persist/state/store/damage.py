@@ -10,6 +10,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.decoding import decoding, release_frames
 from dspex_persist.state.errors import ReadFailedError, StateError
+from dspex_persist.state.log_store import OF_GROUPS
 
 _logger: Final = get_logger(__name__)
 
@@ -24,7 +25,7 @@ def own_errors() -> tuple[type[Exception], ...]:
 
 def reading(session_id: str) -> AbstractContextManager[None]:
     """Convert exceptions while decoding rows of this session to `DamagedSessionError`."""
-    return decoding(session_id, lambda error: isinstance(error, tuple(DRIVER_ERRORS)))
+    return decoding(session_id, lambda error: isinstance(error, (*DRIVER_ERRORS, *OF_GROUPS)))
 
 
 def unreadable(path: str, error: Exception) -> ReadFailedError:

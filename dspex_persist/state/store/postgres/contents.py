@@ -1,6 +1,6 @@
 """The large contents of a group, of all its versions at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import psycopg
@@ -15,11 +15,17 @@ _KEEP: Final = """
 """
 
 
-def keep(connection: "psycopg.Connection[Any]", units: Iterable[UnitOfWork]) -> blobs.Kept:
-    """Store the large contents that are not there already, in the transaction of a group; return all of them."""
+def keep(begin: Callable[[], "psycopg.Connection[Any]"], units: Iterable[UnitOfWork]) -> blobs.Kept:
+    """Store the large contents that are not there already, in the transaction of a group; return all of them.
+
+    Args:
+        begin: Returns the connection, in the transaction. Called only if there are any.
+        units: The units of work.
+    """
     kept: dict[str | bytes, tuple[int, bytes]] = {}
     for page in _pages(dict.fromkeys(_large(units))):
         digests = {blobs.digest(content): content for content in page.values()}
+        connection = begin()
         keys = _rows(connection.execute(_FIND, (list(digests),)))
         missing = [digest for digest in digests if digest not in keys]
         if missing:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import select
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
@@ -109,6 +110,12 @@ class Connection(psycopg.Connection[Any]):
     def _give_up(self, silent_s: float) -> NoReturn:
         self.pgconn.finish()
         raise NoAnswerError(f"the database has not answered for {silent_s:.0f} s")
+
+    def has_heard(self) -> bool:
+        """Whether the database has said something that nobody has asked for: mostly, that it closes the connection."""
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def stream(self, statement: str, parameters: Sequence[object], named: bool = False) -> Iterator[Any]:
         """Yield the rows of a statement with only some of them in memory. The transaction has to last as long.

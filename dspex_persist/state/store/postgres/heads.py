@@ -26,6 +26,10 @@ SELECT_HEAD: Final = """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
 BEGIN: Final = "BEGIN; EXECUTE dspex_lock; EXECUTE dspex_head"
 TRY_TO_BEGIN: Final = "BEGIN; EXECUTE dspex_try_lock; EXECUTE dspex_head"
+MOVED: Final = "DX001"
+"""The SQLSTATE of a group that begins at another head than it has seen."""
+LOCKED: Final = "DX002"
+"""The SQLSTATE of a group that would have to wait for the lock."""
 # One state of the log, without its lock.
 BEGIN_TO_READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; EXECUTE dspex_head"
 # Those of servers that have not been fenced.
@@ -43,7 +47,14 @@ _CHANGED: Final = """
 PREPARE: Final = f"""
     PREPARE dspex_lock AS SELECT pg_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
     PREPARE dspex_try_lock AS SELECT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
+    PREPARE dspex_lock_at_once AS SELECT dspex_give_up('{LOCKED}')
+        WHERE NOT pg_try_advisory_xact_lock({LOCKS}, 'head'::regclass::oid::int);
     PREPARE dspex_head AS {SELECT_HEAD};
+    PREPARE dspex_unmoved (text, bigint, bytea, bigint, bigint) AS SELECT dspex_give_up('{MOVED}') WHERE NOT EXISTS (
+        SELECT FROM head WHERE database_id = $1 AND sequence = $2 AND hash = $3 AND NOT has_holds
+            AND EXISTS (SELECT FROM servers WHERE server_id = '{{server}}' AND epoch = $4 AND attempt = $5)
+            AND '{REVISION}' = (SELECT version_num FROM alembic_version)
+    );
     PREPARE dspex_hash (bigint) AS SELECT hash FROM commits WHERE sequence = $1;
     PREPARE dspex_changed (bigint, bigint) AS {_CHANGED};
     PREPARE dspex_end (bigint, bytea, bigint, bigint, bigint) AS UPDATE head SET sequence = $1, hash = $2,
@@ -139,6 +150,17 @@ class KnownHead:
         ended = frozenset(first for first, _, has_ended in rows if has_ended)
         changed = {first: session_id for first, session_id, _ in rows}
         return News(before.sequence, row.sequence, from_micros(row.last_at), changed, ended)
+
+    def is_at(self, row: HeadRow) -> bool:
+        """Whether a row is the head that is known, so that `learn` would find nothing."""
+        known = (self._database_id, self.head.sequence, self.head.hash, REVISION, False)
+        return (row.database_id, row.sequence, bytes(row.hash), row.revision, row.has_holds) == known
+
+    def begin_here(self, epoch: int, attempt: int, *, wait: bool) -> str:
+        """Return the statements that begin a group whose first one fails unless the head is the known one."""
+        lock = "dspex_lock" if wait else "dspex_lock_at_once"
+        facts = f"'{self._database_id}', {self.head.sequence}, '\\x{self.head.hash.hex()}', {epoch}, {attempt}"
+        return f"BEGIN; EXECUTE {lock}; EXECUTE dspex_unmoved ({facts})"
 
     def _read_holds(self, connection: "psycopg.Connection[Any]") -> Mapping[str, SharedHold]:
         rows = connection.execute(_HOLDS, (self._server_id,)).fetchall()

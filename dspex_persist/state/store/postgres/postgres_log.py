@@ -163,6 +163,12 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
             yield news
 
     @contextlib.contextmanager
+    def optimistic_group(self, *, wait: bool = True) -> Iterator[News | None]:
+        """A transaction that begins with the first read, or else when it is stored: then a commit is one round trip."""
+        with self._writing.group(wait=wait, looks_first=self._known.has_holds) as news:
+            yield news
+
+    @contextlib.contextmanager
     def reading(self) -> Iterator[News | None]:
         """A transaction that sees one state of the log, without its lock."""
         with self._writing.reading() as news:
@@ -177,7 +183,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         check_metadata_keys(units)
         known, before = self._known, self._writing.written
         written = before or Written(known.head, known.keys.copy(), known.last_at)
-        staged, kept = self._writing.staged, contents.keep(self._writing.driver, units)
+        staged, kept = self._writing.staged, contents.keep(self._writing.begin, units)
         writer = log.LogWriter(self._writing.connection, written.head, written.keys, staged, kept)
         for unit in units:
             writer.add(unit)

@@ -30,6 +30,7 @@ _FENCE: Final = """
     UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'
     WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
 """
+_MOVE_ON: Final = "UPDATE servers SET attempt = attempt + 1 WHERE server_id = %s RETURNING attempt"
 _LEAVE: Final = "DELETE FROM servers WHERE server_id = %s"
 _OWN: Final = Many(
     "INSERT INTO execution_servers (began_sequence, server_id, epoch) SELECT * FROM unnest({})",
@@ -62,6 +63,7 @@ class Lease:
 
     Attributes:
         epoch: How often it has begun one; its commits carry this number.
+        attempt: How often it has given commits up; see `move_on`.
         address: Where clients reach this server; others know it from the next renewal on.
     """
 
@@ -69,7 +71,7 @@ class Lease:
         self._database = database
         self.server_id = server_id
         self.lease_s = lease_s
-        self.epoch = 0
+        self.epoch = self.attempt = 0
         self.address = ""
         # Renewed on a connection of its own, which waits for no group.
         self._connection: psycopg.Connection[Any] | None = None
@@ -98,6 +100,12 @@ class Lease:
         """Return whether there are other servers, which have not been fenced."""
         row = connection.execute(_HAS_OTHERS, (self.server_id,)).fetchone()
         return row == (True,)
+
+    def move_on(self, connection: "psycopg.Connection[Any]") -> None:
+        """Have the database refuse what this server has sent it, and what has not arrived. In a transaction."""
+        row = connection.execute(_MOVE_ON, (self.server_id,)).fetchone()
+        # Without a row, it has been fenced, and nothing of it is accepted anyway.
+        self.attempt = self.attempt if row is None else row[0]
 
     def fence(self, connection: "psycopg.Connection[Any]") -> None:
         """Fence the other servers whose lease has run out."""

@@ -1,6 +1,6 @@
 """The statements of a group that return nothing: the database gets all of them at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -20,12 +20,16 @@ class Staged:
     run them.
 
     Args:
-        connection: The connection, in a transaction.
+        connection: The connection.
         prepared: The names of the statements that it has prepared.
+        begin: Called before anything is sent: begins the transaction if there is none yet.
     """
 
-    def __init__(self, connection: "psycopg.Connection[Any]", prepared: set[str]) -> None:
+    def __init__(
+        self, connection: "psycopg.Connection[Any]", prepared: set[str], begin: Callable[[], object] = lambda: None
+    ) -> None:
         self._connection = connection
+        self._begin = begin
         self._prepared = prepared
         self._texts: list[str] = []
         self._length = 0
@@ -71,6 +75,7 @@ class Staged:
 
     def send(self) -> None:
         """Have the database run what was kept."""
+        self._begin()
         if self._texts:
             run(self._connection, self.take())
 

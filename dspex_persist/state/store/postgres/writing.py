@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.anchor import Head
 from dspex_persist.state.errors import StateError, StorageError, UnavailableError
-from dspex_persist.state.log_store import FencedError, News, UnwritableError, WouldWaitError
+from dspex_persist.state.log_store import FencedError, MovedError, News, UnwritableError, WouldWaitError
 from dspex_persist.state.shared.settling import settled
 from dspex_persist.state.store.log import Keys
 from dspex_persist.state.store.postgres import heads, later
@@ -27,6 +27,8 @@ from dspex_persist.state.store.postgres.staging import Staged
 
 # Errors of the rows of one unit: its data, a constraint, a limit of the database.
 _OF_ONE_UNIT: Final = ("22", "23", "54")
+# How an optimistic group has ended.
+_GIVEN_UP: Final = {heads.MOVED: MovedError, heads.LOCKED: WouldWaitError}
 _COMMIT_S: Final = 20.0
 _COMMIT_WARNING: Final = "01000"
 _logger: Final = get_logger(__name__)
@@ -60,6 +62,8 @@ class Writing:
         self._prepared: set[str] = set()
         self._staged: Staged | None = None
         self.written: Written | None = None
+        # Whether the group is optimistic, and its transaction has not begun; and whether it may wait for the lock.
+        self._is_pending = self._waits = False
 
     @property
     def is_open(self) -> bool:
@@ -74,7 +78,8 @@ class Writing:
 
     @property
     def after_all(self) -> Checked:
-        """The connection, once it has run all statements that are staged."""
+        """The connection, in the transaction of the group, once it has run all statements that are staged."""
+        self.begin()
         if self._staged is not None:
             self._staged.send()
         return self.connection
@@ -83,7 +88,7 @@ class Writing:
     def staged(self) -> Staged:
         """Where the statements of a group go that return nothing. They are sent with its COMMIT, or before a read."""
         if self._staged is None:
-            self._staged = Staged(self.driver, self._prepared)
+            self._staged = Staged(self.driver, self._prepared, self.begin)
         return self._staged
 
     @property
@@ -161,24 +166,33 @@ class Writing:
         return HeadRow(*row)
 
     @contextlib.contextmanager
-    def group(self, *, wait: bool) -> Iterator[News | None]:
-        """See `LogStore.group`."""
+    def group(self, *, wait: bool, looks_first: bool = True) -> Iterator[News | None]:
+        """See `LogStore.group`; unless it looks at the head first, `SharedLog.optimistic_group`."""
         self.written = self._staged = None
+        self._is_pending, self._waits = not looks_first, wait
         is_sent = False
         try:
-            yield self._begin_connected(wait)
+            if looks_first:
+                row = self._begin_connected(wait)
+                yield self._known.learn(self.driver, row)
+            else:
+                self.connect()
+                yield None
             if self.written is None:
+                self.begin()
                 self._leave()
                 return
             end = heads.end_of_group(self.written.head, self.written.keys, self.written.at)
-            rows = self.staged.take()
+            parts = [self._begin_with(), self.staged.take(), end]
             is_sent = True
-            self._commit(f"{rows};{end}" if rows else end)
+            self._commit(";".join(filter(None, parts)))
         except DRIVER_ERRORS as error:
             self._end_failed(error, is_sent)
         except BaseException:
             self._roll_back()
             raise
+        finally:
+            self._is_pending = False
         self._note_written()
 
     @contextlib.contextmanager
@@ -197,11 +211,43 @@ class Writing:
             self._roll_back()
             raise
 
+    def begin(self) -> Connection:
+        """Begin the transaction of an optimistic group, which has to read something, and return its connection.
+
+        Raises:
+            MovedError: The head is another one.
+            FencedError: See `LogStore`.
+            WouldWaitError: See `LogStore.group`.
+        """
+        if self._is_pending:
+            try:
+                row = self._begin(self._waits)
+            except psycopg.OperationalError as error:
+                if not self._is_broken():
+                    raise
+                self.drop()
+                raise MovedError from error
+            self._is_pending = False
+            if not self._known.is_at(row):
+                self._leave()
+                raise MovedError
+        return self.driver
+
+    def _begin_with(self) -> str:
+        """Return the statements to begin an optimistic group with, just before it is stored; none for others."""
+        if not self._is_pending:
+            return ""
+        if self.driver.has_heard():
+            # It may be that the database has closed the connection. What is sent then has an unknown outcome.
+            self.begin()
+            return ""
+        return self._known.begin_here(self._lease.epoch, self._lease.attempt, wait=self._waits)
+
     def _note_written(self) -> None:
         assert self.written is not None, "there was something to commit"
         self._known.advance(self.written.head, self.written.keys, self.written.at)
 
-    def _begin_connected(self, wait: bool) -> News | None:
+    def _begin_connected(self, wait: bool) -> HeadRow:
         """Begin a transaction; on another connection if the one that was there has broken meanwhile."""
         is_new = self._checked is None
         self.connect()
@@ -218,7 +264,7 @@ class Writing:
         # SQLAlchemy invalidates the connection if it is the first to notice, and has no driver's connection any more.
         return self._checked is None or self._checked.invalidated or self.driver.broken or self.driver.closed
 
-    def _begin(self, wait: bool) -> News | None:
+    def _begin(self, wait: bool) -> HeadRow:
         cursor = run(self.driver, heads.BEGIN if wait else heads.TRY_TO_BEGIN)
         cursor.nextset()
         has_lock = cursor.fetchone() != (False,)
@@ -231,7 +277,7 @@ class Writing:
             self._leave()
             self._lease.register(self.driver)
             raise FencedError
-        return self._known.learn(self.driver, row)
+        return row
 
     def _leave(self) -> None:
         """End a transaction that has written nothing. With ROLLBACK, psycopg would deallocate what is prepared."""
@@ -278,6 +324,9 @@ class Writing:
                 raise UnavailableError(reason) from error
             raise StorageError(f"the connection to the database was lost: {reason}") from error
         self._roll_back()
+        original = _original(error)
+        if isinstance(original, psycopg.Error) and original.diag.sqlstate in _GIVEN_UP:
+            raise _GIVEN_UP[original.diag.sqlstate]
         self._raise_for(error, reason)
 
     def _raise_for(self, error: Exception, reason: str) -> NoReturn:
@@ -317,9 +366,15 @@ class Writing:
         # The session of the lost connection holds the lock until its transaction has ended, one way or the other.
         run(connection, heads.BEGIN)
         try:
-            return heads.has_commit(connection, head)
+            is_there = heads.has_commit(connection, head)
+            if not is_there:
+                # All of it may still be on its way.
+                self._lease.move_on(connection)
         finally:
-            run(connection, "END")
+            is_done = run(connection, "END").statusmessage == "COMMIT"
+        if not is_done:
+            raise psycopg.OperationalError("the database has rolled the transaction back")
+        return is_there
 
     def close(self) -> None:
         """End the lease, and close the connection."""
