@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import redis
 
 from dspex_persist.state.commands import (
     BeginExecution,
+    CleanupSession,
     Command,
     InitializeSession,
+    InterruptExecutions,
     ReadState,
     RegisterVariable,
     SetVariable,
@@ -81,6 +84,39 @@ def test_a_store_that_takes_connections_and_answers_nothing(
 def _succeeds(server: ValkeyState) -> bool:
     try:
         server.set_variable("s", "x", 3, idempotency_key="once")
+    except (UnavailableError, OutcomeUnknownError, StorageError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "command",
+    [SetVariable("theirs", "x", Value("1")), InterruptExecutions("theirs", ()), CleanupSession("theirs")],
+    ids=lambda command: type(command).__name__,
+)
+def test_a_write_that_has_to_read_first_while_the_store_is_away(
+    command: Command[Any], open_own: Open, own_valkey: Valkey
+) -> None:
+    """What a commit stores of a session that another server began is not all in memory."""
+    other, server = open_own(), open_own()
+    begin(other, "theirs")
+    if isinstance(command, InterruptExecutions):
+        begun = other.run(BeginExecution("theirs", "tool"))
+        command = replace(command, executions=(begun.execution_id,))
+    begin(server, "own")
+    assert server.get_variable("theirs", "x").version == 0
+    # From here on this server takes the log for the one that it knows, until it stores something.
+    server.set_variable("own", "x", 1)
+    own_valkey.take_away()
+    with pytest.raises((UnavailableError, OutcomeUnknownError, StorageError)):
+        server.run(command)
+    own_valkey.bring_back()
+    wait_until(lambda: _carried_out(server, command))
+
+
+def _carried_out(server: ValkeyState, command: Command[Any]) -> bool:
+    try:
+        server.run(command)
     except (UnavailableError, OutcomeUnknownError, StorageError):
         return False
     return True

@@ -288,14 +288,7 @@ class ValkeyLog(DatabaseLog):
         return Batch(self.keys, self, hash_, (self._leases.server, self._leases.epoch), imported)
 
     def _store(self) -> None:
-        batch, head = self._new_batch(self._head.hash), self._head
-        count = 0
-        for units, touched in self._appended:
-            for unit in units:
-                batch.add(unit)
-                count += 1
-                head = head._replace(sequence=unit.sequence, last_at=max(head.last_at, unit.now))
-            batch.finish(touched)
+        batch, head, count = self._composed()
         size_bytes, most = batch.shared.size_bytes, CALL_BYTES if count > 1 else _COMMIT_BYTES
         if size_bytes > most:
             # Halved, until each call is small enough.
@@ -306,6 +299,21 @@ class ValkeyLog(DatabaseLog):
                 self._began.pop(execution_id, None)
             else:
                 self._began[execution_id] = began
+
+    @reported
+    def _composed(self) -> tuple[Batch, Head, int]:
+        """Return what was appended, as a batch; the head after it, but for the hash; and the number of commits.
+
+        What a batch has to know of sessions may have to be read first.
+        """
+        batch, head, count = self._new_batch(self._head.hash), self._head, 0
+        for units, touched in self._appended:
+            for unit in units:
+                batch.add(unit)
+                count += 1
+                head = head._replace(sequence=unit.sequence, last_at=max(head.last_at, unit.now))
+            batch.finish(touched)
+        return batch, head, count
 
     def _append(self, commands: Commands, head: Head, *, alone: bool = False) -> None:
         """Carry out commands that lead to a head, if it is still the one that this server knows."""
