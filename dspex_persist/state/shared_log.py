@@ -122,8 +122,12 @@ class SharedLog(LogStore):
         """
 
     @abstractmethod
-    def fence(self) -> None:
-        """Fence the servers whose lease has run out. `unfinished` returns their executions from now on."""
+    def fence(self) -> Sequence[str]:
+        """Fence the other servers whose lease has run out. `unfinished` returns their executions from now on.
+
+        Returns:
+            Who they are: the address that each has announced, or its id.
+        """
 
     # Holds of sessions. A log that does not override these has none.
 

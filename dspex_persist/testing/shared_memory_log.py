@@ -301,13 +301,15 @@ class SharedMemoryLog(SharedLog):
                 raise FencedError
             self._memory.leases[self._id] = (self._epoch, time.monotonic())
 
-    def fence(self) -> None:
+    def fence(self) -> Sequence[str]:
         """See `SharedLog`."""
-        now = time.monotonic()
+        now, fenced = time.monotonic(), list[str]()
         with self._memory.turn:
             for server, (epoch, renewed) in tuple(self._memory.leases.items()):
                 if server != self._id and now - renewed > self._lease_s:
                     self._memory.leases[server] = (epoch + 1, float("inf"))
+                    fenced.append(self._memory.addresses.get(server) or server)
+        return fenced
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """See `SharedLog`."""

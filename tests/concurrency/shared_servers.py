@@ -8,7 +8,7 @@ server has given up waiting for it: the server has to find out.
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from random import Random
@@ -77,9 +77,9 @@ class ChaoticLog(SharedMemoryLog):
         self._halt()
         super().renew()
 
-    def fence(self) -> None:
+    def fence(self) -> Sequence[str]:
         self._halt()
-        super().fence()
+        return super().fence()
 
     def tell(self) -> None:
         if self.hints:

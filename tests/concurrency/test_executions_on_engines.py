@@ -16,6 +16,7 @@ from dspex_persist.state.errors import (
     QuotaExceededError,
     SessionBusyError,
 )
+from dspex_persist.state.log_store import FencedError
 from dspex_persist.state.model import ExecutionStatus, Origin
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.shared_log import SharedLog
@@ -168,3 +169,22 @@ def test_a_server_that_does_not_renew_its_lease(open_log: Open, monkeypatch: pyt
         wait_until(lambda: servers.stage.ended == ["cancelled"])
         wait_until(lambda: ended(servers.execute(0, "increment")) is ExecutionStatus.COMMITTED)
         assert servers.servers[1].get_variable(SESSION, "n").value.json == "1"
+
+
+def test_who_looks_for_servers_that_have_died_never_finds_itself(open_log: Open) -> None:
+    """It may be the only one that lives, and late because the database was away."""
+    opened = [open_log(0.1) for _ in range(2)]
+    one, died = opened
+    try:
+        died.announce("10.0.0.7:50051")
+        died.renew()
+        found: list[str] = []
+        wait_until(lambda: bool(found.extend(one.fence()) or found))
+        assert found == ["10.0.0.7:50051"]
+        # Its lease began before, and is over, too.
+        one.renew()
+        with pytest.raises(FencedError):
+            died.renew()
+    finally:
+        for each in opened:
+            each.close()

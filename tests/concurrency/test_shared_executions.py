@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -259,9 +259,10 @@ def executions_after_a_pause(tools: Tools) -> ExecutionStatus | None:
     tools.stage.wait_begun()
     sweeps, fence = threading.Semaphore(0), other.fence
 
-    def counted() -> None:
-        fence()
+    def counted() -> Sequence[str]:
+        fenced = fence()
         sweeps.release()
+        return fenced
 
     other.fence = counted  # type: ignore[method-assign]
     for _ in range(3):

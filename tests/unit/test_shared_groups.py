@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from freezegun.api import FrozenDateTimeFactory
 
 from dspex_persist import clock
 from dspex_persist.infra.metrics import Family
@@ -18,6 +19,8 @@ from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared import ServerMeter, SharedGroups
 from dspex_persist.testing.shared_memory_log import SharedMemory, SharedMemoryLog
+from tests.clocks import pass_s
+from tests.logs import capture_logs
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -134,6 +137,32 @@ def test_a_server_that_was_taken_for_dead_begins_another_lease(memory: SharedMem
     other.follow()
     do(other, InitializeSession("t"))
     assert fenced == [1]
+
+
+def test_servers_have_time_to_renew_their_leases_after_the_log_was_away(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, frozen: FrozenDateTimeFactory
+) -> None:
+    _, quiet = server(memory)
+    other, log = server(memory)
+    memory.leases[quiet._id] = (1, float("-inf"))
+
+    def be_away() -> None:
+        raise UnavailableError("the cable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log, "news", be_away)
+        other.follow()
+        other.sweep()
+    other.follow()
+    for passed_s in (0.0, log.lease_s - 1.0):
+        pass_s(frozen, passed_s)
+        other.sweep()
+        assert quiet.has_lease()
+    pass_s(frozen, 1.0)
+    with capture_logs() as events:
+        other.sweep()
+    assert [each["event"] for each in events] == ["a server has not renewed its lease"]
+    assert not quiet.has_lease()
 
 
 def test_reads_do_without_the_lock_unless_a_ttl_has_to_be_saved(

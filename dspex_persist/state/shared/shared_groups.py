@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from dspex_persist import clock
@@ -75,6 +76,7 @@ class SharedGroups(Groups[SharedLog]):
         self.on_fenced: Callable[[], None] = lambda: None
         self.server_meter = server_meter
         self._is_away = self._is_fenced = False
+        self._back_at: datetime | None = None
         # Whether the group only reads, and whether it may.
         self._reads = False
         # How many groups in a row had no news.
@@ -193,7 +195,7 @@ class SharedGroups(Groups[SharedLog]):
             self._miss(error)
             return
         if self._is_away:
-            self._is_away = False
+            self._is_away, self._back_at = False, clock.steady()
             _logger.warning("the log can be reached again")
         self._advance(self.log.sequence)
         self.hub.wake()
@@ -332,7 +334,7 @@ class SharedGroups(Groups[SharedLog]):
     def sweep(self) -> int:
         """See `Groups.sweep`. It also interrupts the executions of servers that have died."""
         try:
-            self.log.fence()
+            self._fence()
             doubts = len(self._doubtful)
             self._stale = self._find_orphans()
             swept = super().sweep()
@@ -344,6 +346,15 @@ class SharedGroups(Groups[SharedLog]):
         except self._away as error:
             _logger.debug("not swept", reason=str(error))
         return 0
+
+    def _fence(self) -> None:
+        """Fence the servers that have died. While the log was away none could renew its lease: they get the time."""
+        if self._is_away or (
+            self._back_at is not None and clock.steady() - self._back_at < timedelta(seconds=self.log.lease_s)
+        ):
+            return
+        for server in self.log.fence():
+            _logger.warning("a server has not renewed its lease", server=server)
 
     def _find_orphans(self) -> dict[str, Sequence[str]]:
         """Return the executions that nobody runs, by session."""

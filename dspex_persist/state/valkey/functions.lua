@@ -226,15 +226,18 @@ local function settle(keys, args)
   return next
 end
 
--- End the leases that are over. keys: head, servers, holds, news, leases. args: server
+-- End the leases of the others that are over. Returns whose. keys: head, servers, holds, news, leases. args: server
 local function fence(keys, args)
-  local servers = redis.call('ZRANGEBYSCORE', keys[5], '-inf', '(' .. expiry_in(0))
-  for _, server in ipairs(servers) do
-    redis.call('HDEL', keys[2], server)
-    redis.call('ZREM', keys[5], server)
+  local fenced = {}
+  for _, server in ipairs(redis.call('ZRANGEBYSCORE', keys[5], '-inf', '(' .. expiry_in(0))) do
+    if server ~= args[1] then
+      redis.call('HDEL', keys[2], server)
+      redis.call('ZREM', keys[5], server)
+      fenced[#fenced + 1] = server
+    end
   end
   forget(keys, args[1])
-  return servers
+  return fenced
 end
 
 -- End the lease of this server. keys: head, servers, holds, news, leases, addresses. args: server

@@ -4,13 +4,11 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 
-from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.log_store import FencedError
 from dspex_persist.state.valkey import codec
 from dspex_persist.state.valkey.connection import Connection, reported
 from dspex_persist.state.valkey.keys import Keys
 
-_logger = get_logger(__name__)
 _FENCED = b"fenced"
 
 
@@ -71,11 +69,14 @@ class Leases:
         return True
 
     @reported
-    def fence(self) -> None:
+    def fence(self) -> Sequence[str]:
         """See `SharedLog.fence`."""
-        for server in self._connection.call("fence", (*self._keys.of_leases, self._keys.leases), self.server):
-            _logger.warning("a server has not renewed its lease", server=server.decode())
-            self._client.hdel(self._keys.addresses, server)
+        servers = self._connection.call("fence", (*self._keys.of_leases, self._keys.leases), self.server)
+        if not servers:
+            return ()
+        addresses = self._client.hmget(self._keys.addresses, servers)
+        self._client.hdel(self._keys.addresses, *servers)
+        return [codec.text_in(address or server) for server, address in zip(servers, addresses, strict=True)]
 
     def leave(self) -> None:
         """End the lease."""

@@ -523,9 +523,9 @@ class ValkeyLog(DatabaseLog):
         elif self._refusal is None and before is not None:
             _logger.warning("the store can be used again")
 
-    def fence(self) -> None:
+    def fence(self) -> Sequence[str]:
         """See `SharedLog`."""
-        self._leases.fence()
+        return self._leases.fence()
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
         """See `SharedLog`."""

@@ -333,13 +333,14 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         """See `SharedLog`."""
         self._notices.has_others = self._lease.renew()
 
-    def fence(self) -> None:
+    def fence(self) -> Sequence[str]:
         """See `SharedLog`."""
         with self._writing.using() as connection:
-            self._lease.fence(connection)
+            fenced = self._lease.fence(connection)
         if self._known.has_holds:
             with self._writing.beside() as checked:
                 holds.forget(checked)
+        return fenced
 
     @property
     def holds(self) -> Mapping[str, SharedHold]:

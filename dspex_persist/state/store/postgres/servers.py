@@ -29,6 +29,7 @@ _RENEW: Final = f"""
 _FENCE: Final = """
     UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'
     WHERE server_id <> %s AND renewed_at < clock_timestamp() - make_interval(secs => lease_s)
+    RETURNING coalesce(nullif(address, ''), server_id)
 """
 _MOVE_ON: Final = "UPDATE servers SET attempt = attempt + 1 WHERE server_id = %s RETURNING attempt"
 _LEAVE: Final = "DELETE FROM servers WHERE server_id = %s"
@@ -107,9 +108,9 @@ class Lease:
         # Without a row, it has been fenced, and nothing of it is accepted anyway.
         self.attempt = self.attempt if row is None else row[0]
 
-    def fence(self, connection: "psycopg.Connection[Any]") -> None:
-        """Fence the other servers whose lease has run out."""
-        connection.execute(_FENCE, (self.server_id,))
+    def fence(self, connection: "psycopg.Connection[Any]") -> list[str]:
+        """Fence the other servers whose lease has run out; return who they are."""
+        return [who for (who,) in connection.execute(_FENCE, (self.server_id,))]
 
     def leave(self, connection: "psycopg.Connection[Any]") -> None:
         """End the lease: this server runs nothing any more."""
