@@ -24,7 +24,7 @@ Jobs = Annotated[
         min=1,
         max=64,
         show_default=False,
-        help="Use up to N processes. [dim](default: one for each core, at most 4; a single one for a small file)[/dim]",
+        help="Use up to N processes. [dim](default: one for each core, at most 4; one for little work)[/dim]",
     ),
 ]
 
