@@ -113,6 +113,7 @@ def test_commands_say_what_to_look_at(run: Run, secret: str, words: tuple[str, .
         ("set", "s", "x", "3"),
         ("session", "export", "s", "-o", "s.jsonl"),
         ("db", "check"),
+        ("watch", "s", "x", "--since", "1", "--limit", "1"),
     ],
 )
 def test_commands(run: Run, secret: str, words: tuple[str, ...]) -> None:

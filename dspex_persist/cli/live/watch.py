@@ -34,9 +34,9 @@ _LOOK_S: Final = 1.0
 HELP: Final = (
     "Print the values of a session's variables, then each change as it comes, until Ctrl-C.\n\n"
     "Every change is printed once, in order: none is left out while the server restarts. Without names it watches all "
-    "variables, also those that do not exist yet. Watches a running server (--target), or a database file that another "
-    "process writes. It ends by itself when the session ends. With --since it begins with the changes after a commit, "
-    "such as the last one that an earlier watch has printed, instead of the current values.\n\n"
+    "variables, also those that do not exist yet. Watches a running server (--target), or a database that other "
+    "processes write, a file, too. It ends by itself when the session ends. With --since it begins with the changes "
+    "after a commit, such as the last one that an earlier watch has printed, instead of the current values.\n\n"
 )
 EPILOG: Final = (
     "[bold]Examples[/bold]\n\n"
@@ -124,7 +124,7 @@ def _print(
 
 
 def _lines(place: Place, session: str, names: Sequence[str], reveal: bool, since: int | None) -> Iterator[Line]:
-    if place.url is None:
+    if place.has_history:
         with place.explaining(session), place.history(reveal=reveal) as source:
             yield from _of_file(source, session, names, since)
         return
