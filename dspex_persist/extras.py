@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -22,6 +23,13 @@ def how_to_install(extra: str) -> str:
         there any more: the command that installs what the extra requires.
     """
     return f"pip install {shlex.join(_wanted(extra))}"
+
+
+def lack_of(scheme: str, module: str, extra: str) -> str | None:
+    """Return why an address with a scheme cannot be used, if the package that it needs is not installed."""
+    if find_spec(module) is not None:
+        return None
+    return f"{scheme}:// needs {module}, which is not installed: {how_to_install(extra)}"
 
 
 def _wanted(extra: str) -> Iterator[str]:

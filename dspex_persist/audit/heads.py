@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspex_persist.addresses import DatabaseUrl, database_url
+from dspex_persist.extras import lack_of
 from dspex_persist.state.audit import AuditSource, CommitEntry, CommitQuery
-from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.provider import Progress, silent
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def verify(
     Raises:
         OpenError: The file is not a database of this release.
         InvalidArgumentError: `anchor` cannot be read or written, has no heads, or is missing although `write` is set;
-            or `jobs` is out of range.
+            `jobs` is out of range; or what the database needs is not installed.
+        UnsupportedError: It is in Redis or Valkey.
     """
     kept_in = None if anchor is None else Path(anchor)
     if write and kept_in is None:
@@ -111,10 +113,13 @@ def _opened(
         file = Path(path)
         return maintenance.open_audit(file), partial(maintenance.check, file, progress, jobs)
     if url.scheme != "postgresql":
-        raise InvalidArgumentError("path", f"{url} cannot be verified")
+        raise UnsupportedError(f"verifying {url}", "`dspex-persist db check` reads and rehashes its whole log")
+    lack = lack_of(url.scheme, "psycopg", "postgresql")
+    if lack is not None:
+        raise InvalidArgumentError("path", lack)
     from dspex_persist.state.store import databases
 
-    return databases.open_audit(url.url), partial(databases.check, url.url, progress)
+    return databases.open_audit(url.url), partial(databases.check, url.url, progress, jobs)
 
 
 def _commit(source: AuditSource, sequence: int) -> CommitEntry:

@@ -39,6 +39,8 @@ from dspex_persist.infra.exits import end_in_time
 _LIVE: Final = "Live sessions"
 _COLLECT_AFTER: Final = 20_000
 """After how many new objects the garbage collector looks for cycles while a command runs."""
+_OF_ADDRESSES: Final = frozenset({"prefix", "url"})
+"""Arguments that are the setting `db`, or a part of it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -170,6 +172,7 @@ def exit_code_of(error: Exception) -> int | None:
     from dspex_persist.state.errors import (
         DatabaseInUseError,
         ExecutionConflictError,
+        InvalidArgumentError,
         OpenError,
         ToolArgumentError,
         ToolInterruptedError,
@@ -196,6 +199,8 @@ def exit_code_of(error: Exception) -> int | None:
     )
     if isinstance(error, ExplainedError) and isinstance(error.__cause__, Exception):
         return exit_code_of(error.__cause__)
+    if isinstance(error, InvalidArgumentError) and error.field in _OF_ADDRESSES:
+        return 2
     if isinstance(error, OSError) or streams.is_reader_gone(error):
         return streams.code_of(error)
     return next((code for kind, code in codes if isinstance(error, kind)), None)

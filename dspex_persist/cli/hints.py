@@ -29,6 +29,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "check_address": (
         "see whether the database runs, and whether host, port, user, password and database in --db are right"
     ),
+    "grant_commands": "have this user allowed the keys, the channels and the commands that docs/valkey.md lists",
     "grant_access": "have the owner of its tables grant this user access to them, or name the owner in --db",
     "check_database": (
         "`dspex-persist db check` names what is wrong, while its servers go on; end the session, or put a copy of the "
@@ -119,7 +120,9 @@ _OTHER_NAMES: Final = {
     "execution_id": "execution",
     "idempotency_key": "key",
     "metadata": "meta",
+    "path": "db",
     "session_id": "session",
+    "url": "db",
 }
 """The options of arguments that the library calls by another name."""
 _options: "Final[ContextVar[Mapping[str, str]]]" = ContextVar("dspex_persist_options")

@@ -89,7 +89,7 @@ class Auditable(Ability):
     """The history can be queried: all of it, but in memory that of sessions that are live or have just ended."""
 
     lacking = "audits"
-    instead = "keep the sessions in a database file: connect(path), or a server on one"
+    instead = "keep the sessions in a database file or in PostgreSQL, or on a server that does"
     gives: ClassVar[tuple[str, ...]] = ("audit",)
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Recordable(Ability):
     """A session's whole log can be read, to export or replay it."""
 
     lacking = "recordings"
-    instead = "keep the sessions in a database file: connect(path), or a server on one"
+    instead = "keep the sessions in a database file or in PostgreSQL, or on a server that does"
     gives: ClassVar[tuple[str, ...]] = ("recordings",)
 
     @abstractmethod
@@ -207,7 +207,7 @@ class Importable(Ability):
     """A recorded session can be imported with its whole history, while the provider serves other callers."""
 
     lacking = "imports of sessions"
-    instead = "keep the sessions in a database file, connect(path); in memory, connect('memory:'); or on a server"
+    instead = "keep the sessions in a database file, in memory or on a server"
     gives: ClassVar[tuple[str, ...]] = ("imports",)
 
     @abstractmethod
@@ -347,7 +347,7 @@ class Forkable(Ability):
     """A new session can begin with the state that another one had at some point."""
 
     lacking = "forks of sessions"
-    instead = "keep the sessions in a database file: connect(path), or a server on one"
+    instead = "keep the sessions in a database file or in PostgreSQL, or on a server that does"
     gives: ClassVar[tuple[str, ...]] = ("forks",)
 
     @abstractmethod
@@ -414,7 +414,7 @@ class Prunable(Ability):
     """Old history can be deleted."""
 
     lacking = "pruning"
-    instead = "keep the sessions in a database file: connect(path), or a server on one"
+    instead = "keep the sessions in a database file or in PostgreSQL, or on a server that does"
     gives: ClassVar[tuple[str, ...]] = ("pruning",)
 
     @abstractmethod

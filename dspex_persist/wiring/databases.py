@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from dspex_persist.addresses import DatabaseUrl
-from dspex_persist.extras import how_to_install
+from dspex_persist.extras import lack_of
 from dspex_persist.state.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from dspex_persist.wiring.options import sorted_options
 
@@ -27,11 +26,15 @@ T = TypeVar("T")
 
 @contextmanager
 def reaching(url: DatabaseUrl) -> Iterator[None]:
-    """Have an error of a database that is not reached, when it is opened, say which it is, and what to look at."""
+    """Have an error of a database that is not reached, when it is opened, say which it is, and what to look at.
+
+    That is the address, unless the error says something else.
+    """
     try:
         yield
     except UnavailableError as error:
-        raise UnavailableError.at(str(url), error.reason.rstrip(".")) from error
+        at = UnavailableError.at(str(url), error.reason.rstrip("."))
+        raise at.advising(error.advice or at.advice) from error
 
 
 class Database(ABC):
@@ -45,9 +48,9 @@ class Database(ABC):
     def __init__(self, url: DatabaseUrl) -> None:
         self.url = url
         module, extra = self.needs
-        if find_spec(module) is None:
-            reason = f"{url.scheme}:// needs {module}, which is not installed: {how_to_install(extra)}"
-            raise InvalidArgumentError("url", reason)
+        lack = lack_of(url.scheme, module, extra)
+        if lack is not None:
+            raise InvalidArgumentError("url", lack)
 
     @abstractmethod
     def connect(self, **options: Any) -> "StreamsTools":

@@ -12,7 +12,7 @@ from dspex_persist.infra.listen import parse_listen, prepare, settled
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import loop_factory
 from dspex_persist.settings import Settings, SettingsError
-from dspex_persist.state.errors import CheckpointError
+from dspex_persist.state.errors import CheckpointError, InvalidArgumentError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.wiring.access import Security, security_of
 from dspex_persist.wiring.ending import ServerEnd, StorageFailedError
@@ -147,9 +147,14 @@ def _open(
     if isinstance(place, DatabaseUrl):
         from dspex_persist.wiring.databases import database_at
 
-        return database_at(place).engine(
-            options, sweep_interval_s=sweep_s, anchor_dir=settings.anchor_dir, on_fatal=on_fatal, meter=meter
-        )
+        try:
+            return database_at(place).engine(
+                options, sweep_interval_s=sweep_s, anchor_dir=settings.anchor_dir, on_fatal=on_fatal, meter=meter
+            )
+        except InvalidArgumentError as error:
+            # What a kind of database does not take. Supervisors do not start a server again whose settings are invalid.
+            reason = f"its prefix {error.reason}" if error.field == "prefix" else error.reason
+            raise SettingsError("db" if error.field in ("prefix", "url") else error.field, reason) from error
     from dspex_persist.state.embedded import SqliteState
 
     return SqliteState(place, options, sweep_interval_s=sweep_s, on_fatal=on_fatal, meter=meter)

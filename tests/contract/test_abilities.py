@@ -83,3 +83,9 @@ def test_there_is_a_suite_for_every_ability() -> None:
                 known.add(each)
                 left.append(each)
     assert known == set(SUITES)
+
+
+@pytest.mark.parametrize("ability", [Auditable, Forkable, Importable, Prunable, Recordable])
+def test_what_commands_ask_for_too_is_not_advised_in_python(ability: type[Ability]) -> None:
+    """Nobody can call `connect` at a command line."""
+    assert "(" not in ability.instead

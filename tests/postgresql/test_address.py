@@ -102,10 +102,37 @@ def test_a_user_who_may_not_read_says_so(run: Run, filled: str) -> None:
     with psycopg.connect(filled, autocommit=True) as owner:
         owner.execute(f"CREATE ROLE {role} LOGIN".encode())
         try:
-            code, printed = run("get", "s", "x", "--db", filled.replace("postgres@", f"{role}@"))
+            theirs = filled.replace("postgres@", f"{role}@")
+            refused = [run("get", "s", "x", "--db", theirs)]
+            owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+            read = run("get", "s", "x", "--db", theirs)
+            refused.append(run("set", "s", "x", "2", "--db", theirs))
+            refused.append(run("serve", "--db", theirs, "--listen", "127.0.0.1:0"))
         finally:
+            owner.execute(f"DROP OWNED BY {role}".encode())
             owner.execute(f"DROP ROLE {role}".encode())
-    assert (code, "have the owner of its tables grant" in printed) == (1, True), printed
+    for code, printed in refused:
+        assert (code, "have the owner of its tables grant" in printed) == (1, True), printed
+        assert "see whether the database runs" not in printed
+    assert read[0] == 0, read
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "says"),
+    [
+        ("?shcema=nope", (), "shcema"),
+        ("", ("--limit", "session_id_length=2000"), "together at most 650"),
+    ],
+)
+def test_a_server_whose_settings_it_does_not_take_ends_as_one_with_invalid_settings(
+    run: Run, filled: str, suffix: str, options: tuple[str, ...], says: str
+) -> None:
+    """A supervisor does not start it again."""
+    code, printed = run("serve", "--db", f"{filled}{suffix}", "--listen", "127.0.0.1:0", *options)
+    assert (code, says in printed) == (2, True), printed
+    if suffix:
+        code, printed = run("get", "s", "x", "--db", f"{filled}{suffix}")
+        assert (code, "invalid --db" in printed) == (2, True), printed
 
 
 @pytest.mark.parametrize(

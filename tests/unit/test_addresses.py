@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from dspex_persist import extras
 from dspex_persist.addresses import DatabaseUrl, canonical, database_url, shown
+from dspex_persist.audit import verify
 from dspex_persist.extras import how_to_install
 from dspex_persist.settings import SettingsError, load_settings
-from dspex_persist.state.errors import InvalidArgumentError
-from dspex_persist.wiring import databases
-from dspex_persist.wiring.connecting import connect, is_there, list_workers
+from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
+from dspex_persist.wiring.connecting import connect, is_there, list_workers, open_audit
 from dspex_persist.wiring.places import place_of
 
 URL = "postgresql://me:secret@host:5432/db?schema=shop"
@@ -96,9 +97,15 @@ def test_a_file_may_be_named_by_a_url() -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(databases, "find_spec", lambda _: None)
-    with pytest.raises(InvalidArgumentError, match=f"needs psycopg.*{re.escape(how_to_install('postgresql'))}"):
-        connect(URL)
+    monkeypatch.setattr(extras, "find_spec", lambda _: None)
+    for open_it in (connect, open_audit, verify):
+        with pytest.raises(InvalidArgumentError, match=f"needs psycopg.*{re.escape(how_to_install('postgresql'))}"):
+            open_it(URL)
+
+
+def test_what_cannot_be_verified_says_what_can_be_done() -> None:
+    with pytest.raises(UnsupportedError, match="db check"):
+        verify("redis://host")
 
 
 def test_a_database_has_no_workers() -> None:

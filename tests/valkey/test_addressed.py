@@ -160,6 +160,42 @@ def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words:
     assert instead in plain
 
 
+@pytest.mark.parametrize(
+    ("suffix", "options", "says"),
+    [
+        ("&prfix=nope", (), "prfix"),
+        ("%20", (), "prefix"),
+        ("", ("--retention-age", "60"), "nothing there prunes it"),
+    ],
+)
+def test_a_server_whose_settings_it_does_not_take_ends_as_one_with_invalid_settings(
+    run: Run, secret: str, suffix: str, options: tuple[str, ...], says: str
+) -> None:
+    """A supervisor does not start it again."""
+    code, printed = run("serve", "--db", f"{secret}{suffix}", "--listen", "127.0.0.1:0", *options)
+    assert (code, says in printed) == (2, True), printed
+    if suffix:
+        code, printed = run("get", "s", "x", "--db", f"{secret}{suffix}")
+        assert code == 2, printed
+
+
+def test_commands_of_a_user_who_may_not_write(run: Run, secret: str, client: redis.Redis, valkey_prefix: str) -> None:
+    client.execute_command("ACL", "SETUSER", "weak", "on", ">geheim", "~*", "&*", "+@read", "+@connection", "+info")
+    code, printed = run("set", "s", "x", "3", "--db", secret.replace("me:", "weak:"))
+    assert (code, "docs/valkey.md" in printed) == (1, True), printed
+    assert "see whether the database runs" not in printed
+
+
+def test_commands_on_a_store_whose_memory_is_full(run: Run, own_valkey: Valkey, own_client: redis.Redis) -> None:
+    url = address(own_valkey.url(), "own")
+    with connect(url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+    own_client.config_set("maxmemory", "1mb")
+    code, printed = run("set", "s", "x", "3", "--db", url)
+    assert (code, "nothing was written" in printed) == (1, True), printed
+
+
 def test_a_check_that_finds_problems(run: Run, secret: str, client: redis.Redis, valkey_prefix: str) -> None:
     client.hdel(f"{{{valkey_prefix}}}:live", "s")
     code, printed = run("db", "check", "--db", secret)

@@ -12,7 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from dspex_persist.state.errors import UnavailableError
+from dspex_persist.state.errors import Hint, StorageError, UnavailableError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,6 +109,10 @@ def converted() -> Iterator[None]:
     """Convert the errors of the driver within a block that only reads."""
     try:
         yield
+    except redis.exceptions.NoPermissionError as error:
+        raise UnavailableError(reason_of(error)).advising(Hint.GRANT_COMMANDS) from error
+    except redis.exceptions.OutOfMemoryError as error:
+        raise StorageError(reason_of(error)) from error
     except redis.RedisError as error:
         raise UnavailableError(reason_of(error)) from error
 

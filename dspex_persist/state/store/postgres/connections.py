@@ -212,18 +212,27 @@ class Database:
         try:
             yield
         except DRIVER_ERRORS as error:
-            state = getattr(getattr(error, "orig", None) or error, "sqlstate", None) or ""
+            state = _state_of(error)
             if state == _NOT_ALLOWED:
                 raise ReadFailedError(self.name, self.reason(error)).advising(Hint.GRANT_ACCESS) from error
             if state[:2] in _OF_ROWS:
                 raise ReadFailedError(self.name, self.reason(error)) from error
-            raise UnavailableError(self.reason(error)) from error
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: BaseException) -> UnavailableError:
+        """Return what a server is told that cannot do without what it asked for, with advice if a right is missing."""
+        unavailable = UnavailableError(self.reason(error))
+        return unavailable.advising(Hint.GRANT_ACCESS) if _state_of(error) == _NOT_ALLOWED else unavailable
 
     def reason(self, error: BaseException) -> str:
         """Return what the database says."""
         original = getattr(error, "orig", None) or error
         lines = str(original).strip().splitlines()
         return lines[0] if lines else type(original).__name__
+
+
+def _state_of(error: BaseException) -> str:
+    return getattr(getattr(error, "orig", None) or error, "sqlstate", None) or ""
 
 
 def _read(url: str) -> tuple[dict[str, str], str]:

@@ -284,7 +284,7 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
                     if self._barrier is not None:
                         self._barrier.close()
                     if is_new:
-                        raise UnavailableError(self._database.reason(error)) from error
+                        raise self._database.unavailable(error) from error
                 else:
                     assert row is not None, "the table has one row"
                     return int(row[0])

@@ -6,7 +6,6 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import Connection, text
 
-from dspex_persist.state.errors import UnavailableError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded
 from dspex_persist.state.log_store import FencedError
 from dspex_persist.state.store.log import began_sequence
@@ -92,7 +91,7 @@ class Lease:
         except psycopg.Error as error:
             if self._connection is not None:
                 self._connection.close()
-            raise UnavailableError(self._database.reason(error)) from error
+            raise self._database.unavailable(error) from error
         if row is None:
             raise FencedError
         return bool(row[0])

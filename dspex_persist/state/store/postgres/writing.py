@@ -111,7 +111,7 @@ class Writing:
                 self._prepare()
             except DRIVER_ERRORS as error:
                 self.drop()
-                raise UnavailableError(self._database.reason(error)) from error
+                raise self._database.unavailable(error) from error
         return self.driver
 
     def _prepare(self) -> None:
@@ -143,7 +143,7 @@ class Writing:
             yield self.connect()
         except DRIVER_ERRORS as error:
             self.drop()
-            raise UnavailableError(self._database.reason(error)) from error
+            raise self._database.unavailable(error) from error
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[Checked]:
