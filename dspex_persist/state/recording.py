@@ -153,9 +153,16 @@ def _commit_document(commit: RecordedCommit) -> dict[str, Any]:
         "actor": commit.actor,
         "cause": commit.cause,
         "versions": [_version_document(version) for version in commit.versions],
-        "events": [{"kind": event.kind.value, "body": dict(event.body)} for event in commit.events],
+        "events": [{"kind": event.kind.value, "body": _in_order(event.body)} for event in commit.events],
         **({"answer": _answer_document(commit.answer)} if commit.answer is not None else {}),
     }
+
+
+def _in_order(document: Any) -> Any:
+    """Return a document with its keys in order: a recording does not tell what kept the session."""
+    if isinstance(document, Mapping):
+        return {key: _in_order(document[key]) for key in sorted(document)}
+    return [_in_order(each) for each in document] if isinstance(document, list | tuple) else document
 
 
 def _answer_document(answer: RecordedAnswer) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def _version_document(version: RecordedVersion) -> dict[str, Any]:
         "source": version.source.value,
         "json": value.json if value is not None else None,
         **({"binary": b64encode(binary).decode()} if binary is not None else {}),
-        **({"metadata": dict(version.metadata)} if version.metadata else {}),
+        **({"metadata": _in_order(version.metadata)} if version.metadata else {}),
         **({"masked": True} if version.masked else {}),
     }
 

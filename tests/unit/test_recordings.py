@@ -104,6 +104,21 @@ def built(commits: tuple[RecordedCommit, ...] = COMMITS, limits: Limits | None =
 # --- The format ---
 
 
+def test_the_order_of_keys_does_not_tell_what_kept_the_session() -> None:
+    def turned(document: Any) -> Any:
+        if isinstance(document, dict):
+            return {key: turned(document[key]) for key in reversed(document)}
+        return [turned(each) for each in document] if isinstance(document, list) else document
+
+    whole = {**BEGAN, "parameters": {"b": {"json": "1"}, "a": {"json": "2"}}, "reads": [{"name": "x", "version": 1}]}
+    one, other = (
+        commit(1, version(1, "2", metadata=turn({"why": "so", "by": "ann"})), RecordedEvent(kind, turn(whole)))
+        for kind in [EventKind.EXECUTION_BEGAN]
+        for turn in (dict, turned)
+    )
+    assert text_of((one,)) == text_of((other,))
+
+
 def test_a_written_recording_reads_back_the_same() -> None:
     odd = commit(
         6,

@@ -81,6 +81,10 @@ def test_recordings(secret: str, tmp_path: Path) -> None:
     assert import_session(tmp_path / "file.db", lines).commits == header.commits
     with open_audit(tmp_path / "file.db") as audit:
         assert audit.head() == header.commits
+    again = io.StringIO()
+    with open_recording(tmp_path / "file.db", "s") as (header, commits):
+        write_recording(header, commits, again)
+    assert again.getvalue() == recording.getvalue(), "not byte for byte"
 
 
 def test_audits_say_what_to_do_instead(secret: str) -> None:
