@@ -44,13 +44,15 @@ def test_with_the_durability_normal_a_power_cut_may_lose_the_last_second(
 
 
 def test_a_setting_that_changes_meanwhile_stops_the_writes(open_own: Open, own_client: redis.Redis) -> None:
-    server = open_own(lease_s=0.2)
+    server, other = open_own(lease_s=0.2), open_own()
     server.initialize_session("s")
+    other.initialize_session("not in memory")
     own_client.config_set("appendfsync", "everysec")
     wait_until(lambda: server._store._refusal is not None)
     with pytest.raises(StorageError, match="appendfsync is everysec"):
         server.initialize_session("t")
-    assert len(server.list_variables("s")) == 0
+    for session in ("s", "not in memory"):
+        assert len(server.list_variables(session)) == 0
     own_client.config_set("appendfsync", "always")
     wait_until(lambda: server._store._refusal is None)
     server.initialize_session("t")

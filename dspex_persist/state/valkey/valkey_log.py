@@ -191,17 +191,24 @@ class ValkeyLog(DatabaseLog):
 
     # Groups
 
-    @contextlib.contextmanager
-    def group(self, *, wait: bool = True) -> Iterator[News | None]:
+    def group(self, *, wait: bool = True) -> AbstractContextManager[News | None]:
         """See `LogStore`. Nothing is locked: what was appended is stored at the end, if the log has not moved."""
+        return self._group(wait=wait, refusal=self._refusal)
+
+    def reading(self) -> AbstractContextManager[News | None]:
+        """See `SharedLog`. A store that may lose what is written can be read."""
+        return self._group(wait=True, refusal=None)
+
+    @contextlib.contextmanager
+    def _group(self, *, wait: bool, refusal: NotADatabaseError | None) -> Iterator[News | None]:
         self._appended = []
         has_turn = wait and self._overtaken >= _OFTEN and self._import is None and self._take_turn()
         # Most often nobody else has written. Storing compares the head, and a group that stores nothing does so at its
         # end: asking before as well would take as long again.
-        is_assumed, self._is_current = self._is_current and self._import is None and self._refusal is None, False
+        is_assumed, self._is_current = self._is_current and self._import is None and refusal is None, False
         try:
             with converted():
-                yield None if is_assumed else self._begin(wait)
+                yield None if is_assumed else self._begin(wait, refusal)
             if self._import is not None:
                 self._finish_import(self._import)
             elif self._appended:
@@ -234,10 +241,10 @@ class ValkeyLog(DatabaseLog):
         with contextlib.suppress(redis.RedisError):
             self._writing.call("release", (self.keys.turn, self.keys.staged), self._leases.server)
 
-    def _begin(self, wait: bool) -> News | None:
+    def _begin(self, wait: bool, refusal: NotADatabaseError | None) -> News | None:
         """Compare the lease, let imports of others end, and return the news: in one round trip, as a rule."""
-        if self._refusal is not None:
-            raise StorageError(str(self._refusal))
+        if refusal is not None:
+            raise StorageError(str(refusal))
         deadline = time.monotonic() + 2 * TURN_S
         while True:
             pipeline = self._client.pipeline(transaction=False)
