@@ -1,6 +1,7 @@
 """What a server has in memory of a log that it shares: when it forgets, and when it begins another lease."""
 
 import re
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,10 @@ from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared import ServerMeter, SharedGroups
+from dspex_persist.state.shared.server_lease import ServerLease
 from dspex_persist.testing.shared_memory_log import SharedMemory, SharedMemoryLog
 from tests.clocks import pass_s
+from tests.deadline import within
 from tests.logs import capture_logs
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -137,6 +140,36 @@ def test_a_server_that_was_taken_for_dead_begins_another_lease(memory: SharedMem
     other.follow()
     do(other, InitializeSession("t"))
     assert fenced == [1]
+
+
+def test_it_says_once_why_a_lease_cannot_be_renewed(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(memory, lease_s=0.02)
+    tried = threading.Semaphore(0)
+    renew = log.renew
+
+    def refuse() -> None:
+        tried.release()
+        raise UnavailableError("too many connections")
+
+    def renew_again() -> None:
+        renew()
+        tried.release()
+
+    with capture_logs() as events:
+        monkeypatch.setattr(log, "renew", refuse)
+        lease = ServerLease(log, lambda: None)
+        try:
+            for _ in range(3):
+                assert tried.acquire(timeout=within(10))
+            monkeypatch.setattr(log, "renew", renew_again)
+            for _ in range(6):
+                assert tried.acquire(timeout=within(10))
+        finally:
+            lease.close()
+    assert [(each["event"], each.get("reason")) for each in events] == [
+        ("the lease cannot be renewed", "unavailable: too many connections"),
+        ("the lease can be renewed again", None),
+    ]
 
 
 def test_servers_have_time_to_renew_their_leases_after_the_log_was_away(

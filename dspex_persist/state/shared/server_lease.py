@@ -29,6 +29,7 @@ class ServerLease:
         self._log = log
         self._on_fenced = on_fenced
         self._meter = meter
+        self._is_failing = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-lease", daemon=True)
         self._thread.start()
@@ -42,6 +43,9 @@ class ServerLease:
     def _run(self) -> None:
         while not self._ended.wait(self._log.lease_s / _RENEWALS):
             succeeded = self._renew()
+            if succeeded and self._is_failing:
+                self._is_failing = False
+                _logger.warning("the lease can be renewed again")
             if self._meter is not None:
                 self._meter.renewed(succeeded=succeeded)
 
@@ -51,7 +55,11 @@ class ServerLease:
         except FencedError:
             self._on_fenced()
         except StateError as error:
-            _logger.debug("the lease was not renewed", reason=str(error))
+            # Said once: while the log is away, it fails again and again. A log that can be reached otherwise may refuse
+            # the connection for this alone, and nothing else would say why others take this server for dead.
+            if not self._is_failing:
+                self._is_failing = True
+                _logger.warning("the lease cannot be renewed", reason=str(error))
         except Exception as error:  # noqa: BLE001 - a thread's boundary
             if not self._ended.is_set():
                 _logger.error("the lease was not renewed", traceback=trace_of(error))
