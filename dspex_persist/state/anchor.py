@@ -76,3 +76,9 @@ def parse(content: bytes) -> Head | None:
 
 def _checksum(head: Head) -> bytes:
     return sha256(head.sequence.to_bytes(8, "big") + head.hash).digest()[:8]
+
+
+def ends_before(last: int, known: int) -> str:
+    """Return the reason of `LostCommitsError` for a log that ends before a commit that is known."""
+    missing = f"commits {last + 1} to {known} are gone" if known > last + 1 else f"commit {known} is gone"
+    return f"it ends at commit {last}; {missing}"

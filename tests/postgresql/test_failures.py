@@ -310,7 +310,7 @@ def ended(state: PostgresState, use: Callable[[], object]) -> BaseException:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("sequence = sequence - 1", "commits 3 to 3 are gone"),
+        ("sequence = sequence - 1", "commit 3 is gone"),
         ("hash = decode(repeat('77', 32), 'hex')", "commit 3 is not the one that this server has seen"),
         ("database_id = 'another'", "it is another database than before"),
     ],

@@ -46,7 +46,7 @@ def test_a_server_notices_that_its_store_was_put_back(
     with pytest.raises(StateError):
         server.register_variable("s", "y", "integer", 0)
     wait_until(lambda: bool(ended))
-    assert "it ends at commit 1; commits 2 to 2 are gone" in str(ended[0])
+    assert "it ends at commit 1; commit 2 is gone" in str(ended[0])
     with pytest.raises(LostCommitsError):
         server.get_session("s")
 

@@ -1,11 +1,12 @@
 """The errors of a server whose database, which others share, has lost commits: while it runs, and when it starts."""
 
+from dspex_persist.state.anchor import ends_before
 from dspex_persist.state.errors import Hint, LostCommitsError
 
 
 def gone(name: str, last: int, known: int) -> LostCommitsError:
     """Return the error of a database that ends before a commit that is known."""
-    return _lost(name, f"it ends at commit {last}; commits {last + 1} to {known} are gone")
+    return _lost(name, ends_before(last, known))
 
 
 def other_commit(name: str, sequence: int) -> LostCommitsError:

@@ -97,8 +97,7 @@ def recover(connection: Connection, remembered: Head | None, path: Path, inspect
 
 def _compare(connection: Connection, head: Head, remembered: Head, path: Path) -> None:
     if head.sequence < remembered.sequence:
-        gone = f"{head.sequence + 1} to {remembered.sequence}"
-        raise LostCommitsError(str(path), f"it ends at commit {head.sequence}; commits {gone} are gone")
+        raise LostCommitsError(str(path), anchors.ends_before(head.sequence, remembered.sequence))
     if log_reader.find_hash(connection, remembered.sequence) != remembered.hash:
         raise LostCommitsError(str(path), f"commit {remembered.sequence} is not the one that was acknowledged")
 
