@@ -50,13 +50,22 @@ def fault_of(words: list[str]) -> str | None:
         command, left = command.commands[left[0]], left[1:]
 
 
+def is_refused(words: list[str]) -> bool:
+    """Whether it is a server that others can reach, without what that takes."""
+    listens = words[words.index("--listen") + 1] if "--listen" in words[:-1] else ""
+    is_here = listens.startswith(("127.", "localhost:", "[::1]", "unix:")) or ":" not in listens
+    return words[0] == "serve" and not is_here and not {"--tls-cert", "--insecure"} & set(words)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_pages(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = "\n".join(re.sub(r"^\$ ", "", block, flags=re.MULTILINE) for block in _BLOCK.findall(text))
     quoted = "\n".join(re.findall(rf"`{_NAME} [^`]+`", " ".join(text.split())))
-    faults = {shlex.join(words): fault_of(words) for words in commands_in(f"{blocks}\n{quoted}")}
+    found = list(commands_in(f"{blocks}\n{quoted}"))
+    faults = {shlex.join(words): fault_of(words) for words in found}
     assert not {line: fault for line, fault in faults.items() if fault is not None}
+    assert not [words for words in found if is_refused(words)]
 
 
 def test_advice() -> None:
