@@ -19,6 +19,7 @@ Db = Annotated[
         ),
     ),
 ]
+_FLAG: Final = "flag --db"
 _SERVERS: Final = ("grpc:", "grpcs:", "grpc+unix:")
 _INSTEAD: Final = {
     "postgresql": {
@@ -43,11 +44,11 @@ _OF_FILES: Final = "session export and session import --db FILE bring its sessio
 
 def database_of(given: str | None) -> Path | DatabaseUrl:
     """Return the database that `--db` names, or else the one that `serve` would use."""
-    from dspex_persist.settings import load_settings
+    from dspex_persist.settings import SettingsError, load_settings
 
     if given is not None and given.lower().startswith(_SERVERS):
-        reason = f"--db names a database, not a server such as {given}; use --target if the command has it"
-        raise typer.BadParameter(reason)
+        reason = f"it names a database, not a server such as {given}; use --target if the command has it"
+        raise SettingsError("db", reason, _FLAG)
     return load_settings({"db": given}).db
 
 
@@ -55,8 +56,11 @@ def file_of(given: str | None, command: str) -> Path:
     """Return the file that `--db` names, or the one that `serve` would use, for a command that needs a file."""
     place = database_of(given)
     if isinstance(place, DatabaseUrl):
+        from dspex_persist.settings import SettingsError
+
         instead = _INSTEAD.get(place.scheme, {}).get(command, _OF_FILES)
-        raise typer.BadParameter(f"{command} is for files, not for {place}: {instead}")
+        reason = f"{command} is for files, not for {place}: {instead}"
+        raise SettingsError("db", reason, _FLAG if given is not None else "")
     return place
 
 

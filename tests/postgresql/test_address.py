@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,10 @@ def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words:
     plain = " ".join(printed.replace("│", " ").split())
     assert "is for files, not for" in plain
     assert instead in plain
+    if words[0] == "db":
+        code, printed = run(*words, "--db", secret, "--json")
+        document = json.loads(printed.splitlines()[0])
+        assert (code, document["ok"], instead in document["error"]) == (2, False, True)
 
 
 def test_the_anchor_of_a_server_is_not_for_files(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whatever takes an address takes that of a store, and no place that tells it shows its password."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,10 @@ def test_commands_on_files_say_what_to_use_instead(run: Run, secret: str, words:
     plain = " ".join(printed.replace("│", " ").split())
     assert "is for files, not for" in plain
     assert instead in plain
+    if words[0] == "db":
+        code, printed = run(*words, "--db", secret, "--json")
+        document = json.loads(printed.splitlines()[0])
+        assert (code, document["ok"], instead in document["error"]) == (2, False, True)
 
 
 @pytest.mark.parametrize(
