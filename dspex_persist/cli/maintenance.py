@@ -30,10 +30,11 @@ _KIB: Final = 1024
 _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 
 HELP: Final = (
-    "Maintain a database file: check, back up, restore, measure, prune.\n\n"
+    "Maintain a database: check and prune any; back up, restore, measure and upgrade a file.\n\n"
     "check, current, backup and stats only read, and work while a server has the file open. upgrade, restore, prune "
     "and vacuum change it: stop the server first, or let the server prune it (prune --target). Only restore creates a "
-    "missing file."
+    "missing file. Of a database that servers share (--db URL), check and prune work while they run; the others name "
+    "the means of that database."
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"

@@ -223,7 +223,7 @@ def test_a_file_that_a_server_has_open(run: Run, tmp_path: Path) -> None:
         fine(run("set", "s", "x", "2", "--target", target_of(server)))
         assert fine(run("get", "s", "x")) == "2\n"
     without = run("call", "s", "add")
-    assert (without.returncode, "a file has no tools" in without.stderr) == (USAGE, True)
+    assert (without.returncode, "a database has no tools" in without.stderr) == (USAGE, True)
 
 
 def test_one_place_at_a_time(run: Run) -> None:

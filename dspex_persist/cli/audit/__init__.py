@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 HELP = (
     "Query the history: who changed a variable, when, in which tool call, and from which inputs.\n\n"
-    "Reads a database file, even while a server writes to it, or a backup; or queries a server (--target). A POINT is "
+    "Reads a database, even while a server writes to it, or a backup; or queries a server (--target). A POINT is "
     "a commit's number, an execution's id, a time (2026-03-01T12:00), an age (30s, 15m, 2h, 7d) or now; a ^ after it "
     "means right before it: for an execution, right before the commit that ended it. Values of variables whose "
     "metadata says sensitive=true are masked unless you add --reveal."

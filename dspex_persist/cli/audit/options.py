@@ -17,7 +17,7 @@ Target = Annotated[
         metavar="ADDRESS",
         show_default=False,
         rich_help_panel=_PLACE,
-        help="Query this server instead of a file: HOST:PORT, unix:PATH or its URL.",
+        help="Query this server instead of a database: HOST:PORT, unix:PATH or its URL.",
     ),
 ]
 

@@ -29,7 +29,7 @@ HELP: Final = (
     "Arguments are written KEY=VALUE. The type of the parameter says how VALUE is read: as it is for a string, as JSON "
     "for the other types, and for a parameter of any type as JSON if it can be. A tool that streams has its values "
     "printed as they come.\n\n"
-    "A running server (--target) has tools of its own; dspex-persist tools list --target shows them. For a file, "
+    "A running server (--target) has tools of its own; dspex-persist tools list --target shows them. For a database, "
     "--tools names the module that has them, which is imported and runs here.\n\n"
 )
 EPILOG: Final = (
@@ -65,7 +65,7 @@ def call(
             "--tools",
             metavar="MODULE[:NAME]",
             show_default=False,
-            help="With a file: the tools, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS)[/dim]",
+            help="With a database: the tools, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS)[/dim]",
         ),
     ] = None,
     key: Annotated[
@@ -130,7 +130,9 @@ def _opened(place: Place, modules: Sequence[str]) -> "Iterator[StreamsTools]":
     modules = modules or load_settings(runs_tools=True).tools
     with redirect_stdout(sys.stderr), place.opened(tools=modules) as state:
         if not modules:
-            raise typer.BadParameter("a file has no tools: name their module with --tools, or a server with --target")
+            raise typer.BadParameter(
+                "a database has no tools: name their module with --tools, or a server with --target"
+            )
         yield state
 
 

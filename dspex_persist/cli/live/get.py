@@ -27,7 +27,7 @@ T = TypeVar("T")
 HELP: Final = (
     "Print the values of a session's variables.\n\n"
     "One NAME prints its value alone, for scripts: a string without quotes, anything else as JSON. Several names, a "
-    "glob with * and ?, or no name print a table. Reads a database file, even while a server has it open, or asks a "
+    "glob with * and ?, or no name print a table. Reads a database, even while a server has it open, or asks a "
     "running server (--target). Sensitive variables are masked unless you add --reveal.\n\n"
 )
 EPILOG: Final = (

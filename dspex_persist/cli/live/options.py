@@ -16,7 +16,7 @@ Target = Annotated[
         "--target",
         metavar="ADDRESS",
         show_default=False,
-        help="The running server: HOST:PORT, unix:PATH or its URL. [dim](without it: a file, see --db)[/dim]",
+        help="The running server: HOST:PORT, unix:PATH or its URL. [dim](without it: a database, see --db)[/dim]",
     ),
 ]
 Actor = Annotated[

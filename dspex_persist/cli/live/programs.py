@@ -26,7 +26,7 @@ _WIDTH: Final = 100
 HELP: Final = (
     "Look at the DSPy programs of a session, compare their versions, tag them, and go back to one.\n\n"
     "Programs are what ctx.programs.save saves. VERSION is a number (they count from 0) or a tag. list, history, show "
-    "and diff read a database file, even while a server has it open, or ask a running server (--target).\n\n"
+    "and diff read a database, even while a server has it open, or ask a running server (--target).\n\n"
 )
 EPILOG: Final = (
     "[bold]Examples[/bold]\n\n"

@@ -32,7 +32,7 @@ HELP: Final = (
     "types. - reads it from standard input. A value that breaks the type or a constraint is refused, and changes "
     "nothing.\n\n"
     "One command writes one variable; NAME and VALUE are two words.\n\n"
-    "--create creates what is missing: the variable, the session and the database file. The type of a new variable is "
+    "--create creates what is missing: the variable, the session and the database. The type of a new variable is "
     "--type, or that of the JSON in VALUE (3, 0.7, true, \\[1, 2], {...}), or else a string.\n\n"
     "A running server owns its file: reach it with --target.\n\n"
 )
