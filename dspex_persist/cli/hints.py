@@ -29,6 +29,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "check_address": (
         "see whether the database runs, and whether host, port, user, password and database in --db are right"
     ),
+    "grant_create": "let this user create tables there (GRANT CREATE ON SCHEMA), at least until they are there",
     "grant_commands": "have this user allowed the keys, the channels and the commands that docs/valkey.md lists",
     "grant_access": "have the owner of its tables grant this user access to them, or name the owner in --db",
     "check_database": (

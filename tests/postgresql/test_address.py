@@ -105,6 +105,9 @@ def test_a_user_who_may_not_read_says_so(run: Run, filled: str) -> None:
         try:
             theirs = filled.replace("postgres@", f"{role}@")
             refused = [run("get", "s", "x", "--db", theirs)]
+            owner.execute("CREATE SCHEMA theirs")
+            owner.execute(f"GRANT USAGE ON SCHEMA theirs TO {role}".encode())
+            unmade = run("serve", "--db", f"{theirs}&schema=theirs", "--listen", "127.0.0.1:0")
             owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}".encode())
             read = run("get", "s", "x", "--db", theirs)
             refused.append(run("set", "s", "x", "2", "--db", theirs))
@@ -116,12 +119,13 @@ def test_a_user_who_may_not_read_says_so(run: Run, filled: str) -> None:
         assert (code, "have the owner of its tables grant" in printed) == (1, True), printed
         assert "see whether the database runs" not in printed
     assert read[0] == 0, read
+    assert (unmade[0], "GRANT CREATE ON SCHEMA" in unmade[1]) == (5, True), unmade
 
 
 @pytest.mark.parametrize(
     ("suffix", "options", "says"),
     [
-        ("?shcema=nope", (), "shcema"),
+        ("&shcema=nope", (), 'invalid URI query parameter: "shcema"'),
         ("", ("--limit", "session_id_length=2000"), "together at most 650"),
     ],
 )

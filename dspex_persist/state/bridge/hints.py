@@ -37,6 +37,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
         "(?prefix=NAME) with --db"
     ),
     Hint.CHECK_ADDRESS: "see whether the database runs, and whether each part of --db of the server is right",
+    Hint.GRANT_CREATE: "let the user of the server create tables there (GRANT CREATE ON SCHEMA)",
     Hint.GRANT_COMMANDS: "have the user of the server allowed the keys, the channels and the commands that it needs",
     Hint.GRANT_ACCESS: "have the owner of its tables grant the user of the server access to them",
     Hint.CLOSE_FIRST: "use that one, or close it first",

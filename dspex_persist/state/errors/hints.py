@@ -18,6 +18,8 @@ class Hint(StrEnum):
     BEGIN_SESSION = "begin_session"
     GRANT_ACCESS = "grant_access"
     """The user of the database may not use its tables."""
+    GRANT_CREATE = "grant_create"
+    """The user of the database may not create tables."""
     GRANT_COMMANDS = "grant_commands"
     """The user of a store may not use a command, a key or a channel."""
     CALL_ITS_SERVER = "call_its_server"
@@ -139,6 +141,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.CONNECT_WITH_TLS: "connect('grpcs://HOST:PORT')",
     Hint.CONNECT_IN_MEMORY: "use LocalState() or connect('memory:') instead",
     Hint.EXPORT_REVEALED: "export the session with reveal=True",
+    Hint.GRANT_CREATE: "let this user create tables there (GRANT CREATE ON SCHEMA), at least until they are there",
     Hint.GRANT_COMMANDS: "have this user allowed the keys, the channels and the commands that docs/valkey.md lists",
     Hint.GRANT_ACCESS: "have the owner of its tables grant this user access to them, or name the owner in the URL",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",

@@ -213,7 +213,7 @@ class Database:
             yield
         except DRIVER_ERRORS as error:
             state = _state_of(error)
-            if state == _NOT_ALLOWED:
+            if lacks_right(error):
                 raise ReadFailedError(self.name, self.reason(error)).advising(Hint.GRANT_ACCESS) from error
             if state[:2] in _OF_ROWS:
                 raise ReadFailedError(self.name, self.reason(error)) from error
@@ -222,13 +222,18 @@ class Database:
     def unavailable(self, error: BaseException) -> UnavailableError:
         """Return what a server is told that cannot do without what it asked for, with advice if a right is missing."""
         unavailable = UnavailableError(self.reason(error))
-        return unavailable.advising(Hint.GRANT_ACCESS) if _state_of(error) == _NOT_ALLOWED else unavailable
+        return unavailable.advising(Hint.GRANT_ACCESS) if lacks_right(error) else unavailable
 
     def reason(self, error: BaseException) -> str:
         """Return what the database says."""
         original = getattr(error, "orig", None) or error
         lines = str(original).strip().splitlines()
         return lines[0] if lines else type(original).__name__
+
+
+def lacks_right(error: BaseException) -> bool:
+    """Whether the database has refused something because the user may not do it."""
+    return _state_of(error) == _NOT_ALLOWED
 
 
 def _state_of(error: BaseException) -> str:

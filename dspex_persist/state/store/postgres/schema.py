@@ -13,7 +13,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
 from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.store import migrate
-from dspex_persist.state.store.postgres.connections import Database
+from dspex_persist.state.store.postgres.connections import Database, lacks_right
 from dspex_persist.state.store.schema import REVISION
 
 LOCKS: Final = 0x64737065
@@ -104,5 +104,6 @@ def _migrate(connection: Connection, database: Database, revision: str | None) -
             _create_schema(connection, database.schema)
         command.upgrade(config, "head")
     except Exception as error:
-        raise UpgradeError(database.name, REVISION, database.reason(error), "database") from error
+        failed = UpgradeError(database.name, REVISION, database.reason(error), "database")
+        raise failed.advising(Hint.GRANT_CREATE if lacks_right(error) else None) from error
     _logger.info("upgraded" if revision else "created", db=database.name, revision=REVISION)
