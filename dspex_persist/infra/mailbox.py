@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import contextvars
+import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
+from dspex_persist.infra.futures import TicketFuture
 from dspex_persist.infra.traffic import traffic_of
 
 R = TypeVar("R")
@@ -35,6 +38,24 @@ class LoopMailbox:
         """Run `callback` on the loop soon; callable from any thread."""
         self._posted.append(callback)
         self._wake_loop()
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> Future[R]:
+        """Run a coroutine on the loop, in a task with the caller's context; callable from any thread.
+
+        Cancelling the future cancels the task.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        if self._loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        started: _Started[R] = _Started(self)
+        self.post(functools.partial(started.begin_task, contextvars.copy_context(), coroutine))
+        return started
+
+    def new_task(self, coroutine: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
+        """Return a new task of the loop; call this on the loop's thread."""
+        return self._loop.create_task(coroutine)
 
     def waker(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Return a function that runs `callback` on the loop, with low priority.
@@ -200,6 +221,43 @@ class Reply(Generic[R]):
             return self.result()
         finally:
             del self
+
+
+class _Started(TicketFuture[R]):
+    """The future of a coroutine that runs on the loop; `asyncio.run_coroutine_threadsafe` wakes the loop for each."""
+
+    def __init__(self, mailbox: LoopMailbox) -> None:
+        super().__init__()
+        self._mailbox = mailbox
+        self._task: asyncio.Task[R] | None = None
+
+    def begin_task(self, context: contextvars.Context, coroutine: Coroutine[Any, Any, R]) -> None:
+        """Start the coroutine in a context, on the loop's thread."""
+        if self.cancelled():
+            coroutine.close()
+            self.begin()
+        else:
+            self._task = context.run(self._mailbox.new_task, coroutine)
+            self._task.add_done_callback(self._take)
+
+    def cancel(self) -> bool:
+        """See `Future`. The task is cancelled on its loop."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
+            self._mailbox.post(self._cancel_task)
+        return is_cancelled
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _take(self, task: "asyncio.Task[R]") -> None:
+        self._task = None
+        if task.cancelled():
+            super().cancel()
+        if self.begin():
+            error = task.exception()
+            self.settle(None if error is not None else task.result(), error)
 
 
 class _Waker:

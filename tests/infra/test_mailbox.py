@@ -6,7 +6,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
@@ -184,6 +185,133 @@ class TestFollowing:
             await asyncio.gather(awaited(reply), return_exceptions=True)
             assert reply.cancelled() is future.cancelled()
             del future, reply
+            assert kept() is None, "without the collector, which may come late"
+        finally:
+            gc.enable()
+
+
+class TestStarting:
+    @on_loop
+    async def test_the_result_and_the_error(self) -> None:
+        box, error = mailbox(), ValueError("x")
+
+        async def fails() -> None:
+            raise error
+
+        assert await asyncio.wrap_future(box.start(asyncio.sleep(0, 3))) == 3
+        failed = box.start(fails())
+        with pytest.raises(ValueError, match="x"):
+            await asyncio.wrap_future(failed)
+        assert failed.exception() is error
+
+    @on_loop
+    async def test_it_runs_in_the_context_of_the_caller_and_changes_its_own(self) -> None:
+        variable: ContextVar[str] = ContextVar("variable", default="")
+        box = mailbox()
+
+        async def change() -> str:
+            before = variable.get()
+            variable.set("changed")
+            return before
+
+        def start() -> None:
+            variable.set("caller")
+            seen.append(box.start(change()))
+            seen.append(box.start(change()))
+
+        seen = list[Future[str]]()
+        on_thread(lambda: copy_context().run(start))
+        assert [await asyncio.wrap_future(each) for each in seen] == ["caller", "caller"]
+        assert variable.get() == ""
+
+    @on_loop
+    async def test_many_wake_the_loop_once(self) -> None:
+        loop = asyncio.get_running_loop()
+        box, wakes, started = mailbox(), list[object](), list[Future[int]]()
+        wake = loop.call_soon_threadsafe
+
+        def count(*arguments: Any, **named: Any) -> Any:
+            wakes.append(arguments)
+            return wake(*arguments, **named)
+
+        loop.call_soon_threadsafe = count  # type: ignore[assignment, method-assign]
+        on_thread(lambda: started.extend(box.start(asyncio.sleep(0, number)) for number in range(5)))
+        assert len(wakes) == 1
+        assert [await asyncio.wrap_future(each) for each in started] == [0, 1, 2, 3, 4]
+
+    @on_loop
+    async def test_cancelling_it_before_it_begins(self) -> None:
+        ran, box = list[int](), mailbox()
+
+        async def run() -> None:
+            ran.append(1)
+
+        future = box.start(run())
+        assert future.cancel()
+        assert future.cancel(), "again"
+        await asyncio.sleep(0.0)
+        await asyncio.sleep(0.0)
+        assert not ran
+        assert wait([future], timeout=0).done == {future}, "whoever waits for it hears that"
+
+    @on_loop
+    async def test_cancelling_it_cancels_the_task(self) -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def run() -> None:
+            try:
+                began.set()
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        future = mailbox().start(run())
+        await began.wait()
+        on_thread(future.cancel)
+        await ended.wait()
+        await asyncio.sleep(0.0)
+        assert wait([future], timeout=0).done == {future}
+
+    @on_loop
+    async def test_it_is_cancelled_with_its_task(self) -> None:
+        running: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            running.set_result(asyncio.current_task())
+            await asyncio.Event().wait()
+
+        future = mailbox().start(run())
+        task = await running
+        task.cancel()
+        await asyncio.wait((task,))
+        await asyncio.sleep(0.0)
+        assert future.cancelled()
+        with pytest.raises(CancelledError):
+            future.result(0)
+
+    def test_a_closed_loop_refuses_it(self) -> None:
+        loop = asyncio.new_event_loop()
+        box = LoopMailbox(loop)
+        loop.close()
+        coroutine = asyncio.sleep(0)
+        with pytest.raises(RuntimeError):
+            box.start(coroutine)
+        coroutine.close()
+
+    @on_loop
+    async def test_nothing_is_kept_once_it_is_done(self) -> None:
+        class Result:
+            pass
+
+        async def run() -> Result:
+            return Result()
+
+        gc.disable()
+        try:
+            future = mailbox().start(run())
+            kept = weakref.ref(await asyncio.wrap_future(future))
+            del future
+            await asyncio.sleep(0.0)
             assert kept() is None, "without the collector, which may come late"
         finally:
             gc.enable()

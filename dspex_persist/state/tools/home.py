@@ -37,7 +37,7 @@ class Home:
             EngineClosedError: The loop has ended.
         """
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+            return self.mailbox.start(coroutine)
         except RuntimeError:
             coroutine.close()
             raise EngineClosedError() from None
