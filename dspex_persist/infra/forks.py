@@ -43,8 +43,14 @@ _descriptors: set[int] = set()
 _turn = threading.Condition()
 _forkers = 0
 _quiet = True
+_process = os.getpid()
 _guarded: tuple[signal.Signals, ...] = ()
 _mask: set[int] = set()
+
+
+def process() -> int:
+    """Return the number of this process, without a system call."""
+    return _process
 
 
 def register(listener: ForkListener) -> None:
@@ -252,6 +258,8 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
+    global _process
+    _process = os.getpid()
     try:
         _notify_all(quiet=_quiet)
     finally:

@@ -54,7 +54,7 @@ class DaemonThreads:
         Raises:
             RuntimeError: The pool is closed.
         """
-        future = TicketFuture[R]()
+        future: TicketFuture[R] = TicketFuture()
         self.start(function, future)
         return future
 
@@ -134,7 +134,7 @@ class DaemonThreads:
 def _carry_out(ticket: Ticket[BaseException], function: Callable[[], object]) -> None:
     if not ticket.begin():
         return
-    process = os.getpid()
+    process = forks.process()
     try:
         result = function()
     except BaseException as error:  # noqa: BLE001 -- a thread's boundary: the ticket reports the error
@@ -149,7 +149,7 @@ def _carry_out(ticket: Ticket[BaseException], function: Callable[[], object]) ->
 
 def _end_child_of(process: int) -> None:
     """Exit if the work forked and this is the child: it must not continue as a thread of its parent's pool."""
-    if os.getpid() == process:
+    if forks.process() == process:
         return
     error = sys.exc_info()[1]
     if error is not None:

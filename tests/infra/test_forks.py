@@ -207,3 +207,8 @@ def _is_socket(each: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_each_process_knows_its_number() -> None:
+    assert forks.process() == os.getpid()
+    assert in_child(lambda: forks.process() == os.getpid()) == "True"
