@@ -38,6 +38,9 @@ class Invoker:
         self._loop = LoopThread("dspex-persist-tools")
         # The sessions whose code is running, on the bounded threads and on the loop.
         self._on_threads, self._on_loop = set[ToolSession](), set[ToolSession]()
+        # All sessions, the oldest first, and when they came; one timer for all of them looks who is waiting to run.
+        self._came: dict[ToolSession, float] = {}
+        self._looks = False
         self._warned_at = -_LONG_WAIT_S
 
     async def invoke(self, code: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
@@ -46,14 +49,16 @@ class Invoker:
         # The caller's context variables (dspy.context, bound log fields) hold in the tool's thread, too.
         context = contextvars.copy_context()
         context.run(current_session.set, session)
-        waiting = self.home.loop.call_later(_LONG_WAIT_S, self._warn_of_wait, session)
+        self._came[session] = self.home.loop.time()
+        if not self._looks:
+            self._look_later()
         try:
             if session.is_async:
                 return await self._run_on_loop(session, self._run_async(code, session, arguments), context)
             run = functools.partial(context.run, self._run_sync, code, session, arguments)
             return await self._run_on_thread(session, run)
         finally:
-            waiting.cancel()
+            self._came.pop(session, None)
 
     def close(self) -> None:
         """End idle threads and the loop, without waiting for code that is still running."""
@@ -122,9 +127,22 @@ class Invoker:
             place.discard(session)
             session.returned()
 
-    def _warn_of_wait(self, session: ToolSession) -> None:
-        """Log that an execution has been waiting to run, at most once in `_LONG_WAIT_S` seconds."""
+    def _look_later(self) -> None:
+        """Look when the oldest session has been there for `_LONG_WAIT_S` seconds."""
+        self._looks = bool(self._came)
+        if self._came:
+            self.home.loop.call_at(next(iter(self._came.values())) + _LONG_WAIT_S, self._look)
+
+    def _look(self) -> None:
         now = self.home.loop.time()
+        for session, came in list(self._came.items()):
+            if session.started or came + _LONG_WAIT_S <= now:
+                del self._came[session]
+                self._warn_of_wait(session, now)
+        self._look_later()
+
+    def _warn_of_wait(self, session: ToolSession, now: float) -> None:
+        """Log that an execution has been waiting to run, at most once in `_LONG_WAIT_S` seconds."""
         if session.started or session.cancelled or now < self._warned_at + _LONG_WAIT_S:
             return
         self._warned_at = now
