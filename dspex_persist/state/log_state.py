@@ -496,7 +496,8 @@ class OnLoop:
         self._writes = LoopWrites(state._writer, mailbox)
 
     def __call__(self, command: Command[R], origin: Origin | None = None) -> Reply[R]:
-        state, reply = self._state, Reply[R](self._mailbox)
+        state = self._state
+        reply: Reply[R] = Reply(self._mailbox)
         fault = fault_of(command, origin)
         if fault is not None:
             reply.settle_here(None, fault)

@@ -52,7 +52,7 @@ class Home:
 
     async def on_pool(self, threads: DaemonThreads, function: Callable[[], R]) -> R:
         """Call a function on one of the threads, and wait for its result on the loop."""
-        reply = Reply[R](self.mailbox)
+        reply: Reply[R] = Reply(self.mailbox)
         threads.start(function, reply)
         try:
             return await reply

@@ -92,7 +92,8 @@ class Overlay:
         unit.now, unit.steady = clock.now(), clock.steady()
         if not command.writes:
             return command.apply(unit)
-        start, issued = unit.savepoint(), list[str]()
+        start = unit.savepoint()
+        issued: list[str] = []
         unit.origin, unit.tokens = origin, _recorded(self._tokens, issued)
         try:
             result = command.apply(unit)
