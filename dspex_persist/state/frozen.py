@@ -28,6 +28,10 @@ class FrozenDict(dict[K, V]):
         return FrozenDict, (dict(self),)
 
 
+NO_ENTRIES: Final = FrozenDict[Any, Any]()
+"""An empty mapping, for defaults."""
+
+
 def freeze(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
     """Return an immutable copy of the mapping, or the mapping itself if it is immutable."""
     return mapping if isinstance(mapping, FrozenDict) else FrozenDict(mapping)

@@ -125,7 +125,7 @@ class ToolRpcs(Calls):
     async def _request(self, cause: str, rpc: _ExecuteRpc, request: Any, call: Call) -> ToolRequest:
         origin = call.origin(cause)
         command = await self._command(rpc, request, call)
-        return replace(request_of(command, origin), style=call.style)
+        return request_of(command, origin)._replace(style=call.style)
 
     async def _run(self, request: ToolRequest, call: Call, emit: Emit | None = None) -> ToolOutcome:
         """Execute a tool, separately or as part of the execution that the call names. The latter streams no chunks."""

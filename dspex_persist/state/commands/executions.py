@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from dspex_persist.state import arguments, values
 from dspex_persist.state.budgets import Spent
@@ -19,7 +19,7 @@ from dspex_persist.state.errors import (
     quote,
 )
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, ToolsRegistered
-from dspex_persist.state.frozen import freeze
+from dspex_persist.state.frozen import NO_ENTRIES, freeze
 from dspex_persist.state.globs import compile_glob
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -51,8 +51,7 @@ REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, Exe
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """The result of `BeginExecution`: a new execution, or the one that already has the idempotency key.
 
     Attributes:
@@ -224,8 +223,7 @@ def _unchanged(_name: str, _type_name: str | None, value: Value) -> Value:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A writing command of an execution, which is applied to its snapshot first and repeated when it commits.
 
     `tokens`: the random parts of the ids that the command generated, so that repeating it generates the same ids.
@@ -239,8 +237,7 @@ class Step:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """How an execution ended: the rest of its journal entry.
 
     Attributes:
@@ -258,15 +255,15 @@ class Verdict:
     status: ExecutionStatus
     result: Value | None = None
     failure: Failure | None = None
-    reads: Mapping[str, Seen | None] = field(default_factory=dict)
+    reads: Mapping[str, Seen | None] = NO_ENTRIES
     patterns: tuple[str, ...] = ()
     log: tuple[LogEntry, ...] = ()
-    recorded: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = NO_ENTRIES
     published: tuple[tuple[str, int], ...] = ()
     attempt: int = 1
     duration_us: int = 0
     conflicts: tuple[Conflict, ...] = ()
-    refusal: StateError | None = field(default=None, compare=False)
+    refusal: StateError | None = None
     sequence: int | None = None
 
     def ended(self, writes: Sequence[tuple[str, int]]) -> ExecutionEnded:
@@ -343,22 +340,22 @@ class FinishExecution(Command[Verdict]):
             if conflicts or broken is not None:
                 uow.rollback_to(start)
                 writes.clear()
-                verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None, conflicts=conflicts)
+                verdict = verdict._replace(status=ExecutionStatus.CONFLICT, result=None, conflicts=conflicts)
             if broken is not None:
                 failure = Failure(type(broken).__name__, broken.sentence, "")
                 # Its traceback would keep the unit of work alive.
                 refusal = broken.with_traceback(None)
-                verdict = replace(
-                    verdict, status=ExecutionStatus.FAILED, failure=failure, conflicts=(), refusal=refusal
+                verdict = verdict._replace(
+                    status=ExecutionStatus.FAILED, failure=failure, conflicts=(), refusal=refusal
                 )
         for child in self.children:
             self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []))
         self._end(uow, verdict, writes.get(verdict.execution_id, []))
-        return replace(verdict, sequence=uow.sequence)
+        return verdict._replace(sequence=uow.sequence)
 
     def _child(self, child: Verdict, parent: Verdict) -> Verdict:
         if child.status is ExecutionStatus.COMMITTED and parent.status is not ExecutionStatus.COMMITTED:
-            return replace(child, status=ExecutionStatus.ABORTED)
+            return child._replace(status=ExecutionStatus.ABORTED)
         return child
 
     def _end(self, uow: UnitOfWork, verdict: Verdict, writes: Sequence[tuple[str, int]]) -> None:

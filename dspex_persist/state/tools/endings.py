@@ -93,7 +93,7 @@ class Endings:
         except asyncio.CancelledError:
             # If the writer had already started on the command, the cancellation does not affect it.
             if reply.cancelled():
-                self.end_without_waiting(session, replace(verdict, status=self.cancelled_status, result=None))
+                self.end_without_waiting(session, verdict._replace(status=self.cancelled_status, result=None))
             else:
                 reply.add_done_callback(functools.partial(self._note_refusal, session, verdict))
             raise
@@ -101,7 +101,7 @@ class Endings:
             error = _interruption(session.execution_id, refusal, raised)
             session.execution.correct(ExecutionStatus.INTERRUPTED.value)
             self._note_end(session, None)
-            self.count(session, replace(verdict, status=ExecutionStatus.INTERRUPTED))
+            self.count(session, verdict._replace(status=ExecutionStatus.INTERRUPTED))
             return ToolOutcome(
                 ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
@@ -177,7 +177,7 @@ class Endings:
         is_known = not isinstance(error, OutcomeUnknownError)
         session.execution.correct(ExecutionStatus.FAILED.value if is_known else UNKNOWN)
         if isinstance(error, (*self._later, InternalError)):
-            failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
+            failed = verdict._replace(status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             self.count(session, failed)
             command = session.execution.finish(failed)
             self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin, session)

@@ -1,10 +1,10 @@
 """ToolRequest: a request to execute a tool."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from dspex_persist.state import commands
+from dspex_persist.state.frozen import NO_ENTRIES
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.tools.chunks import Outlet
 
@@ -12,8 +12,7 @@ IDEMPOTENCY_KEY: Final = "idempotency_key"
 """The key of a request's metadata whose value identifies repetitions of the same request."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolRequest:
+class ToolRequest(NamedTuple):
     """A request to execute a tool.
 
     Attributes:
@@ -27,7 +26,7 @@ class ToolRequest:
     tool: str
     parameters: Mapping[str, Value]
     origin: Origin
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = NO_ENTRIES
     idempotency_key: str | None = None
     timeout_s: float | None = None
     style: str = "json"

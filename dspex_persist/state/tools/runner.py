@@ -329,7 +329,7 @@ class ToolRunner:
             place.concurrency = Concurrency.REJECT
         try:
             if emit is not None:
-                request = replace(request, outlet=Outlet(emit))
+                request = request._replace(outlet=Outlet(emit))
             tool = tool or await self._find_or_ask(request, asker_id)
             if tool.spec.concurrency is not None:
                 place.join(await self._strictest(request, tool.spec.concurrency))
@@ -337,7 +337,9 @@ class ToolRunner:
             await place.turn()
             await self._check_required(request, tool)
             outcome = await self._execute(request, tool, arguments, place)
-            return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
+            if tool.spec.streaming or tool.result_type:
+                return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
+            return outcome
         except ToolTimedOutError as error:
             # No execution of this request has begun: binding was too slow, or another one ran under its key.
             return ToolOutcome(ExecutionStatus.TIMED_OUT, None, error, error.error_code)
@@ -425,7 +427,7 @@ class ToolRunner:
         """Return the request with its deadline; its time starts now."""
         if request.timeout_s is None:
             return request
-        return replace(request, until=self._home.loop.time() + request.timeout_s)
+        return request._replace(until=self._home.loop.time() + request.timeout_s)
 
     async def _prepare(self, request: ToolRequest, within: Execution) -> tuple[RunnableTool, Mapping[str, object]]:
         """Find a tool that another one calls, and bind its arguments. All checks come before the execution begins."""
