@@ -51,6 +51,10 @@ class RunnableTool(ABC):
     def where(self) -> Mapping[str, str]:
         """Where it runs, as the metadata that a server lists with the tool."""
 
+    def binds_at_once(self, parameters: Mapping[str, Value]) -> bool:
+        """Whether `bind` waits for nothing, so that it needs no time limit."""
+        return False
+
     @abstractmethod
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
         """Convert the parameters to new arguments for one `run`.

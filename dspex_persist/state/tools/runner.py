@@ -798,7 +798,7 @@ def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
 
 async def _bind(tool: RunnableTool, request: ToolRequest) -> Mapping[str, object]:
     """Bind the arguments of a request, within its deadline."""
-    if request.until is None:
+    if request.until is None or tool.binds_at_once(request.parameters):
         return await tool.bind(request.parameters)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(request.until):
