@@ -9,9 +9,8 @@ import contextlib
 import functools
 import json
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -633,25 +632,21 @@ class ToolRunner:
         session.done = self._home.loop.create_future()
         traced.begun(session)
         outcome = None
-        with self._listed(session):
-            try:
-                outcome = await self._conduct(tool, arguments, session)
-            finally:
-                session.done.set_result(outcome)
-                # The outcome refers to its error, whose frames refer to the session: this breaks the cycle.
-                session.done = None
+        self._list(session)
+        try:
+            outcome = await self._conduct(tool, arguments, session)
+        finally:
+            session.done.set_result(outcome)
+            # The outcome refers to its error, whose frames refer to the session: this breaks the cycle.
+            session.done = None
+            del self._running[session.execution_id]
         if request.outlet is not None and request.outlet.broken is not None:
             raise request.outlet.broken
         return outcome
 
-    @contextmanager
-    def _listed(self, session: ToolSession) -> Iterator[None]:
+    def _list(self, session: ToolSession) -> None:
         """List the execution as running, so that `find` returns it."""
         self._running[session.execution_id] = self._sessions[session.execution_id] = session
-        try:
-            yield
-        finally:
-            del self._running[session.execution_id]
 
     async def _conduct(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> ToolOutcome:
         """Run the code of an execution, then end it."""
@@ -728,10 +723,11 @@ class ToolRunner:
             session.task = asyncio.current_task()
             traced.begun(session)
             parent.calling = session
+            self._list(session)
             try:
-                with self._listed(session):
-                    return await self._conduct_child(tool, arguments, session, execution)
+                return await self._conduct_child(tool, arguments, session, execution)
             finally:
+                del self._running[session.execution_id]
                 # The task keeps its exception, whose frames refer to the session: this breaks the cycle.
                 parent.calling = session.task = None
 
