@@ -66,7 +66,7 @@ class Tool(Generic[P, R]):
         """The module and the qualified name of its function."""
         return _origin(self._function)
 
-    @property
+    @functools.cached_property
     def reads_plainly(self) -> bool:
         """Whether `bind` runs no user code, such as validators or classes of the tool's module."""
         return self._signature.is_plain

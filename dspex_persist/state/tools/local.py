@@ -30,16 +30,16 @@ class LocalTool(RunnableTool):
         """The server itself."""
         return _WHERE
 
-    def binds_at_once(self, parameters: Mapping[str, Value]) -> bool:
+    def binds_at_once(self, size_bytes: int) -> bool:
         """Whether the parameters are small, and none of the tool's own code reads them."""
-        return self._code.reads_plainly and sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES
+        return self._code.reads_plainly and size_bytes < _LARGE_BYTES
 
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
         """Convert the parameters to the types that the tool declares."""
         limits = self._invoker.limits
         for name, value in parameters.items():
             values.check_binary_size(name, len(value.binary or b""), limits)
-        if self.binds_at_once(parameters):
+        if self.binds_at_once(sum(value.size_bytes for value in parameters.values())):
             return self._code.bind(parameters, limits)
         # Parsing a large value takes as long as a hundred calls, and users' code (validators) any time, so neither may
         # hold up the loop. A new thread, because all threads of the tools may be taken by code that never returns.

@@ -51,8 +51,8 @@ class RunnableTool(ABC):
     def where(self) -> Mapping[str, str]:
         """Where it runs, as the metadata that a server lists with the tool."""
 
-    def binds_at_once(self, parameters: Mapping[str, Value]) -> bool:
-        """Whether `bind` waits for nothing, so that it needs no time limit."""
+    def binds_at_once(self, size_bytes: int) -> bool:
+        """Whether `bind` waits for nothing if the parameters have this size, so that it needs no time limit."""
         return False
 
     @abstractmethod

@@ -436,12 +436,18 @@ class ToolRunner:
         return tool, arguments
 
     async def _bind(self, request: ToolRequest, tool: RunnableTool) -> Mapping[str, object]:
-        """Bind the arguments for the first attempt."""
+        """Bind the arguments for the first attempt, within the deadline of the request."""
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
-        return await _bind(tool, request)
+        if request.until is None or tool.binds_at_once(size_bytes):
+            return await tool.bind(request.parameters)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(request.until):
+                return await tool.bind(request.parameters)
+        # Raised outside the `with`: the TimeoutError as its context would keep the task alive, in a cycle.
+        raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
 
     async def _check_required(self, request: ToolRequest, tool: RunnableTool, within: Execution | None = None) -> None:
         """Raise `MissingVariablesError` unless the session has the variables that the tool requires."""
@@ -790,17 +796,6 @@ def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
     names = sorted(known)
     hint = did_you_mean(closest(name, names), spell=str)
     return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
-
-
-async def _bind(tool: RunnableTool, request: ToolRequest) -> Mapping[str, object]:
-    """Bind the arguments of a request, within its deadline."""
-    if request.until is None or tool.binds_at_once(request.parameters):
-        return await tool.bind(request.parameters)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(request.until):
-            return await tool.bind(request.parameters)
-    # Raised outside the `with`: the TimeoutError as its context would keep the task alive, in a cycle.
-    raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
 
 
 async def _run(tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:
