@@ -1,10 +1,11 @@
 """Futures, and what else takes the outcome of work that another thread does."""
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -36,6 +37,36 @@ class TicketFuture(Future[A]):
                 self.set_result(result)
             else:
                 self.set_exception(error)
+
+
+class Blocked(Generic[A]):
+    """The ticket of a caller that waits at once: a raw lock costs a fifth of a future."""
+
+    __slots__ = ("_error", "_lock", "_result")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def begin(self) -> bool:
+        """See `Ticket`."""
+        return True
+
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """See `Ticket`."""
+        self._result, self._error = result, error
+        self._lock.release()
+
+    def wait(self) -> A:
+        """Wait for the outcome; return the result, or raise the error."""
+        self._lock.acquire()
+        try:
+            if self._error is not None:
+                raise self._error
+            return cast(A, self._result)
+        finally:
+            # The error's traceback refers to this frame: this breaks the cycle.
+            del self
 
 
 def failed(error: BaseException) -> "Future[Any]":

@@ -7,10 +7,10 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Final, Generic, TypeVar
 
-from dspex_persist.infra.futures import TicketFuture
+from dspex_persist.infra.futures import Blocked, Ticket, TicketFuture
 from dspex_persist.infra.traffic import traffic_of
 
 R = TypeVar("R")
@@ -47,15 +47,23 @@ class LoopMailbox:
         Raises:
             RuntimeError: The loop is closed.
         """
-        if self._loop.is_closed():
-            raise RuntimeError("the event loop is closed")
         started: _Started[R] = _Started(self)
-        self.post(functools.partial(started.begin_task, contextvars.copy_context(), coroutine))
+        self._start(coroutine, started.follow)
         return started
 
-    def new_task(self, coroutine: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
-        """Return a new task of the loop; call this on the loop's thread."""
-        return self._loop.create_task(coroutine)
+    def start_blocked(self, coroutine: Coroutine[Any, Any, R]) -> Blocked[R]:
+        """Do the same as `start` for a caller that waits at once."""
+        blocked: Blocked[R] = Blocked()
+        self._start(coroutine, lambda task: task.add_done_callback(functools.partial(_settle, blocked)))
+        return blocked
+
+    def _start(self, coroutine: Coroutine[Any, Any, R], begun: "Callable[[asyncio.Task[R]], object]") -> None:
+        if self._loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        self.post(functools.partial(contextvars.copy_context().run, self._begin, coroutine, begun))
+
+    def _begin(self, coroutine: Coroutine[Any, Any, R], begun: "Callable[[asyncio.Task[R]], object]") -> None:
+        begun(self._loop.create_task(coroutine))
 
     def waker(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Return a function that runs `callback` on the loop, with low priority.
@@ -231,14 +239,12 @@ class _Started(TicketFuture[R]):
         self._mailbox = mailbox
         self._task: asyncio.Task[R] | None = None
 
-    def begin_task(self, context: contextvars.Context, coroutine: Coroutine[Any, Any, R]) -> None:
-        """Start the coroutine in a context, on the loop's thread."""
+    def follow(self, task: "asyncio.Task[R]") -> None:
+        """End as the task of the coroutine does; called on the loop's thread."""
+        self._task = task
+        task.add_done_callback(self._take)
         if self.cancelled():
-            coroutine.close()
-            self.begin()
-        else:
-            self._task = context.run(self._mailbox.new_task, coroutine)
-            self._task.add_done_callback(self._take)
+            task.cancel()
 
     def cancel(self) -> bool:
         """See `Future`. The task is cancelled on its loop."""
@@ -255,9 +261,14 @@ class _Started(TicketFuture[R]):
         self._task = None
         if task.cancelled():
             super().cancel()
-        if self.begin():
-            error = task.exception()
-            self.settle(None if error is not None else task.result(), error)
+        _settle(self, task)
+
+
+def _settle(ticket: Ticket[BaseException], task: "asyncio.Task[Any]") -> None:
+    """Settle the ticket of a task that has ended."""
+    if ticket.begin():
+        error = CancelledError() if task.cancelled() else task.exception()
+        ticket.settle(None if error is not None else task.result(), error)
 
 
 class _Waker:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
+from tests.deadline import within
 
 
 def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -249,10 +250,9 @@ class TestStarting:
         future = box.start(run())
         assert future.cancel()
         assert future.cancel(), "again"
-        await asyncio.sleep(0.0)
-        await asyncio.sleep(0.0)
+        done = (await asyncio.to_thread(wait, [future], within(20))).done
+        assert done == {future}, "whoever waits for it hears that"
         assert not ran
-        assert wait([future], timeout=0).done == {future}, "whoever waits for it hears that"
 
     @on_loop
     async def test_cancelling_it_cancels_the_task(self) -> None:
@@ -269,8 +269,7 @@ class TestStarting:
         await began.wait()
         on_thread(future.cancel)
         await ended.wait()
-        await asyncio.sleep(0.0)
-        assert wait([future], timeout=0).done == {future}
+        assert (await asyncio.to_thread(wait, [future], within(20))).done == {future}
 
     @on_loop
     async def test_it_is_cancelled_with_its_task(self) -> None:
@@ -289,14 +288,36 @@ class TestStarting:
         with pytest.raises(CancelledError):
             future.result(0)
 
-    def test_a_closed_loop_refuses_it(self) -> None:
+    @pytest.mark.parametrize("start", [LoopMailbox.start, LoopMailbox.start_blocked])
+    def test_a_closed_loop_refuses_it(self, start: Callable[..., object]) -> None:
         loop = asyncio.new_event_loop()
         box = LoopMailbox(loop)
         loop.close()
         coroutine = asyncio.sleep(0)
         with pytest.raises(RuntimeError):
-            box.start(coroutine)
+            start(box, coroutine)
         coroutine.close()
+
+    @on_loop
+    async def test_a_caller_that_waits_at_once(self) -> None:
+        box, error = mailbox(), ValueError("x")
+
+        async def fails() -> None:
+            raise error
+
+        async def is_cancelled() -> None:
+            raise asyncio.CancelledError
+
+        assert await asyncio.to_thread(lambda: box.start_blocked(asyncio.sleep(0, 3)).wait()) == 3
+        with pytest.raises(ValueError, match="x") as raised:
+            await asyncio.to_thread(lambda: box.start_blocked(fails()).wait())
+        assert raised.value is error
+
+        def wait_for_cancelled() -> None:
+            with pytest.raises(CancelledError):
+                box.start_blocked(is_cancelled()).wait()
+
+        await asyncio.to_thread(wait_for_cancelled)
 
     @on_loop
     async def test_nothing_is_kept_once_it_is_done(self) -> None:

@@ -42,6 +42,19 @@ class Home:
             coroutine.close()
             raise EngineClosedError() from None
 
+    def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine on the loop, and wait for its result; callable from any other thread.
+
+        Raises:
+            EngineClosedError: The loop has ended.
+        """
+        try:
+            blocked = self.mailbox.start_blocked(coroutine)
+        except RuntimeError:
+            coroutine.close()
+            raise EngineClosedError() from None
+        return blocked.wait()
+
     async def on_thread(self, function: Callable[[], R], name: str) -> R:
         """Call a function on a new thread, so that a slow one occupies neither the loop nor a thread of a pool."""
         thread = DaemonThreads(1, name)

@@ -173,6 +173,10 @@ class ToolRunner:
         """
         return self.start(self._execute_until_closed(request, emit, asker_id))
 
+    def run(self, request: ToolRequest, *, asker_id: str | None = None) -> ToolOutcome:
+        """Execute a tool as `submit` does, and wait for its outcome; callable from any thread but that of the loop."""
+        return self._home.run(self._execute_until_closed(request, None, asker_id))
+
     async def _execute_until_closed(self, request: ToolRequest, emit: Emit | None, asker_id: str | None) -> ToolOutcome:
         traffic = self._home.mailbox.traffic
         traffic.calls += 1

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Final, TypeVar, Unpack
+from typing import Any, Final, TypeVar, Unpack, cast
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed
@@ -34,6 +34,7 @@ from dspex_persist.state.model import (
     Isolation,
     Origin,
     RegisteredTool,
+    ToolOutcome,
     ToolSpec,
 )
 from dspex_persist.state.options import check_count
@@ -149,9 +150,11 @@ class WithTools(Around, StreamsTools, Transacts):
 
     def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
         """See `StateProvider.run`."""
-        if type(command) in self._own:
-            return super().run(command, idempotency_key, **who)
-        return self.provider.run(command, idempotency_key, **who)
+        if type(command) not in self._own:
+            return self.provider.run(command, idempotency_key, **who)
+        if isinstance(command, commands.ExecuteTool):
+            return cast(R, self._run_tool(command, self.origin(command.cause, idempotency_key, **who)))
+        return super().run(command, idempotency_key, **who)
 
     def on_loop(self, mailbox: LoopMailbox) -> SubmitHere:
         """See `StateProvider.on_loop`."""
@@ -166,6 +169,14 @@ class WithTools(Around, StreamsTools, Transacts):
         if self._closed:
             return failed(EngineClosedError())
         return self.runner.submit(request_of(command, origin), asker_id=_asker_id())
+
+    def _run_tool(self, command: commands.ExecuteTool, origin: Origin) -> ToolOutcome:
+        fault = fault_of(command, origin)
+        if fault is None and self._closed:
+            fault = EngineClosedError()
+        if fault is not None:
+            raise fault
+        return self.runner.run(request_of(command, origin), asker_id=_asker_id())
 
     def _register(self, command: commands.RegisterTools, origin: Origin) -> Future[Any]:
         """Reserve the names of this process's tools, so that no worker can register a tool under one of them."""
