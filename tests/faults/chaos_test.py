@@ -150,10 +150,7 @@ class ChaosClient(Client):
             async with asyncio.timeout(self._random.uniform(0, 0.2)):
                 await self._send(write)
         except TimeoutError:
-            if write.key is not None:
-                self._unsettled.append(write)
-            else:
-                write.settled = True
+            self._leave_open(write)
 
     async def succeed(self, tool: str) -> Write:
         """Execute a tool to its end; returns what is known of it."""

@@ -41,6 +41,8 @@ class Write:
     """The status that the journal must have, according to the answer."""
     result: Any = None
     """The tool's result, if it committed."""
+    repeated: bool = False
+    """An attempt has had no answer, so that its client sends it again."""
     settled: bool = False
     """No client will repeat it and its server is gone: it is in the file, or never will be."""
 

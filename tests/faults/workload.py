@@ -150,7 +150,8 @@ class Client:
         try:
             versions = await (self._execute(write) if write.tool else self._ask(write))
         except grpc.aio.AioRpcError as error:
-            if not is_refusal(error):
+            # A server that drains does nothing about this attempt; one before it may have written.
+            if not is_refusal(error) or (write.repeated and error.code() is grpc.StatusCode.UNAVAILABLE):
                 raise
             self._conclude(write, "refused", {})
         else:
@@ -160,11 +161,16 @@ class Client:
         try:
             await self._send(write)
         except grpc.aio.AioRpcError:
-            if write.key is not None:
-                self._unsettled.append(write)
-            else:
-                write.settled = True
+            self._leave_open(write)
             raise
+
+    def _leave_open(self, write: Write) -> None:
+        """Repeat a write without an answer later, if it has a key."""
+        if write.key is not None:
+            write.repeated = True
+            self._unsettled.append(write)
+        else:
+            write.settled = True
 
     def _conclude(self, write: Write, status: Any, versions: dict[str, int]) -> None:
         write.status, write.versions = status, versions
