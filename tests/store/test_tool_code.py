@@ -1,6 +1,7 @@
 """Misbehaving code in a tool fails alone: its execution ends, and the store keeps working."""
 
 import asyncio
+import gc
 import json
 import sqlite3
 import threading
@@ -20,6 +21,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import EngineClosedError, InternalError, StateError
 from dspex_persist.state.model import ExecutionStatus, LogEntry
 from dspex_persist.state.tools import invoke
+from dspex_persist.state.tools.requests import request_of
 from tests.deadline import within
 from tests.logs import capture_logs
 
@@ -447,6 +449,29 @@ def test_a_caller_that_joined_an_execution_waits_no_longer_than_its_timeout(pati
     assert not first.done()
     HELD.set()
     assert first.result(within(20)).success
+
+
+def test_a_caller_within_an_execution_may_go_when_that_has_ended(
+    patient: EmbeddedState, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then nobody is left to hear that the execution has ended, and asyncio must not complain about that."""
+    outer = patient.submit(ExecuteTool("s", "hold"))
+    assert ENTERED.acquire(timeout=within(20))
+    runner = patient.runner
+    (execution_id,) = runner._running
+    within_it = request_of(ExecuteTool("s", "hold"), patient.default_origin("ExecuteTool"))
+    inner = runner.start(runner.execute_within(execution_id, within_it))
+    assert ENTERED.acquire(timeout=within(20))
+    # In the store only: the runner would end them.
+    assert patient.provider.cleanup_session("s")
+    assert inner.cancel()
+    HELD.set()
+    assert outer.result(within(20)).status is ExecutionStatus.INTERRUPTED
+    deadline = time.monotonic() + within(20)
+    while any("_conduct_joined" in repr(task) for task in asyncio.all_tasks(runner._home.loop)):
+        assert time.monotonic() < deadline
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_an_asynchronous_tool_that_blocks_holds_up_its_own_kind_only(patient: EmbeddedState) -> None:

@@ -405,6 +405,8 @@ class ToolRunner:
             await asyncio.wait((task,))
         except asyncio.CancelledError:
             task.cancel()
+            # Nobody is left to hear how it ends. If nobody asked for its error, asyncio would log it.
+            task.add_done_callback(_disregard)
             raise
         if task.cancelled():
             raise ExecutionEndedError(parent.execution_id, parent.execution.ended or ExecutionStatus.CANCELLED.value)
@@ -800,6 +802,11 @@ def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
     names = sorted(known)
     hint = did_you_mean(closest(name, names), spell=str)
     return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
+
+
+def _disregard(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 async def _run(tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:
