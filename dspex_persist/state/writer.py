@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol, TypeAlias
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.futures import Ticket, TicketFuture
+from dspex_persist.infra.futures import Blocked, Ticket, TicketFuture
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
@@ -69,45 +69,6 @@ class _Sign(Enum):
 
 class _EndedError(Exception):
     """A group on another thread failed and ended the writer."""
-
-
-class Blocked:
-    """The ticket of a blocked caller: a raw lock costs a fifth of a future.
-
-    The callers of a group wake each other, one after the other. If all of them woke at once, each would wait again, for
-    the interpreter.
-    """
-
-    __slots__ = ("_lock", "next", "outcome")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-        self.outcome = Outcome()
-        self.next: Blocked | None = None
-
-    def begin(self) -> bool:
-        return True
-
-    def settle(self, result: Any, error: StateError | None) -> None:
-        self.outcome = Outcome(result, error)
-        self.wake()
-
-    def wake(self) -> None:
-        """Wake the caller, who has its outcome. To do so again has no effect."""
-        try:  # noqa: SIM105 - `suppress` takes longer than all the rest
-            self._lock.release()
-        except RuntimeError:
-            pass
-
-    def wait(self) -> Outcome:
-        try:
-            self._lock.acquire()
-        finally:
-            following, self.next = self.next, None
-            if following is not None:
-                following.wake()
-        return self.outcome
 
 
 class _Begun:
@@ -201,7 +162,7 @@ class Writer:
         self._check_asked = self._check_queued = False
         self._awaited = 0
         # The callers of the last group, who may not have been woken yet.
-        self._asleep: list[Blocked] = []
+        self._asleep: list[Blocked[Any]] = []
         self._gathered = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-writer", daemon=True)
         self._thread.start()
@@ -222,7 +183,11 @@ class Writer:
         Raises:
             StateError: The job failed.
         """
-        outcome = self.lead(job) or self._queue_and_wait(job)
+        outcome = self.lead(job)
+        if outcome is None:
+            blocked: Blocked[Any] = Blocked()
+            self.queue([(job, blocked)])
+            return blocked.wait()
         try:
             if outcome.error is not None:
                 raise outcome.error
@@ -230,11 +195,6 @@ class Writer:
         finally:
             # The traceback of an error knows this frame.
             del outcome
-
-    def _queue_and_wait(self, job: Job) -> Outcome:
-        waiting = Blocked()
-        self.queue([(job, waiting)])
-        return waiting.wait()
 
     def queue(self, entries: Iterable[_Queued]) -> None:
         """Queue jobs. Those that cannot be queued are settled with an error at once."""
@@ -516,16 +476,16 @@ class Writer:
             # Before the others are settled: one of them may be about to end the hold.
             for job, ticket in late:
                 self._defer(job, _Begun(ticket))
-        asleep: list[Blocked] = []
+        asleep: list[Blocked[Any]] = []
         try:
             for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
                 answered += 1
                 if late and self._defer is not None and is_held(outcome):
                     continue
                 if isinstance(ticket, Blocked):
-                    ticket.outcome = outcome
+                    ticket.keep(outcome.result, outcome.error)
                     if asleep:
-                        asleep[-1].next = ticket
+                        asleep[-1].following = ticket
                     asleep.append(ticket)
                 else:
                     ticket.settle(outcome.result, outcome.error)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dspex_persist.infra.futures import Blocked
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state.commands import Heartbeat
@@ -27,7 +28,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.log_store import WouldWaitError
 from dspex_persist.state.model import Origin
-from dspex_persist.state.writer import Blocked, LoopWrites, Writer
+from dspex_persist.state.writer import LoopWrites, Writer
 from tests.deadline import within
 
 DEADLINE_S = within(20)
@@ -210,18 +211,18 @@ class TestBlockedCallers:
     def test_one_who_has_gone_does_not_keep_the_others_asleep(self, sink: Sink, start: Start, then: str) -> None:
         writer = start()
         hold(sink, writer)
-        tickets = [Blocked() for _ in range(5)]
+        tickets: list[Blocked[str]] = [Blocked() for _ in range(5)]
         writer.queue([(job(f"{number}"), ticket) for number, ticket in enumerate(tickets)])
-        outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        results: SimpleQueue[str] = SimpleQueue()
         # As after Ctrl-C in the main thread, nobody waits with the second and the fourth.
         for ticket in tickets[::2]:
-            threading.Thread(target=lambda ticket=ticket: outcomes.put(ticket.wait()), daemon=True).start()
+            threading.Thread(target=lambda ticket=ticket: results.put(ticket.wait()), daemon=True).start()
         sink.may_write.set()
         if then == "another job":
             assert writer.run(job("another")) == "another"
         elif then == "the end":
             writer.close()
-        assert sorted(outcomes.get(timeout=DEADLINE_S).result for _ in range(3)) == ["0", "2", "4"]
+        assert sorted(results.get(timeout=DEADLINE_S) for _ in range(3)) == ["0", "2", "4"]
 
 
 class TestCancelling:
