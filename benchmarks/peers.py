@@ -17,9 +17,9 @@ such as by group commit, the second what an operation costs. Then one caller con
 already: update as before, and load, which opens the file and reads the 20 values.
 
 Each library runs in its own process, because imports of others would slow its garbage collection (and ours in the
-checkout's .venv, because its requirements differ), and each measurement uses a new file. What there is after the warm-up is frozen, as
-servers do, so that full collections do not look at all that was imported. Afterwards the file is opened
-again and every session is read, so that only values that are really there count.
+checkout's .venv, because its requirements differ), and each measurement uses a new file. What there is after the warm-
+up is frozen, as servers do, so that full collections do not look at all that was imported. Afterwards the file is
+opened again and every session is read, so that only values that are really there count.
 
 Exit code: 0 when every installed library was measured, 1 when one failed (its row says why).
 """
