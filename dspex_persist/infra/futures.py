@@ -79,20 +79,23 @@ class Blocked(Generic[A]):
             pass
 
     def wait(self) -> A:
-        """Wait for the outcome; return the result, or raise the error."""
+        """Wait for the outcome; return the result, or raise the error. Call it once."""
         try:
             self._lock.acquire()
         finally:
             following, self.following = self.following, None
             if following is not None:
                 following.wake()
+        # The traceback of the error refers to this frame, and to those of the callers, which have this object: neither
+        # may refer to the error.
+        result, error = self._result, self._error
+        self._result = self._error = None
         try:
-            if self._error is not None:
-                raise self._error
-            return cast(A, self._result)
+            if error is not None:
+                raise error
+            return cast(A, result)
         finally:
-            # The error's traceback refers to this frame: this breaks the cycle.
-            del self
+            del error
 
 
 def failed(error: BaseException) -> "Future[Any]":

@@ -404,15 +404,6 @@ def _never_look(patch: pytest.MonkeyPatch, _: Scene) -> None:
     patch.setattr(heads.KnownHead, "begin_here", lambda *_, **__: "BEGIN; EXECUTE dspex_lock")
 
 
-def _look_without_the_lock(patch: pytest.MonkeyPatch, _: Scene) -> None:
-    begin_here = heads.KnownHead.begin_here
-    patch.setattr(
-        heads.KnownHead,
-        "begin_here",
-        lambda *facts, **wait: begin_here(*facts, **wait).replace("EXECUTE dspex_lock;", "SELECT pg_sleep(0.01);"),
-    )
-
-
 @pytest.mark.parametrize(
     ("server", "plant", "proof", "says"),
     [
@@ -421,7 +412,6 @@ def _look_without_the_lock(patch: pytest.MonkeyPatch, _: Scene) -> None:
         (Postgres, _order_by_a_sequence, watches_a_slow_commit, "[('y', 1), ('y', 2)] == [('x', 1)"),
         (Optimistic, _settle_for_now, settles_what_arrives_late, "[0, 1] == [0]"),
         (Optimistic, _never_look, takes_turns, "duplicate key"),
-        (Optimistic, _look_without_the_lock, takes_turns, "duplicate key"),
         pytest.param(Postgres, _notices_alone, watches_without_notices, "[] == [1]", marks=pytest.mark.thorough),
         pytest.param(
             Postgres,

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -16,6 +17,8 @@ from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.shared import shared_groups
 from dspex_persist.state.store.postgres import heads
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from tests.deadline import within
+from tests.engines import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +156,18 @@ def test_a_group_that_must_not_wait_does_not(filled: str, state: PostgresState) 
         connection.execute(lock)
         threading.Timer(0.1, connection.rollback).start()
         assert write(state, SetVariable("s", "x", Value("4"))) == [3]
+
+
+def test_a_group_looks_when_it_has_the_lock(filled: str, state: PostgresState) -> None:
+    with psycopg.connect(filled) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute(f"SELECT pg_advisory_xact_lock({heads.LOCKS}, 'head'::regclass::oid::int)")
+        writing = pool.submit(state.set_variable, "s", "x", 3)
+        waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objsubid = 2"
+        wait_until(lambda: connection.execute(waits).fetchone() == (1,))
+        connection.execute("UPDATE servers SET epoch = epoch + 1, renewed_at = 'infinity'")
+        connection.commit()
+        with pytest.raises(StateError, match="took this one for dead"):
+            writing.result(within(10))
 
 
 def test_what_has_not_arrived_is_refused_after_it_was_given_up(filled: str, state: PostgresState) -> None:
