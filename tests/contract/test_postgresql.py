@@ -26,15 +26,11 @@ def opening(postgresql_url: str) -> Opening:
 
 
 class TestTwoServers(TwoServers):
-    pass
-
-
-class TestOptimisticServers(TwoServers):
     """No group looks at the head before its end unless it is repeated: most of them are, as the calls alternate."""
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def always(cls) -> Iterator[None]:
+    def optimistic(cls) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_groups, "QUIET", 0)
             yield

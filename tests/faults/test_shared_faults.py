@@ -62,7 +62,7 @@ class Optimistic(Postgres):
     """A PostgreSQL server, on which no group looks at the head before its end unless it is repeated."""
 
 
-@pytest.fixture(scope="module", params=[Postgres, Optimistic, Valkey])
+@pytest.fixture(scope="module", params=[pytest.param(Postgres, marks=pytest.mark.thorough), Optimistic, Valkey])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     server: Server = request.param.own()
     yield server
@@ -170,7 +170,7 @@ def test_all_connections_break(scene: Scene, first: str) -> None:
     assert versions_of(scene.behind) == scene.versions()
 
 
-@pytest.mark.parametrize("server", [Postgres, Optimistic], indirect=True)
+@pytest.mark.parametrize("server", [Optimistic], indirect=True)
 def test_connection_breaks_while_a_group_writes(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     flush = LogWriter.flush
 
