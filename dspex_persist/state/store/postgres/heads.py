@@ -26,12 +26,12 @@ SELECT_HEAD: Final = """
 # The lock is taken by a statement of its own: one with both would read the head as it was before the wait.
 BEGIN: Final = "BEGIN; EXECUTE dspex_lock; EXECUTE dspex_head"
 TRY_TO_BEGIN: Final = "BEGIN; EXECUTE dspex_try_lock; EXECUTE dspex_head"
+# One state of the log, without its lock.
+BEGIN_TO_READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; EXECUTE dspex_head"
 MOVED: Final = "DX001"
 """The SQLSTATE of a group that begins at another head than it has seen."""
 LOCKED: Final = "DX002"
 """The SQLSTATE of a group that would have to wait for the lock."""
-# One state of the log, without its lock.
-BEGIN_TO_READ: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; EXECUTE dspex_head"
 # Those of servers that have not been fenced.
 _HOLDS: Final = """
     SELECT session_id, hold_id, server_id = %s, is_full, since FROM holds JOIN servers USING (server_id, epoch)
@@ -157,7 +157,7 @@ class KnownHead:
         return (row.database_id, row.sequence, bytes(row.hash), row.revision, row.has_holds) == known
 
     def begin_here(self, epoch: int, attempt: int, *, wait: bool) -> str:
-        """Return the statements that begin a group whose first one fails unless the head is the known one."""
+        """Return the statements that begin a group, of which one fails unless the head is the known one."""
         lock = "dspex_lock" if wait else "dspex_lock_at_once"
         facts = f"'{self._database_id}', {self.head.sequence}, '\\x{self.head.hash.hex()}', {epoch}, {attempt}"
         return f"BEGIN; EXECUTE {lock}; EXECUTE dspex_unmoved ({facts})"
