@@ -42,6 +42,7 @@ class CuttingProxy:
     def __init__(self, target: Path) -> None:
         self.cuts_made = threading.Semaphore(0)
         self.delivered = threading.Event()
+        self._late_answered = threading.Semaphore(0)
         self._target = target
         self._folder = tempfile.TemporaryDirectory(prefix="dspex-proxy-", dir="/tmp")
         self.socket = Path(self._folder.name) / target.name
@@ -69,8 +70,13 @@ class CuttingProxy:
         self.cuts_made.release()
 
     def deliver(self) -> None:
-        """Pass on the commit that `Cut.LATE` has kept back."""
+        """Pass on the commit that `Cut.LATE` has kept back, and wait until the database has done with it."""
         self.delivered.set()
+        assert self._late_answered.acquire(timeout=within(30))
+
+    def late_answered(self) -> None:
+        """Note that the database has done with what `Cut.LATE` kept back."""
+        self._late_answered.release()
 
     def cut_all(self) -> None:
         """Cut all connections at once."""
@@ -94,7 +100,7 @@ class CuttingProxy:
     ) -> None:
         _shut(self._listener)
         self._thread.join()
-        self.deliver()
+        self.delivered.set()
         self.take_away()
         self._folder.cleanup()
 
@@ -160,7 +166,9 @@ class _Link:
         if when is not Cut.BEFORE:
             self._server.sendall(data)
             self._answered.wait(within(30))
-        if when is not Cut.LATE:
+        if when is Cut.LATE:
+            self._proxy.late_answered()
+        else:
             self._proxy.made()
 
     def _down(self) -> None:

@@ -124,7 +124,7 @@ def settles_what_arrives_late(scene: Scene) -> None:
         assert scene.proxy.cuts_made.acquire(timeout=within(10))
         # If it does not wait for the commit, it answers before that arrives.
         with suppress(TimeoutError):
-            writing.exception(0.3)
+            writing.exception(within(0.15))
         scene.proxy.deliver()
         error = writing.exception()
     assert error is None or isinstance(error, StorageError)
