@@ -74,11 +74,11 @@ def pytest_on(folder: Path, *options: str) -> str:
 
 def test_a_test_that_hangs_or_dies_ends_alone(tmp_path: Path) -> None:
     (tmp_path / "test_hanging.py").write_text(HANGING)
-    limits = ("-o", "timeout=3", "-o", "faulthandler_timeout=8")
+    limits = ("-o", "timeout=2", "-o", "faulthandler_timeout=5")
     output = pytest_on(tmp_path, "-n", "2", "--dist", "worksteal", *limits)
     assert "INTERNALERROR" not in output, output
     assert "4 failed, 20 passed" in output, output
-    assert "Failed: Timeout (>3.0s) from pytest-timeout" in output
+    assert "Failed: Timeout (>2.0s) from pytest-timeout" in output
     # Hypothesis takes a timeout for a failure, and tries to reproduce it.
     for name in ("test_dies", "test_hangs_before_it_begins", "test_hangs_in_hypothesis"):
         assert f"crashed while running 'test_hanging.py::{name}'" in output, output

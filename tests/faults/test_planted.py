@@ -128,7 +128,7 @@ def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync", "restore-unsynced"))
+@pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync"))
 def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)

@@ -21,7 +21,7 @@ def _operation(kind: str, file: tuple[int, int] = _FILE, offset: int = 0, conten
 @pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("states", [60, pytest.param(150, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("states", [40, pytest.param(150, marks=pytest.mark.thorough)])
 def test_nothing_acknowledged_is_lost(states: int) -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)

@@ -29,6 +29,7 @@ from dspex_persist.state.shared import SharedState, shared_groups
 from dspex_persist.state.store.log import LogWriter
 from dspex_persist.state.store.postgres import heads, notices, servers, writing
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
+from dspex_persist.state.valkey import valkey_log
 from tests.deadline import within
 from tests.engines import Postgres, Server, Valkey, wait_until
 from tests.faults.cutting import Cut, CuttingProxy
@@ -93,6 +94,7 @@ def scene_on(server: Server) -> Iterator[Scene]:
 def scene(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     if isinstance(server, Optimistic):
         monkeypatch.setattr(shared_groups, "QUIET", 0)
+    monkeypatch.setattr(valkey_log, "SETTLE_S", 1.0)
     yield from scene_on(server)
 
 

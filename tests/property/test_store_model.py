@@ -62,7 +62,7 @@ from dspex_persist.state.store.verify import iter_problems, schema_problems
 from dspex_persist.state.watch import Feed
 from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
 
-EXAMPLES = int(os.environ.get("STORE_MODEL_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("STORE_MODEL_EXAMPLES", "35"))
 STEPS = int(os.environ.get("STORE_MODEL_STEPS", "30"))
 # Shrinking takes minutes, so it is only for debugging a failure.
 PHASES = [
