@@ -224,9 +224,8 @@ def _ask(place: Place, timeout_s: float) -> Health:
         return _absent(place, error.reason, error.kind)
     if is_serving:
         return Health(place.target, "serving")
-    return Health(
-        place.target, "not_serving", f"{place.target} is not serving: it is shutting down, or its writer is stuck"
-    )
+    why = "it is shutting down, its writer is stuck, or its database is away"
+    return Health(place.target, "not_serving", f"{place.target} is not serving: {why}")
 
 
 def _absent(place: Place, reason: str, kind: str) -> Health:

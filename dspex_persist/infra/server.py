@@ -12,7 +12,7 @@ import secrets
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias, cast
 
@@ -67,6 +67,8 @@ _LONGEST_QUIET_S: Final = 1.0
 # Clients may refuse trailing metadata above 8 KiB, and then report RESOURCE_EXHAUSTED instead of the status.
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
+# How often a watch of the health looks whether the process can do its work.
+_LOOK_S: Final = 1.0
 # So long may somebody take to ask for the health, who need not say who it is. A request may be large.
 _STRANGERS_S: Final = 2.0
 # Strangers may open them, and one connection carries thousands.
@@ -831,9 +833,9 @@ def _own_services(
 
 
 class _Health:
-    """grpc.health.v1: SERVING until the drain, which ends every Watch, because an open one would delay it.
+    """grpc.health.v1: SERVING while the process can do its work, until the drain.
 
-    A Watch is told of the drain only; Check also says when the process cannot do its work.
+    The drain ends every Watch, because an open one would delay it.
     """
 
     def __init__(self, names: Sequence[str], draining: asyncio.Event, is_fit: Callable[[], bool]) -> None:
@@ -857,12 +859,15 @@ class _Health:
         known, draining = request.service in self._names, self._draining.is_set()
         self._watches[host] += 1
         try:
-            yield self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            said = self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            yield said
             # Read before the first answer, because the drain may begin while that is being sent.
-            if not draining:
-                await self._draining.wait()
-                if known:
-                    yield self._now()
+            while not draining:
+                with suppress(TimeoutError):
+                    draining = await asyncio.wait_for(self._draining.wait(), _LOOK_S)
+                if known and said != (now := self._now()):
+                    said = now
+                    yield said
         finally:
             self._watches -= Counter((host,))
 

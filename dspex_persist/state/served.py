@@ -53,6 +53,10 @@ class ServedEngine(LogEngine):
     def announce(self, address: str) -> None:
         """Tell other processes at which address this one serves the log."""
 
+    def trouble(self) -> str:
+        """Return why this engine can carry out nothing for the moment, or ""; from any thread."""
+        return ""
+
     def file_figures(self) -> FileFigures | None:
         """Return the size of the database, and how many live sessions it has; from any thread. None: unknown."""
         return None

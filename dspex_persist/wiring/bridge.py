@@ -223,7 +223,7 @@ class Bridge:
             on_ready=self._on_ready,
             stop=self._end.stop,
             on_drain=self._drain,
-            is_fit=lambda: self._engine.silent_s <= _STUCK_S,
+            is_fit=lambda: not _trouble_of(self._engine),
             belongs=self._servicer.belongs,
             admit=self._admit,
             reads_first=self._reads_first,
@@ -294,7 +294,11 @@ def _unfit(end: ServerEnd, engine: ServedEngine, ready: threading.Event) -> str:
         engine.check_open()
     except StateError as error:
         return str(error)
+    return _trouble_of(engine) or ("" if ready.is_set() else "starting")
+
+
+def _trouble_of(engine: ServedEngine) -> str:
     silent_s = engine.silent_s
     if silent_s > _STUCK_S:
         return f"stuck: the writer has made no progress for {silent_s:.0f} s"
-    return "" if ready.is_set() else "starting"
+    return engine.trouble()

@@ -129,7 +129,8 @@ def test_a_server_that_shuts_down(tmp_path: Path) -> None:
             wait_until(lambda: "draining" in server.stderr_tail, "it drains")
             code, output = health(tmp_path, "--target", target)
             assert code == NOT_SERVING
-            assert output == f"error: {target} is not serving: it is shutting down, or its writer is stuck\n"
+            why = "it is shutting down, its writer is stuck, or its database is away"
+            assert output == f"error: {target} is not serving: {why}\n"
             gate.open()
             call.result()
         assert server.wait(within(30)) == 0

@@ -189,6 +189,17 @@ def test_connection_breaks_while_a_group_writes(scene: Scene, monkeypatch: pytes
 
 
 @pytest.mark.crash
+def test_an_engine_is_in_trouble_until_the_log_is_back(scene: Scene) -> None:
+    with scene.place.open(lease_s=0.4) as state:
+        scene.place.server.take_away(signal.SIGKILL)
+        wait_until(lambda: state.trouble() != "")
+        assert re.match(r"the database could not be used for \d+ s: .", state.trouble())
+        scene.place.server.bring_back()
+        wait_until(lambda: state.trouble() == "")
+        assert state.set_variable(SESSION, "x", 1) == 1
+
+
+@pytest.mark.crash
 def test_log_is_killed_under_load(scene: Scene) -> None:
     acknowledged = list[int]()
     ended, progress = threading.Event(), threading.Semaphore(0)

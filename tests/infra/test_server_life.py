@@ -394,6 +394,30 @@ def test_health_is_not_serving_while_the_process_cannot_do_its_work() -> None:
     assert said == [True, False, True]
 
 
+def test_a_watch_of_the_health_is_told_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_LOOK_S", 0.01)
+
+    async def run() -> None:
+        stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
+        options = ServerOptions("127.0.0.1:0")
+        serving = asyncio.create_task(
+            serve(options, [], status_of=lambda _: None, on_ready=port.set_result, stop=stop, is_fit=lambda: fit[0])
+        )
+        async with asyncio.timeout(within(20)), grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            for fit[0] in (True, False, True):
+                said.append((await watch.read()).status)
+            stop.set()
+            said.append((await watch.read()).status)
+            assert await watch.read() is grpc.aio.EOF
+        await serving
+
+    fit, said = [True], list[int]()
+    asyncio.run(run())
+    yes, no = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert said == [yes, no, yes, no]
+
+
 # --- Refusals before serving ---
 
 

@@ -1,6 +1,7 @@
 """ServerLease: renews the lease of a server, on a thread of its own."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -14,6 +15,8 @@ from dspex_persist.state.shared_log import SharedLog
 _logger: Final = get_logger(__name__)
 _RENEWALS: Final = 4
 """How often a lease is renewed within its time."""
+_AGAIN_S: Final = 1.0
+"""After how many seconds it is tried again, at most, when that failed."""
 
 
 class ServerLease:
@@ -30,9 +33,20 @@ class ServerLease:
         self._on_fenced = on_fenced
         self._meter = meter
         self._is_failing = False
+        self._reason = ""
+        self._renewed_at = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-lease", daemon=True)
         self._thread.start()
+
+    def trouble(self) -> str:
+        """Return why the lease is about to end, or has ended; "" if all is well. From any thread."""
+        silent_s = time.monotonic() - self._renewed_at
+        # One renewal that fails, as while the log restarts, is no trouble yet.
+        if silent_s <= self._log.lease_s * (_RENEWALS - 1) / _RENEWALS:
+            return ""
+        reason = self._reason or "it does not answer"
+        return f"the database could not be used for {silent_s:.0f} s: {reason}"
 
     def close(self) -> None:
         """Renew it no more."""
@@ -41,11 +55,15 @@ class ServerLease:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._log.lease_s / _RENEWALS):
+        each_s = self._log.lease_s / _RENEWALS
+        succeeded = True
+        while not self._ended.wait(each_s if succeeded else min(each_s, _AGAIN_S)):
             succeeded = self._renew()
-            if succeeded and self._is_failing:
-                self._is_failing = False
-                _logger.warning("the lease can be renewed again")
+            if succeeded:
+                self._renewed_at, self._reason = time.monotonic(), ""
+                if self._is_failing:
+                    self._is_failing = False
+                    _logger.warning("the lease can be renewed again")
             if self._meter is not None:
                 self._meter.renewed(succeeded=succeeded)
 
@@ -55,6 +73,7 @@ class ServerLease:
         except FencedError:
             self._on_fenced()
         except StateError as error:
+            self._reason = str(error)
             # Said once: while the log is away, it fails again and again. A log that can be reached otherwise may refuse
             # the connection for this alone, and nothing else would say why others take this server for dead.
             if not self._is_failing:

@@ -84,6 +84,10 @@ class SharedState(ServedEngine, Peers):
             self.close()
             raise
 
+    def trouble(self) -> str:
+        """See `ServedEngine.trouble`: it has not heard from the database."""
+        return self._lease.trouble()
+
     def families(self) -> list[Family]:
         """See `ServedEngine.families`: what was counted about the other servers."""
         meter = self._shared.server_meter
