@@ -118,7 +118,7 @@ class Meter:
             "dspex_persist_group_seconds", "How long a group of writes took, from its begin to its commit.", _COMMIT_S
         )
         commit_s = Histogram(
-            "dspex_persist_commit_seconds", "How long COMMIT took, which waits for the disk.", _COMMIT_S
+            "dspex_persist_commit_seconds", "How long it took to store a group, once it was complete.", _COMMIT_S
         )
         self._group_jobs, self._group_s, self._commit_s = group_jobs.of(), group_s.of(), commit_s.of()
         self.observe_commit = self._commit_s.observe

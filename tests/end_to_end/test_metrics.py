@@ -159,6 +159,7 @@ def sharing(valkey: str) -> Iterator[dict[str, Metric]]:
                 for number in range(writes):
                     state.set_variable(f"of {server.port}", "n", number)
         until(lambda: value_in(scraped(url_of(one)), "dspex_persist_foreign_commits_total") == 4)
+        assert value_in(scraped(url_of(one)), "dspex_persist_commit_seconds_count") >= 5
         yield scraped(url_of(one))
     remove_keys(valkey, prefix)
 

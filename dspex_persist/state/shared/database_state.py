@@ -48,6 +48,10 @@ class DatabaseLog(SharedLog):
     """The address, without a password."""
 
     @abstractmethod
+    def observe_commits(self, observe: Callable[[float], object]) -> None:
+        """Have it told how long each group took to be stored, in seconds, on the thread that writes."""
+
+    @abstractmethod
     def figures(self) -> FileFigures:
         """Return how large the database is, and how many live sessions it has; any thread."""
 
@@ -94,6 +98,8 @@ class DatabaseState(HoldingState, Durable):
         default_actor(actor)
         self._store = open_log(lease_s, None if anchor_dir is None else Path(anchor_dir))
         counting: dict[str, Any] = {} if meter is None else {"meter": meter, "server_meter": ServerMeter()}
+        if meter is not None:
+            self._store.observe_commits(meter.observe_commit)
         try:
             super().__init__(
                 SharedGroups(self._store, options, cache_size_bytes=cache_size_bytes, **counting),

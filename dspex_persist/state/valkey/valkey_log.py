@@ -112,6 +112,7 @@ class ValkeyLog(DatabaseLog):
         self._head = NO_HEAD
         self._anchor: ServerAnchor | None = None
         self._is_current = False
+        self._observe: Callable[[float], object] | None = None
         self._overtaken = 0
         self._appended: list[tuple[tuple[UnitOfWork, ...], tuple[SessionState, ...]]] = []
         self._import: Import | None = None
@@ -329,6 +330,7 @@ class ValkeyLog(DatabaseLog):
         commands.add("HSET", keys.head, *facts)
         seen = (known.sequence, known.hash if known.sequence else b"", self._holds.seen)
         words = (*seen, self._leases.server, self._leases.token, "alone" if alone else "", *commands.words)
+        began = time.perf_counter()
         answer = self._sent((keys.head, keys.servers, keys.turn, keys.staged, keys.news), words, head)
         if answer in (b"moved", b"turn"):
             # To run it again takes the news, and waits until nobody imports.
@@ -337,6 +339,8 @@ class ValkeyLog(DatabaseLog):
             raise StorageError(OVER)
         if answer == b"fenced":
             self._take_for_dead()
+        if self._observe is not None:
+            self._observe(time.perf_counter() - began)
         self._know(head)
 
     def _sent(self, keys: Sequence[str], words: Sequence[Any], head: Head) -> bytes:
@@ -475,6 +479,10 @@ class ValkeyLog(DatabaseLog):
         """See `SharedLog`."""
         micros = self._client.zscore(self.keys.expiry, state.session.sequence)
         return None if micros is None else from_micros(int(micros))
+
+    def observe_commits(self, observe: Callable[[float], object]) -> None:
+        """See `DatabaseLog`. It is the time of the call that carries the group out."""
+        self._observe = observe
 
     @reported
     def figures(self) -> FileFigures:

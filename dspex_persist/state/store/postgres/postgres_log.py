@@ -258,6 +258,10 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
         with snapshot(self.readers) as connection:
             return objects.size_bytes(connection)
 
+    def observe_commits(self, observe: Callable[[float], object]) -> None:
+        """See `DatabaseLog`. It is the time of one message, with which the rows of the group are sent, too."""
+        self._writing.observe = observe
+
     def figures(self) -> FileFigures:
         """Return that size, and how many live sessions there are."""
         with snapshot(self.readers) as connection:

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -62,6 +63,7 @@ class Writing:
         self._prepared: set[str] = set()
         self._staged: Staged | None = None
         self.written: Written | None = None
+        self.observe: Callable[[float], object] | None = None
         # Whether the group is optimistic, and its transaction has not begun; and whether it may wait for the lock.
         self._is_pending = self._waits = False
 
@@ -185,7 +187,10 @@ class Writing:
             end = heads.end_of_group(self.written.head, self.written.keys, self.written.at)
             parts = [self._begin_with(), self.staged.take(), end]
             is_sent = True
+            began = time.perf_counter()
             self._commit(";".join(filter(None, parts)))
+            if self.observe is not None:
+                self.observe(time.perf_counter() - began)
         except DRIVER_ERRORS as error:
             self._end_failed(error, is_sent)
         except BaseException:
