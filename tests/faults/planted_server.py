@@ -23,6 +23,7 @@ from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.state.anchor import Anchor
 from dspex_persist.state.bridge.workers.lending import Lender, Lending
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
+from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import StorageError, WorkerExitedError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
@@ -361,7 +362,7 @@ def stale_snapshot() -> None:
         if now - at > _STALE_S:
             kept[self.session_id] = (now, begun.snapshot.copy())
             return begun
-        return replace(begun, snapshot=old.copy())
+        return begun._replace(snapshot=old.copy())
 
     _patch(BeginExecution, "apply", apply)
     _change_ends(lambda end: end if end.steps else _unchecked(end))
@@ -443,7 +444,8 @@ def late_writes() -> None:
 
 def no_reasons() -> None:
     """Do not say in the journal why a tool failed."""
-    _change_ends(lambda end: replace(end, verdict=replace(end.verdict, failure=None)))
+    ended = Verdict.ended
+    _patch(Verdict, "ended", lambda self, writes: ended(self._replace(failure=None), writes))
 
 
 def file_not_looked_at() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,9 @@ from tests.faults.powercut_test import PowerCuts
 from tests.faults.recordings import Restored, Served
 from tests.faults.soak_test import Soak
 from tests.fuzz.fuzz_test import Fuzz
+from tests.prepared import commands
+
+ROOT = Path(__file__).parents[2]
 
 FOUND_BY_KILLS = {
     "ack-before-commit": "lost",
@@ -112,6 +116,63 @@ def test_every_bug_is_planted_in_what_is_there(bug: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(gc, "disable", lambda: None)
     BUGS[bug]()
     assert planted or bug == "no-sync"
+
+
+PROGRAM = """
+import sys
+
+import dspex_persist
+from dspex_persist.state.errors import InternalError
+from tests.faults.planted_server import BUGS
+
+tools = dspex_persist.Toolbox()
+
+
+@dspex_persist.tool
+def increment(ctx: dspex_persist.ToolContext) -> int:
+    ctx["a"] += 1
+    ctx["b"] = ctx["a"]
+    return ctx["a"]
+
+
+@dspex_persist.tool
+def look(ctx: dspex_persist.ToolContext) -> int:
+    return ctx["a"]
+
+
+@dspex_persist.tool
+def fail(ctx: dspex_persist.ToolContext) -> int:
+    raise ValueError("it fails")
+
+
+for each in (increment, look, fail):
+    tools.add(each)
+BUGS[sys.argv[1]]()
+with dspex_persist.connect("a.db", tools=tools) as state:
+    state.initialize_session("s")
+    for name in ("a", "b"):
+        state.register_variable("s", name, "integer", 0)
+    state.set_variable("s", "a", 1, idempotency_key="key")
+    state.set_variables("s", {"a": 2, "b": 2})
+    for tool in ("increment", "look", "fail"):
+        for _ in range(2):
+            try:
+                state.execute_tool("s", tool, {}, idempotency_key=tool)
+            except InternalError:
+                raise
+            except dspex_persist.DspexError as error:
+                print(error)
+"""
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_no_bug_is_an_error_of_its_own(bug: str, tmp_path: Path) -> None:
+    """What the checks are to find is a server that works, but for its bug."""
+    (tmp_path / "use.py").write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = commands().run_python(["use.py", bug], cwd=tmp_path, env=env, timeout_s=within(20))
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow
