@@ -41,6 +41,8 @@ _COLLECT_AFTER: Final = 20_000
 """After how many new objects the garbage collector looks for cycles while a command runs."""
 _OF_ADDRESSES: Final = frozenset({"prefix", "url"})
 """Arguments that are the setting `db`, or a part of it."""
+_OF_POINTS: Final = frozenset({"after_sequence", "at", "from", "since", "started", "to", "until"})
+"""Arguments that are a point in the history."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -199,7 +201,7 @@ def exit_code_of(error: Exception) -> int | None:
     )
     if isinstance(error, ExplainedError) and isinstance(error.__cause__, Exception):
         return exit_code_of(error.__cause__)
-    if isinstance(error, InvalidArgumentError) and error.field in _OF_ADDRESSES:
+    if isinstance(error, InvalidArgumentError) and error.field in _OF_ADDRESSES | _OF_POINTS:
         return 2
     if isinstance(error, OSError) or streams.is_reader_gone(error):
         return streams.code_of(error)

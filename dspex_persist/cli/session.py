@@ -41,7 +41,7 @@ EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  success\n\n"
     "1  failed; the message on stderr says why\n\n"
-    "2  wrong usage, an invalid setting, or tools or models that cannot be loaded\n\n"
+    "2  wrong usage, an invalid point or setting, or tools or models that cannot be loaded\n\n"
     "4  another process, such as a server, owns the database\n\n"
     "5  no such file, not a dspex-persist database, a newer schema, or acknowledged commits are missing\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"

@@ -437,7 +437,7 @@ def test_a_watch_goes_on_after_a_commit(place: list[str], session: str, run: Run
         assert watching.document()["value"] == 2
         fine(run("set", session, "x", "3", *place))
         assert watching.document()["value"] == 3
-    refused = assert_one_sentence(run("watch", session, "--since", "999", *place), FAILED)
+    refused = assert_one_sentence(run("watch", session, "--since", "999", *place), USAGE)
     assert "invalid --since: 999 is not between 0 and the store's last commit" in refused
 
 

@@ -249,7 +249,9 @@ def test_a_session_is_shown_with_times_as_audits_show_them(
         (("import", "missing.jsonl"), FAILED, "cannot be read"),
         (("import", "sessions.db"), FAILED, "line 1"),
         (("fork", "s", "s"), FAILED, "is live here already"),
-        (("fork", "s", "new", "--at", "soon"), FAILED, "is not a point in the history"),
+        (("fork", "s", "new", "--at", "soon"), USAGE, "is not a point in the history"),
+        (("fork", "s", "new", "--at", "99"), USAGE, "there is no commit 99 yet"),
+        (("export", "s", "-o", "-", "--started", "99"), USAGE, "began with commit 1, not 99"),
         (("fork", "s", "new", "--db", "missing.db"), UNUSABLE, "there is no such file"),
     ],
 )
@@ -360,6 +362,10 @@ def test_a_server_forks_while_it_serves(served: BridgedState, tmp_path: Path, ru
     result = run("fork", "s", "again", "--target", target)
     assert "--audit-reveal" in assert_one_sentence(result, FAILED)
     assert not served.heartbeat("again")
+    result = run("fork", "s", "again", "--at", "soon", "--target", target)
+    assert "is not a point in the history" in assert_one_sentence(result, USAGE)
+    result = run("export", "s", "-o", "-", "--started", "99", "--target", target)
+    assert "began with commit 1, not 99" in assert_one_sentence(result, USAGE)
 
 
 @pytest.mark.parametrize("command", [("export", "s", "-o", "s.jsonl"), ("fork", "s", "t")])

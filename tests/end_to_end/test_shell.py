@@ -168,6 +168,23 @@ def test_no_traceback_and_a_code_that_is_documented(command: str, shell: str, pl
         assert err.strip(), "stderr is empty"
 
 
+def options_with(metavar: str) -> Iterator[tuple[str, str]]:
+    for name in COMMANDS:
+        command: Any = typer.main.get_command(cli.app)
+        for word in name.split():
+            command = command.commands[word]
+        yield from ((name, option.opts[-1]) for option in command.params if option.metavar == metavar)
+
+
+@pytest.mark.parametrize(("command", "option"), list(options_with("POINT")))
+def test_what_is_no_point_is_wrong_usage(command: str, option: str, place: Path, tmp_path: Path) -> None:
+    words = [
+        {"DB": str(place / "s.db"), "DB.jsonl": str(place / "s.db.jsonl")}.get(word, word) for word in COMMANDS[command]
+    ]
+    code, _, err = run_forked([*command.split(), *words, option, "soon"], SHELLS["as usual"], tmp_path)
+    assert code == 2, err
+
+
 def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str, str]:
     """Run the command line in a fork that has imported it, as a new interpreter would."""
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}

@@ -47,7 +47,7 @@ EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  ended: by Ctrl-C, after --limit changes, or because the session ended\n\n"
     "1  no such session or variable, or the server cannot be reached at first\n\n"
-    "2  wrong usage, or an invalid setting\n\n"
+    "2  wrong usage, a commit that is not there yet, or an invalid setting\n\n"
     "5  no such file, not a dspex-persist database, or another schema\n\n"
     "With --json an error is printed as one JSON object on stdout, too; the exit codes are the same.\n\n"
 )
