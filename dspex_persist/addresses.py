@@ -38,7 +38,7 @@ class DatabaseUrl:
 
     Attributes:
         scheme: What it begins with: a key of `FORM_OF`.
-        url: All of it: only for whoever connects.
+        url: All of it, the scheme in small letters: only for whoever connects.
     """
 
     scheme: str
@@ -51,7 +51,13 @@ class DatabaseUrl:
 def database_url(text: str) -> DatabaseUrl | None:
     """Return the URL of a database; None if the text is something else."""
     scheme = scheme_of(text)
-    return DatabaseUrl(scheme, text) if scheme in FORM_OF else None
+    return DatabaseUrl(scheme, in_small_letters(text)) if scheme in FORM_OF else None
+
+
+def in_small_letters(url: str) -> str:
+    """Return a URL with its scheme in small letters: any may be written, but not every driver reads them."""
+    match = _SCHEME.match(url)
+    return url if match is None else f"{match[1].lower()}{url[match.end(1) :]}"
 
 
 def scheme_of(text: str) -> str | None:

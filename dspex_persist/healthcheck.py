@@ -9,7 +9,7 @@ from typing import Final
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
 from dspex_persist.infra.health import NoAnswerError, Tls, serves
-from dspex_persist.infra.listen import TLS_SCHEME, Address, ListenError, TcpAddress, parse_listen, target_of
+from dspex_persist.infra.listen import TLS_SCHEME, Address, ListenError, TcpAddress, names_tls, parse_listen, target_of
 from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.sources import DATABASE, LISTEN, SettingsError, texts
 
@@ -170,7 +170,7 @@ def _is_text(options: dict[str, str]) -> bool:
 
 def _named(target: str) -> Place:
     address = _parsed(target_of(target), "target", target, "flag --target")
-    has_tls = target.startswith(TLS_SCHEME)
+    has_tls = names_tls(target)
     return Place(f"{TLS_SCHEME if has_tls else ''}{address}", address, has_tls)
 
 

@@ -57,6 +57,15 @@ class Addressed:
         with Context("s", secret) as ctx:
             assert ctx["x"] == 5
 
+    def test_its_scheme_may_have_capital_letters(self, secret: str, run: Run) -> None:
+        scheme, rest = secret.split(":", 1)
+        for each in (scheme.upper(), scheme.title()):
+            for words in (("get", "s"), ("db", "check")):
+                code, printed = run(*words, "--db", f"{each}:{rest}")
+                assert code == 0, printed
+            with connect(f"{each}:{rest}") as state:
+                assert state.heartbeat("s")
+
     def test_a_session_in_memory_moves_to_it(self, secret: str) -> None:
         with Context("moved", "local") as ctx:
             ctx["y"] = 1

@@ -114,7 +114,7 @@ def server_of(target: str | None, db: str | None) -> str | None:
 
 def url_of(target: str, flag: str = "--target") -> str:
     """Return the URL of the server that `flag` names: HOST:PORT, unix:PATH, or a URL."""
-    from dspex_persist.infra.listen import TLS_SCHEME, ListenError, UnixAddress, parse_listen, target_of
+    from dspex_persist.infra.listen import TLS_SCHEME, ListenError, UnixAddress, names_tls, parse_listen, target_of
     from dspex_persist.settings import SettingsError
 
     try:
@@ -123,4 +123,4 @@ def url_of(target: str, flag: str = "--target") -> str:
         raise SettingsError(flag.strip("-"), f"{target!r} is invalid: {error.reason}", f"flag {flag}") from error
     if isinstance(address, UnixAddress):
         return f"grpc+{address}"
-    return f"{TLS_SCHEME if target.startswith(TLS_SCHEME) else 'grpc://'}{address}"
+    return f"{TLS_SCHEME if names_tls(target) else 'grpc://'}{address}"

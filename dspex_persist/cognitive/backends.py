@@ -266,7 +266,7 @@ def opened(address: str | os.PathLike[str], options: Mapping[str, Any]) -> State
 
 def is_server(address: str | os.PathLike[str]) -> bool:
     """Whether an address is that of a server."""
-    return isinstance(address, str) and address.startswith(_SERVERS)
+    return isinstance(address, str) and address.lower().startswith(_SERVERS)
 
 
 class Backend:

@@ -140,7 +140,7 @@ def _address_of(kind: str, place: str | os.PathLike[str]) -> str:
 def _is_there(backend: Backend, kind: str, address: str) -> bool:
     if kind == EMBEDDED:
         return backend.kind != LOCAL
-    if backend.kind == BRIDGED and backend.url not in ("", address):
+    if backend.kind == BRIDGED and backend.url and not _is_at(backend, kind, address):
         raise UnsupportedError(
             f"ensure_bridged from {backend.url} to another server", f"say that it has to move: ctx.move_to({address!r})"
         )

@@ -15,6 +15,7 @@ from dspex_persist.errors import DspexError
 
 TLS_SCHEME: Final = "grpcs://"
 UNIX_PATH_MAX_BYTES: Final = 107
+_SCHEME: Final = re.compile(r"grpcs?://|(?:grpc\+)?unix:", re.IGNORECASE)
 _PROBE_TIMEOUT_S: Final = 1.0
 _HOST_PORT: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
 
@@ -54,8 +55,14 @@ class UnixAddress:
 Address = TcpAddress | UnixAddress
 
 
+def in_small_letters(address: str) -> str:
+    """Return an address with its scheme, if it has one, in small letters: any may be written."""
+    return _SCHEME.sub(lambda scheme: scheme[0].lower(), address, count=1) if _SCHEME.match(address) else address
+
+
 def parse_listen(listen: str) -> Address:
     """Parse `HOST:PORT`, `[IPv6]:PORT`, `unix:PATH` or `unix:///PATH`; `ListenError` for anything else."""
+    listen = in_small_letters(listen)
     if listen.startswith("unix:"):
         return UnixAddress(_unix_path(listen))
     match = _HOST_PORT.fullmatch(listen)
@@ -76,8 +83,8 @@ def parse_callee(address: str) -> tuple[Address, bool]:
     Raises:
         ListenError: It is no address.
     """
-    parsed = parse_listen(address.removeprefix(TLS_SCHEME))
-    has_tls = address.startswith(TLS_SCHEME)
+    has_tls = names_tls(address)
+    parsed = parse_listen(in_small_letters(address).removeprefix(TLS_SCHEME))
     if has_tls and isinstance(parsed, UnixAddress):
         raise ListenError(address, "a Unix socket has no TLS")
     return parsed, has_tls
@@ -85,9 +92,15 @@ def parse_callee(address: str) -> tuple[Address, bool]:
 
 def target_of(address: str) -> str:
     """Return the gRPC target of an address, which may be a URL: grpc(s)://HOST:PORT, grpc+unix:/PATH."""
+    address = in_small_letters(address)
     if address.startswith("grpc+unix:"):
         return f"unix:{re.sub('^//(?=/)', '', address.removeprefix('grpc+unix:'))}"
     return address.removeprefix("grpc://").removeprefix(TLS_SCHEME)
+
+
+def names_tls(address: str) -> bool:
+    """Whether an address is a URL of a server with TLS: grpcs://HOST:PORT."""
+    return in_small_letters(address).startswith(TLS_SCHEME)
 
 
 def grpc_name(target: str) -> str:

@@ -5,6 +5,7 @@ pytest finds it by its entry point. Each fixture imports what it needs only when
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,7 @@ _MARKERS: Final = (
     "`tape` is relative to the test's folder; `drive(context)` plays the client to make the recording",
 )
 _REPLAY: Final = "dspex_replay"
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|grpc\+unix:", re.IGNORECASE)
 _USAGE: Final = "dspex_replay(tape, tools='package.module', drive=function)"
 _ALL_SHOWN: Final = 2
 """The verbosity (-vv) from which all differences are shown."""
@@ -157,7 +159,7 @@ def dspex_lm(request: pytest.FixtureRequest) -> "Iterator[Callable[..., Playback
         def play(recorded: str, place: Any, *, live: bool = False) -> "Playback":
             from dspex_persist.dspy import playing, recorded_calls
 
-            if isinstance(place, Path) or (isinstance(place, str) and not place.startswith("grpc")):
+            if isinstance(place, Path) or (isinstance(place, str) and not _URL.match(place)):
                 place = request.path.parent / place
             playback = stack.enter_context(playing(recorded_calls(recorded, place), live=live))
             played.playbacks.append(playback)

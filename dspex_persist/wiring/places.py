@@ -42,7 +42,7 @@ def place_of(url: Address, forms: str = FORMS) -> Path | DatabaseUrl | str:
     if match is None and not meant and url not in ("", *IN_MEMORY):
         _refuse_word(url)
         return Path(url)
-    scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
+    scheme, rest = (match["scheme"].lower(), match["rest"]) if match is not None else ("", "")
     if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
         return Path(rest[3:])
     if scheme == "grpc" and _HOST_AND_PORT.fullmatch(rest):
@@ -68,7 +68,7 @@ def _refuse_word(url: str) -> None:
 
 def _respelled(scheme: str, rest: str) -> str | None:
     """Return the URL, without its password, with its misspelled scheme corrected, or only the form of such URLs."""
-    meant = closest(scheme.lower(), _FORM_OF) if scheme not in _FORM_OF else None
+    meant = closest(scheme, _FORM_OF) if scheme not in _FORM_OF else None
     if meant is None:
         return None
     try:
@@ -85,4 +85,4 @@ def _meant(url: str) -> str:
         return f"{'grpcs' if url.lower().startswith(('grpcs', 'https')) else 'grpc'}://{address}"
     if re.fullmatch(":[0-9]{1,5}", address):
         return f"grpc://127.0.0.1{address}"
-    return f"grpc+{url}" if re.match("unix:.*[^/]", url) else ""
+    return f"grpc+unix{url[4:]}" if re.match("unix:.*[^/]", url, re.IGNORECASE) else ""

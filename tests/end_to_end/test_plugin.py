@@ -393,7 +393,7 @@ def test_same(dspex_lm):
 
 
 def test_fewer(dspex_lm):
-    dspex_lm({recording.id!r}, "lm.db")
+    dspex_lm({recording.id!r}, "SQLite:///{project / "lm.db"}")
     assert answer(question="one").answer == "blue"
 """
     )

@@ -448,10 +448,11 @@ def test_connect_refuses_other_addresses(url: str) -> None:
         ("sqllite:///s.db", "'sqlite:///s.db'"),
         ("127.0.0.1:50051/", "grpc://127.0.0.1:50051"),
         ("grpc://127.0.0.1:50051/", "grpc://127.0.0.1:50051"),
-        ("GRPC://127.0.0.1:50051", "grpc://127.0.0.1:50051"),
+        ("GRPC://127.0.0.1:50051/", "grpc://127.0.0.1:50051"),
         ("http://localhost:50051", "grpc://localhost:50051"),
         ("grpc:localhost:50051", "grpc://localhost:50051"),
         ("unix:/run/dspex.sock", "grpc+unix:/run/dspex.sock"),
+        ("UNIX:/run/dspex.sock", "grpc+unix:/run/dspex.sock"),
     ],
 )
 def test_connect_creates_no_file_for_the_address_of_a_server(

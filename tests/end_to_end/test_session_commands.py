@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import pytest
 from typer.testing import CliRunner
 
-from dspex_persist import cli
+from dspex_persist import Context, cli
 from dspex_persist.cli import session as session_commands
 from dspex_persist.infra.streams import READER_GONE
 from dspex_persist.state.bridged import BridgedState
@@ -366,6 +366,17 @@ def test_a_server_forks_while_it_serves(served: BridgedState, tmp_path: Path, ru
     assert "is not a point in the history" in assert_one_sentence(result, USAGE)
     result = run("export", "s", "-o", "-", "--started", "99", "--target", target)
     assert "began with commit 1, not 99" in assert_one_sentence(result, USAGE)
+
+
+def test_the_scheme_of_a_server_may_have_capital_letters(path: Path, run: Run, tmp_path: Path) -> None:
+    with serve(path, *TOOLS, "--listen", f"UNIX:{tmp_path}/s.sock"):
+        for scheme in ("GRPC+UNIX", "Grpc+Unix"):
+            with Context("s", f"{scheme}:{tmp_path}/s.sock") as ctx:
+                ctx["x"] = 1
+                # It is there.
+                ctx.ensure_bridged(f"grpc+unix:{tmp_path}/s.sock")
+        for scheme in ("UNIX", "GRPC+UNIX", "Grpc+Unix"):
+            assert run("show", "s", "--target", f"{scheme}:{tmp_path}/s.sock").returncode == FINE
 
 
 @pytest.mark.parametrize("command", [("export", "s", "-o", "s.jsonl"), ("fork", "s", "t")])

@@ -13,9 +13,12 @@ from dspex_persist.infra.listen import (
     TcpAddress,
     UnixAddress,
     is_loopback,
+    names_tls,
+    parse_callee,
     parse_listen,
     prepare,
     settled,
+    target_of,
 )
 
 
@@ -28,11 +31,32 @@ from dspex_persist.infra.listen import (
         ("unix:a.sock", UnixAddress("a.sock")),
         ("unix:/run/a.sock", UnixAddress("/run/a.sock")),
         ("unix:///run/a.sock", UnixAddress("/run/a.sock")),
+        ("UNIX:/run/A.sock", UnixAddress("/run/A.sock")),
     ],
 )
 def test_addresses_are_parsed(listen: str, address: TcpAddress | UnixAddress) -> None:
     assert parse_listen(listen) == address
     assert parse_listen(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        ("GRPC://127.0.0.1:1", "127.0.0.1:1"),
+        ("GRPCs://Host:1", "Host:1"),
+        ("Grpc+Unix:///run/A.sock", "unix:/run/A.sock"),
+        ("UNIX:/run/A.sock", "unix:/run/A.sock"),
+    ],
+)
+def test_schemes_may_have_capital_letters(url: str, target: str) -> None:
+    assert target_of(url) == target
+    assert names_tls(url) == url.startswith("GRPCs")
+
+
+def test_a_callee_may_have_capital_letters_in_its_scheme() -> None:
+    assert parse_callee("GRPCS://a:1") == (TcpAddress("a", 1), True)
+    with pytest.raises(ListenError, match="has no TLS"):
+        parse_callee("Grpcs://UNIX:/run/a.sock")
 
 
 @pytest.mark.parametrize(

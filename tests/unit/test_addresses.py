@@ -20,7 +20,7 @@ URL = "postgresql://me:secret@host:5432/db?schema=shop"
 @pytest.mark.parametrize("url", [URL, "postgres://host/db", "PostgreSQL://host/db"])
 def test_a_url_of_a_database(url: str) -> None:
     place = place_of(url)
-    assert place == DatabaseUrl("postgresql", url)
+    assert place == DatabaseUrl("postgresql", url.replace("PostgreSQL", "postgresql"))
     assert place_of(place) is place
     assert load_settings({"db": url}).db == place
     assert is_there(url)

@@ -13,7 +13,7 @@ import grpc
 
 from dspex_persist.infra.access.tls import TlsError, read_authorities, read_pair
 from dspex_persist.infra.channels import Options, channel_options, is_here
-from dspex_persist.infra.listen import TLS_SCHEME, grpc_name, target_of
+from dspex_persist.infra.listen import TLS_SCHEME, grpc_name, names_tls, target_of
 from dspex_persist.opening import ENV_PREFIX
 from dspex_persist.state.errors import InvalidArgumentError, quote
 
@@ -56,7 +56,7 @@ class Peer:
                 cross the network without encryption.
         """
         target, token = target_of(address), _token(token)
-        if address.startswith(TLS_SCHEME):
+        if names_tls(address):
             return cls(target, TLS_SCHEME + target, _credentials(ca, cert, key), token)
         for name, given in ((_CA, ca), (_CERT, cert), (_KEY, key)):
             if given is not None:

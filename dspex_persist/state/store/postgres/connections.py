@@ -13,7 +13,7 @@ from sqlalchemy import Connection as Checked
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 
-from dspex_persist.addresses import shown
+from dspex_persist.addresses import in_small_letters, shown
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.decoding import in_database
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError, UnavailableError
@@ -246,6 +246,7 @@ def _read(url: str) -> tuple[dict[str, str], str]:
     Raises:
         InvalidArgumentError: It is not a URL of a database.
     """
+    url = in_small_letters(url)
     head, mark, query = url.partition("?")
     parameters = [part for part in query.split("&") if part] if mark else []
     schemas = [unquote(part.partition("=")[2]) for part in parameters if part.startswith("schema=")]
