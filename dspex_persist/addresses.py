@@ -81,7 +81,7 @@ def shown(url: str) -> str:
         return url
     query = rest.partition("?")[2]
     # An "@" may be in a parameter, or in a password that should have it as %40.
-    end = rest.partition("?")[0].rfind("@") if _is_harmless(query) else rest.rfind("@")
+    end = rest.partition("?")[0].rfind("@") if _has_no_secret(query) else rest.rfind("@")
     if end >= 0:
         rest = f"{_without_password(scheme, rest[:end])}{rest[end:]}"
     elif left_out := _LEFT_OUT.fullmatch(rest):
@@ -90,13 +90,18 @@ def shown(url: str) -> str:
     return f"{scheme}://{head}{question}{'&'.join(map(_without_secret, query.split('&')))}"
 
 
-def _is_harmless(query: str) -> bool:
+def is_harmless(parameter: str) -> bool:
+    """Whether the value of a parameter of a URL may be shown, whatever it is."""
+    return _HARMLESS.fullmatch(parameter) is not None
+
+
+def _has_no_secret(query: str) -> bool:
     return all(_without_secret(each) == each for each in query.split("&"))
 
 
 def _without_secret(parameter: str) -> str:
     name, equals, _ = parameter.partition("=")
-    if not parameter or (equals and _HARMLESS.fullmatch(unquote(name))):
+    if not parameter or (equals and is_harmless(unquote(name))):
         return parameter
     return f"{name}={_HIDDEN}" if equals else _HIDDEN
 

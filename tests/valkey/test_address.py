@@ -13,7 +13,7 @@ from dspex_persist.state.valkey.address import Address
         ("valkey://h:7000/3", {"host": "h", "port": 7000, "db": 3}),
         ("redis://ada:p%40ss@h", {"username": "ada", "password": "p@ss"}),
         ("redis://:secret@[::1]:6379", {"host": "::1", "password": "secret"}),
-        ("rediss://h?ssl_ca_certs=/ca.pem", {"ssl": True, "ssl_ca_certs": "/ca.pem"}),
+        (f"rediss://h?ssl_ca_certs={__file__}", {"ssl": True, "ssl_ca_certs": __file__}),
         ("redis+unix:///run/valkey.sock?db=2", {"unix_socket_path": "/run/valkey.sock", "db": 2}),
     ],
 )
@@ -32,6 +32,9 @@ def test_its_parameters() -> None:
     [
         "redis://ada:s3cret@h?prefix=a b",
         "redis://ada:s3cret@h:port",
+        "redis://ada:s3cret@h:0",
+        "redis://ada:s3cret@h:99999",
+        "rediss://ada:s3cret@h?ssl_ca_certs=/not/there.pem",
         "redis://ada:s3cret@h/first",
         "redis://ada:s3cret@h?socket_timeout=3",
         "redis://ada:s3cret@h?assume=nothing",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -103,9 +104,15 @@ def _place(name: str, kind: str, parts: SplitResult, given: Mapping[str, str]) -
         return {"unix_socket_path": unquote(parts.path), "db": _number(name, given.get("db", "0"))}
     if not parts.hostname:
         raise _invalid(name, f"it names no host: {FORM}")
-    options: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 6379, "socket_keepalive": True}
+    port = 6379 if parts.port is None else parts.port
+    if not port:
+        raise _invalid(name, "0 is no port of a server")
+    options: dict[str, Any] = {"host": parts.hostname, "port": port, "socket_keepalive": True}
     options["db"] = _number(name, parts.path.strip("/") or "0")
     if kind == _TLS:
+        for each in _OF_TLS:
+            if each in given and not Path(given[each]).is_file():
+                raise _invalid(name, f"{each} names no file: {quote(given[each])}")
         options |= {"ssl": True} | {each: given[each] for each in _OF_TLS if each in given}
     return options
 

@@ -21,6 +21,7 @@ from dspex_persist.state.errors.hints import Hint
 from dspex_persist.state.store import damage, engine
 from dspex_persist.state.store.engine import Durability
 from dspex_persist.state.store.postgres.cursors import Connection
+from dspex_persist.state.store.postgres.parameters import fault_of
 from dspex_persist.state.store.postgres.poolers import refuse_shared
 
 DRIVER_ERRORS: Final = (DBAPIError, psycopg.Error)
@@ -35,7 +36,6 @@ _NETWORK: Final = {
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "3",
-    "client_encoding": "UTF8",
 }
 # A group waits so long for the lock of the log, which the sessions before it hold for milliseconds. A session that was
 # stopped while it held the lock loses it before those that wait for it give up.
@@ -97,7 +97,7 @@ class Database:
         self.name = shown(url)
         given, self.schema = _read(url)
         ours = _NETWORK | {"application_name": f"dspex-persist:{server_id[:12]}"}
-        self._conninfo = make_conninfo("", **(ours | given))
+        self._conninfo = make_conninfo("", **(ours | given | {"client_encoding": "UTF8"}))
 
     def connect(self, *, autocommit: bool = True, is_brief: bool = False) -> Connection:
         """Open a connection.
@@ -267,6 +267,8 @@ def _read(url: str) -> tuple[dict[str, str], str]:
         is_name = str(error).startswith("invalid URI query parameter") and "@" not in query
         reason = str(error).strip() if is_name else "something in it is not written as in a URL"
         raise InvalidArgumentError("url", f"{shown(url)}: {reason}") from None
+    if (fault := fault_of(parameters_of)) is not None:
+        raise InvalidArgumentError("url", f"{shown(url)}: {fault}")
     if "," in parameters_of.get("host", ""):
         # Of several, the one that takes writes.
         parameters_of.setdefault("target_session_attrs", "read-write")
