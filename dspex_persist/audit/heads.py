@@ -46,11 +46,14 @@ class Verification:
         report: What was checked, with all problems, including those that the kept heads revealed.
         compared: How many kept heads the history was compared with.
         written: The head that was added to the kept ones, if any.
+        last_compared: The newest commit among the heads that the history was compared with; None without any. Of the
+            commits after it, these heads cannot tell whether some are missing from the end.
     """
 
     report: "CheckReport"
     compared: int
     written: KeptHead | None
+    last_compared: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -99,7 +102,7 @@ def verify(
         if write and kept_in is not None and newest and not report.problems:
             written = _head_of(_commit(source, newest))
             _append(kept_in, written)
-    return Verification(report, len(kept), written)
+    return Verification(report, len(kept), written, max((head.sequence for head in kept), default=None))
 
 
 def _opened(

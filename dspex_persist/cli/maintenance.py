@@ -317,13 +317,17 @@ def _show_problems(problems: "tuple[Problem, ...]", complete: bool = True) -> No
         say(f"stopped after {MOST_PROBLEMS} problems")
 
 
-def show_check(report: "maintenance.CheckReport") -> None:
+def show_check(report: "maintenance.CheckReport", end: str = "") -> None:
+    """Print what a check has found.
+
+    Args:
+        report: What it has found.
+        end: What is known of the end of the log; "" for what its own anchor says.
+    """
     _show_problems(report.problems, report.complete)
-    end = (
-        "its end matches its anchor"
-        if report.anchored
-        else "it has no anchor, so commits missing from its end would go unnoticed"
-    )
+    if report.anchored:
+        end = "its end matches its anchor"
+    end = end or "it has no anchor, so commits missing from its end would go unnoticed"
     if report.problems:
         say(f"{report.path}: {counted(len(report.problems), 'problem')} in {counted(report.commits, 'commit')}")
     else:

@@ -716,6 +716,15 @@ def test_verify_checks_all_and_compares_with_heads_kept_elsewhere(
     (row,) = ask("verify", "--anchor", kept, "--write", "--json").rows
     assert (row["ok"], row["compared"], row["written"]) == (True, 1, json.loads(line))
     assert len(kept.read_text().splitlines()) == 2
+    # Without the file next to the database, only the kept heads tell where the log ends.
+    copy = tmp_path / "copy.db"
+    with closing(sqlite3.connect(path)) as here, closing(sqlite3.connect(copy)) as there:
+        here.backup(there)
+    assert "it has no anchor, so commits missing" in ask("verify", db=copy).out
+    assert f"up to {json.loads(line)['sequence']}, the newest kept head" in ask("verify", "--anchor", kept, db=copy).out
+    output = ask("verify", "--anchor", tmp_path / "new.jsonl", "--write", db=copy).out
+    assert "had no head yet, so commits missing" in output
+    assert "it has no anchor" not in output
     assert ask("verify", "--csv").out == "where,what\n"
     assert ask("verify", "--jobs", "2").out == ask("verify", "--jobs", "1").out
 

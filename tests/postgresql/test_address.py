@@ -162,6 +162,14 @@ def test_commands(run: Run, secret: str, words: tuple[str, ...]) -> None:
     assert code == 0, printed
 
 
+def test_verify_says_what_kept_heads_tell(run: Run, secret: str) -> None:
+    words = ("audit", "verify", "--db", secret)
+    assert "it has no anchor, so commits missing" in run(*words)[1]
+    assert "had no head yet" in run(*words, "--anchor", "heads.jsonl", "--write")[1]
+    code, printed = run(*words, "--anchor", "heads.jsonl")
+    assert (code, "the newest kept head" in printed, "it has no anchor" in printed) == (0, True, False), printed
+
+
 @pytest.mark.parametrize(
     ("words", "instead"),
     [

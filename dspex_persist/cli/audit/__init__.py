@@ -594,11 +594,21 @@ def _say_verification(verification: "Verification", request: AuditOptions, ancho
         case Form.CSV:
             _say_all(request, Problem, report.problems)
         case Form.TABLE:
-            show_check(report)
+            show_check(report, _end_of(verification, anchor))
             if verification.compared:
                 say(f"compared with {counted(verification.compared, 'kept head')} of {anchor}")
             if written is not None:
                 say(f"{anchor}: head {written.sequence} written, {written.hash}")
+
+
+def _end_of(verification: "Verification", anchor: Path | None) -> str:
+    """Return what kept heads say about the end of the log; "" if none were to be looked at."""
+    if anchor is None:
+        return ""
+    if verification.last_compared is None:
+        return f"{anchor} had no head yet, so commits missing from its end would go unnoticed"
+    last = verification.last_compared
+    return f"it has all commits up to {last}, the newest kept head; missing ones after that would go unnoticed"
 
 
 # Pages
