@@ -1,6 +1,7 @@
 """The command line: arguments in, exit codes out. Commands import heavy modules themselves, so that help is fast."""
 
 import gc
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from dspex_persist.cli import (
     workers,
 )
 from dspex_persist.cli.groups import HELP_OPTIONS
-from dspex_persist.cli.hints import ExplainedError, use_options_of
+from dspex_persist.cli.hints import ExplainedError, ToldError, text_of, use_options_of
 from dspex_persist.cli.live import call as call_command
 from dspex_persist.cli.live import get as get_command
 from dspex_persist.cli.live import programs, sessions
@@ -121,14 +122,17 @@ def main() -> None:
 
 def _run(words: list[str]) -> int:
     threshold = gc.get_threshold()
+    command, subcommand = _command(words)
+    asks_for_json = _asks_for_json(words, subcommand)
     # The modules that a command imports are not garbage, and with the default of 700 a tenth of its start is looking.
     gc.set_threshold(_COLLECT_AFTER, *threshold[1:])
     try:
         decoded = streams.decoded(words)
-        command, subcommand = _command(decoded)
         use_options_of(subcommand)
         command(args=decoded, prog_name="dspex-persist")
     except SystemExit as end:
+        if asks_for_json and (sentence := _wrong_usage(end)) is not None:
+            _say_failure(sentence)
         ended = end.code if isinstance(end.code, int) else 0
         return streams.READER_GONE if ended == 1 and streams.is_reader_gone(end) else ended
     except (DspexError, ValueError, OSError) as error:
@@ -136,11 +140,33 @@ def _run(words: list[str]) -> int:
         if code is None:
             raise
         if code != streams.READER_GONE:
-            complain(streams.sentence_of(error) if isinstance(error, OSError) else error)
+            sentence = streams.sentence_of(error) if isinstance(error, OSError) else text_of(error)
+            if asks_for_json and not isinstance(error, ToldError):
+                _say_failure(sentence)
+            complain(sentence)
         return code
     finally:
         gc.set_threshold(*threshold)
     return 0
+
+
+def _asks_for_json(words: Sequence[str], command: Any) -> bool:
+    """Whether the words ask for JSON, of a command that has it, or of none that there is."""
+    options = words[: words.index("--")] if "--" in words else words
+    has_json = any("--json" in each.opts for each in command.params)
+    return "--json" in options and (has_json or hasattr(command, "commands"))
+
+
+def _say_failure(sentence: str) -> None:
+    """Print an error as a JSON object on stdout."""
+    streams.print_line(json.dumps({"ok": False, "error": sentence}))
+
+
+def _wrong_usage(end: SystemExit) -> str | None:
+    """Return what Typer says of words that it does not take; None if it has ended for another reason."""
+    # Which class the error has depends on the release: some bring their own copy of Click.
+    message = getattr(end.__context__, "format_message", None)
+    return None if message is None else str(message())
 
 
 def _command(words: Sequence[str]) -> tuple[Any, Any]:
@@ -199,7 +225,7 @@ def exit_code_of(error: Exception) -> int | None:
         # Text that cannot be encoded, such as in an argument.
         (UnicodeError, 2),
     )
-    if isinstance(error, ExplainedError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, ExplainedError | ToldError) and isinstance(error.__cause__, Exception):
         return exit_code_of(error.__cause__)
     if isinstance(error, InvalidArgumentError) and error.field in _OF_ADDRESSES | _OF_POINTS:
         return 2

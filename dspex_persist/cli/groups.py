@@ -6,9 +6,7 @@ from typing import Annotated, Any, Final, TypeVar, cast
 
 import typer
 
-from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import Progress, progress_bar, say_json
-from dspex_persist.errors import DspexError
 
 R = TypeVar("R")
 
@@ -48,21 +46,16 @@ def carry_out(
     show: Callable[[R], None],
     is_fine: Callable[[R], bool] = lambda _report: True,
 ) -> R:
-    """Do the work and print its report. Errors propagate to `main`, which prints them.
+    """Do the work and print its report. Errors propagate to `main`, which prints them, also as JSON.
 
     Args:
-        as_json: Print one JSON object, also for an error.
+        as_json: Print one JSON object.
         work: Returns the report: a dataclass or a dict.
         show: Prints the report for people.
         is_fine: Whether the report counts as a success: `ok` in the JSON object.
     """
-    try:
-        with progress_bar() as progress:
-            report = work(progress)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": text_of(error)})
-        raise
+    with progress_bar() as progress:
+        report = work(progress)
     if as_json:
         facts = report if isinstance(report, dict) else asdict(cast(Any, report))
         say_json({"ok": is_fine(report), **facts})

@@ -136,6 +136,10 @@ class ExplainedError(DspexError):
         super().__init__(f"{sentence}; {advice}")
 
 
+class ToldError(DspexError):
+    """An error of which a command has printed the JSON itself. The exit code is that of its cause."""
+
+
 def use_options_of(command: Any) -> None:
     """Have errors about an invalid argument name the option of this command that has it: --at instead of at."""
     options = {max(each.opts, key=len): each.name for each in command.params if each.param_type_name == "option"}

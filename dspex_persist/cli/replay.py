@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dspex_persist.cli.groups import Json
-from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
 from dspex_persist.cli.places import database_of, expanded
-from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
     from dspex_persist.replay import Divergence, Recording, ReplayedExecution, ReplayReport
@@ -126,18 +124,13 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Replay a session."""
-    try:
-        choice = {"tools": tools, "from": since, "until": until, "only-tool": only_tool, "live-lm": live_lm}
-        _check_usage(mode, choice, reveal and db is None)
-        if mode is Mode.STATE:
-            report = _replay_state(source, db, reveal)
-        else:
-            recording = _recording(source, db, reveal)
-            report = _replay_tools(recording, tools or (), since, until, only_tool or (), live_lm)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": text_of(error)})
-        raise
+    choice = {"tools": tools, "from": since, "until": until, "only-tool": only_tool, "live-lm": live_lm}
+    _check_usage(mode, choice, reveal and db is None)
+    if mode is Mode.STATE:
+        report = _replay_state(source, db, reveal)
+    else:
+        recording = _recording(source, db, reveal)
+        report = _replay_tools(recording, tools or (), since, until, only_tool or (), live_lm)
     if as_json:
         say_json(report.document())
     else:

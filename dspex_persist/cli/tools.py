@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dspex_persist.cli.groups import Json, carry_out, new_group
-from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
 from dspex_persist.cli.places import url_of
 from dspex_persist.errors import DspexError
@@ -118,12 +117,7 @@ def list_tools(
     as_json: Json = False,
 ) -> None:
     """List tools."""
-    try:
-        listed = _find(tools or [], target, session, config)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": text_of(error)})
-        raise
+    listed = _find(tools or [], target, session, config)
     if as_json:
         say_json({"ok": True, "tools": [_document(each) for each in listed]})
     else:

@@ -4,6 +4,7 @@ Each command in each of them is thorough; `make test` has each command in every 
 every second command.
 """
 
+import json
 import os
 import re
 import signal
@@ -168,12 +169,16 @@ def test_no_traceback_and_a_code_that_is_documented(command: str, shell: str, pl
         assert err.strip(), "stderr is empty"
 
 
+def options_of(name: str) -> list[Any]:
+    command: Any = typer.main.get_command(cli.app)
+    for word in name.split():
+        command = command.commands[word]
+    return [each for each in command.params if each.param_type_name == "option"]
+
+
 def options_with(metavar: str) -> Iterator[tuple[str, str]]:
     for name in COMMANDS:
-        command: Any = typer.main.get_command(cli.app)
-        for word in name.split():
-            command = command.commands[word]
-        yield from ((name, option.opts[-1]) for option in command.params if option.metavar == metavar)
+        yield from ((name, option.opts[-1]) for option in options_of(name) if option.metavar == metavar)
 
 
 @pytest.mark.parametrize(("command", "option"), list(options_with("POINT")))
@@ -183,6 +188,38 @@ def test_what_is_no_point_is_wrong_usage(command: str, option: str, place: Path,
     ]
     code, _, err = run_forked([*command.split(), *words, option, "soon"], SHELLS["as usual"], tmp_path)
     assert code == 2, err
+
+
+WITH_JSON = [name for name in COMMANDS if any("--json" in each.opts for each in options_of(name))]
+WRONG = [*((name, "--nonsense", "--json") for name in WITH_JSON), ("audit", "nonsense", "--json"), ("get", "--json")]
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_wrong_usage_is_told_as_json_too(words: tuple[str, ...], tmp_path: Path) -> None:
+    code, out, err = run_forked([each for word in words for each in word.split()], SHELLS["as usual"], tmp_path)
+    assert (code, "Usage" in err) == (2, True), err
+    document = json.loads(out)
+    assert (document["ok"], list(document)) == (False, ["ok", "error"])
+    assert "nonsense" in document["error"] or "SESSION" in document["error"]
+
+
+@pytest.mark.parametrize("words", [("set", "s", "x", "--", "--json"), ("serve", "--json")], ids=" ".join)
+def test_who_has_not_asked_for_json_gets_none(words: tuple[str, ...], tmp_path: Path) -> None:
+    code, out, _ = run_forked(words, SHELLS["as usual"], tmp_path)
+    assert (code > 0, out) == (True, "")
+
+
+@pytest.mark.parametrize("command", WITH_JSON)
+def test_an_address_that_is_none_is_told_as_json(command: str, tmp_path: Path) -> None:
+    names = {name for each in options_of(command) for name in each.opts}
+    option = next((each for each in ("--target", "--db", "--token-file") if each in names), "")
+    words = [each for each in COMMANDS[command] if each not in ("--db", "--target", "--token-file", "DB", "NEW")]
+    code, out, err = run_forked(
+        [*command.split(), *words, *filter(None, (option, "/not/there")), "--json"], SHELLS["as usual"], tmp_path
+    )
+    assert code not in (0, 141), err
+    document = json.loads(out)
+    assert (document["ok"], bool(document["error"])) == (False, True)
 
 
 def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str, str]:

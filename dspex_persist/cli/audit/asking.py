@@ -12,7 +12,6 @@ import typer
 from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import complain, say_json
 from dspex_persist.cli.places import database_of, url_of
-from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
     from dspex_persist.audit import AuditSource
@@ -80,7 +79,7 @@ class AuditOptions:
 
 @contextmanager
 def answering(request: AuditOptions) -> Iterator[None]:
-    """Report errors in one sentence on stderr, with --json also on stdout; an invalid argument exits with 2."""
+    """End the command with 2 at an invalid argument, of which all are options here. `main` reports other errors."""
     from dspex_persist.state.errors import InvalidArgumentError
 
     try:
@@ -88,11 +87,9 @@ def answering(request: AuditOptions) -> Iterator[None]:
         yield
         # A closed pipe has to fail here, where the error is handled, not at the exit of the process.
         sys.stdout.flush()
-    except (DspexError, ValueError) as error:
+    except InvalidArgumentError as error:
         if request.as_json:
             say_json({"ok": False, "error": text_of(error)})
-        if not isinstance(error, InvalidArgumentError):
-            raise
         complain(error)
         raise typer.Exit(EXIT_USAGE) from error
 

@@ -10,12 +10,11 @@ import typer
 
 from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json
-from dspex_persist.cli.hints import text_of
+from dspex_persist.cli.hints import ToldError, text_of
 from dspex_persist.cli.live.opening import Place
 from dspex_persist.cli.live.options import Actor, Session, Target, Why
 from dspex_persist.cli.output import plain_lines, say_json
 from dspex_persist.cli.places import Db
-from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,20 +101,15 @@ def call(
         raise typer.BadParameter("a server runs its own tools: leave out --tools, or --target")
     # While a tool runs here, `sys.stdout` is stderr: what it prints must not mix with its result.
     out, who = sys.stdout, Who(actor=actor, reason=why)
-    try:
-        with _opened(place, tools or []) as state, place.explaining(session):
-            spec = next((each for each in state.list_tools(session) if each.name == tool), None)
-            values = _values(pairs, spec)
-            # A stream has no outcome, and takes neither a key nor a timeout.
-            if spec is not None and spec.streaming and not (as_json or key or timeout_s):
-                _stream(state, session, tool, values, who, out)
-                return
-            command = ExecuteTool(session, tool, values, timeout_s=timeout_s or TOOL_TIMEOUT_S)
-            outcome = state.run(command, key, **who)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": text_of(error)})
-        raise
+    with _opened(place, tools or []) as state, place.explaining(session):
+        spec = next((each for each in state.list_tools(session) if each.name == tool), None)
+        values = _values(pairs, spec)
+        # A stream has no outcome, and takes neither a key nor a timeout.
+        if spec is not None and spec.streaming and not (as_json or key or timeout_s):
+            _stream(state, session, tool, values, who, out)
+            return
+        command = ExecuteTool(session, tool, values, timeout_s=timeout_s or TOOL_TIMEOUT_S)
+        outcome = state.run(command, key, **who)
     _show(session, tool, outcome, as_json)
 
 
@@ -188,6 +182,8 @@ def _show(session: str, tool: str, outcome: "ToolOutcome", as_json: bool) -> Non
             document |= {"error": text_of(error), "error_code": outcome.error_code}
         say_json(document)
     if error is not None:
+        if as_json:
+            raise ToldError(text_of(error)) from error
         raise error
     if not as_json and outcome.result is not None and outcome.result.json != "null":
         _print(text_of_value(outcome.result), sys.stdout)

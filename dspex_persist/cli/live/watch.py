@@ -98,13 +98,8 @@ def watch(
     """Print changes."""
     place = Place.of(target, db)
     show = _document if as_json else _text
-    try:
-        with suppress(KeyboardInterrupt):
-            _print(_lines(place, session, names or [], reveal, since), show, initial, limit)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": text_of(error)})
-        raise
+    with suppress(KeyboardInterrupt):
+        _print(_lines(place, session, names or [], reveal, since), show, initial, limit)
 
 
 def _print(
