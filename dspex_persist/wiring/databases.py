@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar, Unpack
 
 from dspex_persist.addresses import DatabaseUrl
 from dspex_persist.extras import lack_of
@@ -14,14 +14,24 @@ from dspex_persist.wiring.options import sorted_options
 if TYPE_CHECKING:
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
+    from dspex_persist.state.commands import Command
     from dspex_persist.state.meter import Meter
-    from dspex_persist.state.provider import Progress
+    from dspex_persist.state.options import SessionOptions
+    from dspex_persist.state.provider import Progress, Who
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.served import ServedEngine
     from dspex_persist.state.store.maintenance.checks import CheckReport
     from dspex_persist.state.store.session_store import StoreOptions
 
+R = TypeVar("R")
 T = TypeVar("T")
+
+
+class ReadsSessions(Protocol):
+    """Whatever runs commands that read a live session: an engine, a server, or a reader of a database."""
+
+    def run(self, command: "Command[R]", idempotency_key: str | None = None, **who: "Unpack[Who]") -> R:
+        """Return the result of a command; see `StateProvider.run`."""
 
 
 @contextmanager
@@ -71,6 +81,10 @@ class Database(ABC):
     @abstractmethod
     def audit(self, *, reveal: bool) -> "AuditSource":
         """Open the history for queries. It creates nothing."""
+
+    def sessions(self, options: "SessionOptions") -> "AbstractContextManager[ReadsSessions]":
+        """Open the live sessions for reading, where there are no audits. It creates nothing."""
+        raise UnsupportedError(f"reading the live sessions in {self.url} beside its history", "query the history")
 
     @abstractmethod
     def recording(
@@ -223,6 +237,15 @@ class Redis(Database):
         from dspex_persist.state.valkey import databases
 
         return self._opened(databases.open_recording(self.url.url, session_id, started=started, reveal=reveal))
+
+    @contextmanager
+    def sessions(self, options: "SessionOptions") -> "Iterator[ReadsSessions]":
+        """See `Database`."""
+        from dspex_persist.state.valkey import databases
+
+        # What is read later needs rights of its own.
+        with reaching(self.url), databases.open_sessions(self.url.url, options) as reader:
+            yield reader
 
     def check(self, progress: "Progress", jobs: int | None = None) -> "CheckReport":
         """See `Database`."""

@@ -134,7 +134,9 @@ def test_commands_take_the_durability_of_the_settings(
     with connect(url, durability="normal") as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 1)
-    code, printed = run("get", "s", "x", "--db", url)
+    # What is there can be read, whatever a power cut would do to what is written.
+    assert run("get", "s", "x", "--db", url) == (0, "1\n")
+    code, printed = run("set", "s", "x", "2", "--db", url)
     assert (code, "choose the durability normal" in printed) == (5, True), printed
     monkeypatch.setenv("DSPEX_PERSIST_DURABILITY", "normal")
     for words in (

@@ -104,7 +104,7 @@ def _rows_of(place: Place, session: str, names: Sequence[str], reveal: bool) -> 
     from dspex_persist.state.audit import is_glob
     from dspex_persist.state.commands import GetVariables, ListVariables
 
-    with place.opened() as state, place.explaining(session):
+    with place.read() as state, place.explaining(session):
         if names and not any(map(is_glob, names)):
             batch = state.run(GetVariables(session, names))
             if not batch.missing:

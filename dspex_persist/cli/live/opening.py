@@ -14,6 +14,7 @@ from dspex_persist.errors import DspexError
 if TYPE_CHECKING:
     from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource, VariableState
+    from dspex_persist.wiring.databases import ReadsSessions
 
 _TIMEOUT_S: Final = 10.0
 """How long a server may take to answer, in seconds."""
@@ -86,6 +87,21 @@ class Place:
             raise ExplainedError(error.sentence, advice) from error
         with state:
             yield state
+
+    @contextmanager
+    def read(self) -> "Iterator[ReadsSessions]":
+        """Open the state for commands that only read, where it has no history."""
+        from dspex_persist.settings import load_settings
+        from dspex_persist.state.options import SessionOptions
+        from dspex_persist.wiring.databases import database_at
+        from dspex_persist.wiring.limits import limits_of
+
+        if self.url is None and isinstance(place := self.path, DatabaseUrl):
+            with database_at(place).sessions(SessionOptions(limits=limits_of(load_settings()))) as reader:
+                yield reader
+        else:
+            with self.opened() as state:
+                yield state
 
     @contextmanager
     def history(self, *, reveal: bool = False) -> "Iterator[AuditSource]":

@@ -16,13 +16,13 @@ from dspex_persist.state.globs import compile_glob
 
 if TYPE_CHECKING:
     from dspex_persist.state.audit import AuditSource, HistoryEntry, VariableState
-    from dspex_persist.state.provider import StateProvider
+    from dspex_persist.wiring.databases import ReadsSessions
 
 
 class OfState(Runs):
     """The session on an engine, or on a server."""
 
-    def __init__(self, state: "StateProvider", *, reveal: bool) -> None:
+    def __init__(self, state: "ReadsSessions", *, reveal: bool) -> None:
         self._state = state
         self._reveal = reveal
 

@@ -62,7 +62,7 @@ def _reading(place: Place, session: str, reveal: bool = False) -> "Iterator[Cata
         with place.explaining(session), place.history(reveal=reveal) as source:
             yield Catalog(OfHistory(source, session), session)
     else:
-        with place.opened() as state, place.explaining(session):
+        with place.read() as state, place.explaining(session):
             yield Catalog(OfState(state, reveal=reveal), session)
 
 

@@ -3,17 +3,27 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from typing import TypeVar, Unpack
 
-from dspex_persist.state.errors import NotADatabaseError
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import NotADatabaseError, UnsupportedError
 from dspex_persist.state.errors.hints import Hint
+from dspex_persist.state.groups import GroupMoment, unit_of
+from dspex_persist.state.model import Origin
+from dspex_persist.state.options import SessionOptions
+from dspex_persist.state.provider import Who
 from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.unit_of_work import Drafts
 from dspex_persist.state.valkey.address import Address
 from dspex_persist.state.valkey.connection import Connection, converted
+from dspex_persist.state.valkey.heads import FIELDS, Head
 from dspex_persist.state.valkey.keys import Keys
 from dspex_persist.state.valkey.reads import Reads
 from dspex_persist.state.valkey.recordings import Recordings
 from dspex_persist.state.valkey.types import refuse_others
 from dspex_persist.state.valkey.verify import Problem, Verification
+
+R = TypeVar("R")
 
 
 @contextmanager
@@ -36,6 +46,38 @@ def open_reads(url: str) -> Iterator[tuple[Reads, Keys]]:
         yield Reads(connection, keys), keys
     finally:
         connection.close()
+
+
+class SessionReader:
+    """Answers commands that only read: each sees the live session as it is stored at that moment.
+
+    It needs no rights but those to read, and the other servers do not hear of it.
+
+    Args:
+        reads: What reads the store.
+        keys: The names of the keys.
+        options: The limits of commands.
+    """
+
+    def __init__(self, reads: Reads, keys: Keys, options: SessionOptions) -> None:
+        self._reads, self._keys, self._options = reads, keys, options
+
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
+        """Return the result of a command; see `StateProvider.run`. Who asks makes no difference."""
+        command.check()
+        if command.writes:
+            raise UnsupportedError(f"{command.cause} by a reader of the store")
+        with converted():
+            head = Head.of(self._reads.client.hmget(self._keys.head, FIELDS))
+            origin, at = Origin("", command.cause), GroupMoment.after(head.last_at)
+            return command.apply(unit_of(self._options, Drafts(self._reads), origin, at, head.sequence))
+
+
+@contextmanager
+def open_sessions(url: str, options: SessionOptions) -> Iterator[SessionReader]:
+    """Open the live sessions for reading; see `open_reads` for the errors."""
+    with open_reads(url) as (reads, keys):
+        yield SessionReader(reads, keys, options)
 
 
 @contextmanager

@@ -262,6 +262,12 @@ class Reads:
         content = self.client.hget(self._keys.spent(first), tool)
         return NOTHING if content is None else codec.spent_in(content)
 
+    def spent(self, state: SessionState) -> tuple[int, Mapping[str, Spent]]:
+        """See `Backing`."""
+        # In this order, so that nothing that is counted is of a later commit.
+        sequence = int(self.client.hget(self._keys.head, "sequence") or 0)
+        return sequence, self.all_spent(state.session.sequence)
+
     def all_spent(self, first: int) -> Mapping[str, Spent]:
         """Return what the LM calls in a session have used, by tool."""
         found = self.client.hgetall(self._keys.spent(first))
