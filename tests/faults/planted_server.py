@@ -357,6 +357,9 @@ def stale_snapshot() -> None:
 
     def apply(self: BeginExecution, uow: Any) -> Any:
         begun = begin(self, uow)
+        if begun.snapshot is None:
+            # It repeats one that has ended.
+            return begun
         now = time.monotonic()
         at, old = kept.get(self.session_id, (0.0, begun.snapshot))
         if now - at > _STALE_S:
