@@ -12,7 +12,8 @@ from grpc._cython import cygrpc
 from dspex_persist.infra import calls
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.infra.server import ServerOptions, _channel_options
+from dspex_persist.infra.server import ServerOptions
+from dspex_persist.infra.server.life import _channel_options
 from dspex_persist.state.bridge.client import state as client
 from tests.deadline import within
 from tests.infra import ping

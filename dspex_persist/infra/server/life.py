@@ -35,7 +35,6 @@ from dspex_persist.infra.listen import (
     TcpAddress,
     UnixAddress,
     grpc_name,
-    is_loopback,
     parse_listen,
     prepare,
 )
@@ -44,17 +43,6 @@ from dspex_persist.infra.metrics import CallMeter, RpcMeter
 from dspex_persist.infra.traced_calls import CallSpans, TracedRpc
 from dspex_persist.infra.tracing import tracer
 from dspex_persist.infra.traffic import traffic_of
-
-__all__ = [
-    "DrainingError",
-    "ListenError",
-    "RpcStatus",
-    "ServerOptions",
-    "Service",
-    "StatusOf",
-    "is_loopback",
-    "serve",
-]
 
 _MIB: Final = 1024 * 1024
 # How long the clean-up of handlers may take that are cancelled after the grace period.
