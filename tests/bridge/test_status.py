@@ -15,7 +15,7 @@ import dspex_persist
 from dspex_persist.cli.hints import text_of as in_commands
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.server import DrainingError
-from dspex_persist.infra.server.life import _fitting_trailers
+from dspex_persist.infra.server.guard import _fitting_trailers
 from dspex_persist.state import errors
 from dspex_persist.state.bridge import status
 from dspex_persist.state.errors import StateError

@@ -16,7 +16,7 @@ from typing import Any
 import grpc.aio
 
 from dspex_persist.cli import main
-from dspex_persist.infra.server import life
+from dspex_persist.infra.server import guard
 from dspex_persist.infra.workers import orphans, worker
 from dspex_persist.infra.workers.leases import Loan
 from dspex_persist.infra.workers.pool import WorkerPool
@@ -287,8 +287,8 @@ def leak_memory() -> None:
 
 def keep_refused() -> None:
     """Keep the frames of errors alive, so that only a garbage collection frees the requests that were refused."""
-    assert life._release_frames
-    _patch(life, "_release_frames", lambda _: None)
+    assert guard._release_frames
+    _patch(guard, "_release_frames", lambda _: None)
     gc.disable()
 
 
