@@ -2,7 +2,8 @@
 
 from dspex_persist.infra.listen import ListenError, is_loopback
 from dspex_persist.infra.server.guard import Admit, Context, DrainingError, RpcStatus, StatusOf, admit_all
-from dspex_persist.infra.server.life import ReadsFirst, ServerOptions, Service, reads_all, serve
+from dspex_persist.infra.server.handlers import ReadsFirst, Service, reads_all
+from dspex_persist.infra.server.life import ServerOptions, serve
 
 __all__ = [
     "Admit",
