@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from dspex_persist.infra.health import serves
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
-from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, life, serve
+from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, health, life, serve
 from tests.deadline import within
 from tests.infra import ping
 from tests.infra.ping import OpenChannel, PingClient, StartServer
@@ -33,7 +33,7 @@ from tests.logs import capture_logs
 
 
 def test_a_host_may_watch_the_health_many_times_but_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "WATCHES_OF_HEALTH", 2)
+    monkeypatch.setattr(health, "WATCHES_OF_HEALTH", 2)
 
     async def first_answers(port: int, watches: int) -> list[StatusCode | int]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -394,7 +394,7 @@ def test_health_is_not_serving_while_the_process_cannot_do_its_work() -> None:
 
 
 def test_a_watch_of_the_health_is_told_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "_LOOK_S", 0.01)
+    monkeypatch.setattr(health, "_LOOK_S", 0.01)
 
     async def run() -> None:
         stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()

@@ -2,16 +2,11 @@
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-from google.protobuf import descriptor_pool
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.access.tls import Certificates, Material
@@ -29,6 +24,8 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.metrics import CallMeter
 from dspex_persist.infra.server.guard import Admit, Calls, Context, StatusOf, admit_all
 from dspex_persist.infra.server.handlers import Handlers, ReadsFirst, Service, reads_all
+from dspex_persist.infra.server.health import HEALTH, health_service
+from dspex_persist.infra.server.reflection import reflection_service
 from dspex_persist.infra.traced_calls import CallSpans
 
 _MIB: Final = 1024 * 1024
@@ -36,12 +33,6 @@ _MIB: Final = 1024 * 1024
 _CLEAN_UP_S: Final = 5.0
 _PENDING_CALLS: Final = 100_000
 _UNREQUESTED_S: Final = 86_400
-# How often a watch of the health looks whether the process can do its work.
-_LOOK_S: Final = 1.0
-# So long may somebody take to ask for the health, who need not say who it is. A request may be large.
-_STRANGERS_S: Final = 2.0
-# Strangers may open them, and one connection carries thousands.
-WATCHES_OF_HEALTH: Final = 1_000
 
 _log: Final = get_logger(__name__)
 
@@ -154,6 +145,16 @@ async def serve(
             _log.warning("calls did not end after they were cancelled", calls=calls.active + own_calls.active)
 
 
+def _own_services(
+    options: ServerOptions, services: Sequence[Service], draining: asyncio.Event, is_fit: Callable[[], bool]
+) -> list[Service]:
+    names = [*(service.descriptor.full_name for service in services), HEALTH]
+    own = [health_service(names, draining, is_fit)]
+    if options.reflection:
+        own.append(reflection_service(names, draining))
+    return own
+
+
 async def _end_streams(on_drain: Callable[[], Awaitable[None]], deadline: float) -> None:
     try:
         async with asyncio.timeout_at(deadline):
@@ -241,95 +242,3 @@ def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
         server.add_insecure_port(grpc_name(str(address)))
     finally:
         os.umask(previous)
-
-
-# --- Health and reflection ---
-
-
-def _own_services(
-    options: ServerOptions, services: Sequence[Service], draining: asyncio.Event, is_fit: Callable[[], bool]
-) -> list[Service]:
-    find = descriptor_pool.Default().FindServiceByName
-    health = find("grpc.health.v1.Health")
-    names = [*(service.descriptor.full_name for service in services), health.full_name]
-    own = [Service(health, _Health(names, draining, is_fit), read_within_s=_STRANGERS_S)]
-    if options.reflection:
-        own.append(Service(find("grpc.reflection.v1alpha.ServerReflection"), _Reflection(names, draining)))
-    return own
-
-
-class _Health:
-    """grpc.health.v1: SERVING while the process can do its work, until the drain.
-
-    The drain ends every Watch, because an open one would delay it.
-    """
-
-    def __init__(self, names: Sequence[str], draining: asyncio.Event, is_fit: Callable[[], bool]) -> None:
-        self._names = frozenset(("", *names))
-        self._draining = draining
-        self._is_fit = is_fit
-        self._watches = Counter[str]()
-
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        if request.service not in self._names:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service")
-        return self._now()
-
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: Context
-    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        host = context.peer().rpartition(":")[0]
-        if self._watches[host] >= WATCHES_OF_HEALTH:
-            details = f"this host watches the health {WATCHES_OF_HEALTH:,} times already: end some, or ask with Check"
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, details)
-        known, draining = request.service in self._names, self._draining.is_set()
-        self._watches[host] += 1
-        try:
-            said = self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            yield said
-            # Read before the first answer, because the drain may begin while that is being sent.
-            while not draining:
-                with suppress(TimeoutError):
-                    draining = await asyncio.wait_for(self._draining.wait(), _LOOK_S)
-                if known and said != (now := self._now()):
-                    said = now
-                    yield said
-        finally:
-            self._watches -= Counter((host,))
-
-    def _now(self) -> health_pb2.HealthCheckResponse:
-        answer = health_pb2.HealthCheckResponse
-        is_serving = self._is_fit() and not self._draining.is_set()
-        return _health(answer.SERVING if is_serving else answer.NOT_SERVING)
-
-
-def _health(status: int) -> health_pb2.HealthCheckResponse:
-    return health_pb2.HealthCheckResponse(status=status)
-
-
-class _Reflection:
-    """grpc.reflection.v1alpha over the default pool. The drain ends its streams, which clients leave open."""
-
-    def __init__(self, names: Sequence[str], draining: asyncio.Event) -> None:
-        # Any, because its published types declare a coroutine where it has an async generator.
-        self._inner: Any = reflection.aio.ReflectionServicer(names)
-        self._draining = draining
-
-    async def ServerReflectionInfo(
-        self, requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: Context
-    ) -> None:
-        async def answer() -> None:
-            async for response in self._inner.ServerReflectionInfo(requests, context):
-                await context.write(response)
-
-        answering = asyncio.create_task(answer())
-        drained = asyncio.create_task(self._draining.wait())
-        try:
-            await asyncio.wait((answering, drained), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            drained.cancel()
-            answering.cancel()
-            # An answer that is being sent must not come after the status.
-            await asyncio.wait((answering,))
