@@ -9,7 +9,7 @@ import contextlib
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Generic, Self
 
 from dspex_persist.infra import forks
@@ -29,8 +29,8 @@ from dspex_persist.infra.workers.errors import (
     with_output,
 )
 from dspex_persist.infra.workers.failures import FailuresInARow
-from dspex_persist.infra.workers.homes import Homes
 from dspex_persist.infra.workers.leases import C, E, Lease, Loan, Member, Waiter, count_waiting
+from dspex_persist.infra.workers.members import Members
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
 from dspex_persist.infra.workers.starting import Starter
@@ -79,10 +79,7 @@ class WorkerPool(Generic[C]):
         )
         self._logger = _logger.bind(pool=name)
         self._state = "new"
-        self._members: dict[str, Member[C]] = {}
-        # By the time of their return: the last one is the warmest.
-        self._idle: dict[str, Member[C]] = {}
-        self._homes = Homes[C]()
+        self._members = Members[C](self.options.affinity)
         self._waiters: list[Waiter[C]] = []
         self._numbers = 0
         self._keepers: set[asyncio.Task[None]] = set()
@@ -169,7 +166,7 @@ class WorkerPool(Generic[C]):
     async def _close(self) -> None:
         closed = self.error(PoolUnavailableError, "it is closed")
         self._fail_waiters(closed)
-        for member in list(self._members.values()):
+        for member in self._members:
             if member.lease is not None and member.lease.interrupt is not None:
                 member.lease.interrupt(closed)
         tasks = [*self._keepers, *self._background]
@@ -210,7 +207,7 @@ class WorkerPool(Generic[C]):
 
     def forget(self, key: str) -> None:
         """Forget which worker had an affinity key."""
-        if self._homes.forget(key):
+        if self._members.homes.forget(key):
             self._dispatch()
 
     def error(self, kind: Callable[..., E], *fields: object) -> E:
@@ -219,20 +216,19 @@ class WorkerPool(Generic[C]):
 
     def statistics(self) -> PoolStatistics:
         """Return what the pool does now, and what it has counted; from any thread."""
-        # The loop adds and removes members meanwhile.
-        now, members = self._clock(), list(self._members.values())
+        now, members = self._clock(), list(self._members)
         state = self._state
         if state == "running" and self._failures.is_pausing:
             state = "failing"
-        elif state == "running" and len(_regular(members)) < self.options.size:
+        elif state == "running" and len(self._members.regular()) < self.options.size:
             state = "starting"
         counts = self._counts
         return PoolStatistics(
             pool=self.name,
             state=state,
             size=self.options.size,
-            idle=len(self._idle),
-            busy=max(0, len(members) - len(self._idle)),
+            idle=len(self._members.idle),
+            busy=max(0, len(members) - len(self._members.idle)),
             starting=self._starting,
             spares=sum(member.spare for member in members),
             queued=len(self._waiters),
@@ -261,7 +257,7 @@ class WorkerPool(Generic[C]):
         waiter = Waiter[C](self._numbers, key, parent)
         while True:
             self._check_open(parent)
-            member = self._pick(waiter) or await self._wait(waiter, deadline, timeout_s)
+            member = self._members.pick(waiter) or await self._wait(waiter, deadline, timeout_s)
             if not self._is_gone(member):
                 break
             waiter = Waiter(self._numbers, key, parent)
@@ -270,10 +266,10 @@ class WorkerPool(Generic[C]):
         # The error of a call shows what was written during it, and not what those of others have written.
         member.worker.forget_output()
         lease = member.lease = Lease(self, member, key, parent, deadline)
-        self._idle.pop(member.worker.id, None)
+        self._members.idle.pop(member.worker.id, None)
         self._counts["requests"] += 1
         if key is not None and parent is None:
-            self._homes.bind(key, member)
+            self._members.homes.bind(key, member)
         return lease
 
     async def _wait(self, waiter: Waiter[C], deadline: float | None, timeout_s: float | None) -> Member[C]:
@@ -327,14 +323,14 @@ class WorkerPool(Generic[C]):
         if alike >= self.options.queue_size:
             self._counts["saturated"] += 1
             raise self.error(PoolSaturatedError, self.options.size, alike)
-        home = self._homes.find(waiter.key)
+        home = self._members.homes.find(waiter.key)
         if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
             self._counts["saturated"] += 1
             raise self.error(WorkerBusyError, home.worker.id)
 
     def _is_failing(self) -> bool:
         """Whether there is no worker, and there will be none for a while."""
-        return not self._members and not self._starting and self._failures.is_pausing
+        return not self._members.all and not self._starting and self._failures.is_pausing
 
     def _failing(self) -> PoolUnavailableError:
         return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._told_failure}")
@@ -344,36 +340,20 @@ class WorkerPool(Generic[C]):
         if self._is_failing():
             self._fail_waiters(self._failing())
 
-    def _pick(self, waiter: Waiter[C]) -> Member[C] | None:
-        """The idle worker for a call, if there is one; no spare."""
-        home = self._homes.find(waiter.key)
-        if home is not None:
-            if home.worker.id in self._idle:
-                return home
-            if self.options.affinity != "hint" and waiter.parent is None and not home.over.done():
-                return None
-        free = [member for member in self._idle.values() if not member.spare]
-        if not free:
-            return None
-        if waiter.key is None:
-            return free[-1]
-        # Sessions are spread, so that each finds its worker free.
-        return min(reversed(free), key=lambda member: len(member.keys))
-
     def _dispatch(self) -> None:
         """Give free workers to the calls that wait."""
-        for waiter in self._waiters[:] if self._idle else ():
+        for waiter in self._waiters[:] if self._members.idle else ():
             # One that was cancelled may not know it yet.
-            member = None if waiter.turn.done() else self._pick(waiter)
+            member = None if waiter.turn.done() else self._members.pick(waiter)
             if member is not None:
                 self._give(member, waiter)
-                if not self._idle:
+                if not self._members.idle:
                     break
         self.use_spare()
         self._changed.set()
 
     def _give(self, member: Member[C], waiter: Waiter[C]) -> None:
-        del self._idle[member.worker.id]
+        del self._members.idle[member.worker.id]
         self._waiters.remove(waiter)
         waiter.turn.set_result(member)
 
@@ -429,7 +409,7 @@ class WorkerPool(Generic[C]):
     def _give_back(self, member: Member[C]) -> None:
         if not self._is_gone(member) and self._state != "closed":
             member.idle_since = self._time()
-            self._idle[member.worker.id] = member
+            self._members.idle[member.worker.id] = member
         self._dispatch()
 
     def _recycle(self, member: Member[C]) -> None:
@@ -441,10 +421,10 @@ class WorkerPool(Generic[C]):
             reason = f"it has {rss} bytes of memory in use"
         elif options.max_age_s is not None and (age_s := self._time() - member.ready_at) > options.max_age_s:
             # Workers that were started together must not all be gone together.
-            reason = f"it is {age_s:.0f} s old" if len(self._regular()) >= options.size else ""
+            reason = f"it is {age_s:.0f} s old" if len(self._members.regular()) >= options.size else ""
         if reason:
             self._counts["recycled"] += 1
-            self._idle.pop(member.worker.id, None)
+            self._members.idle.pop(member.worker.id, None)
             member.leave(reason)
 
     # --- Keeping workers
@@ -498,7 +478,7 @@ class WorkerPool(Generic[C]):
         worker, contact = await self._starter.start()
         member = Member(worker, contact, spare=spare, began=began, now=self._time())
         worker.exited.add_done_callback(lambda _: self._exited(member))
-        self._members[worker.id] = self._idle[worker.id] = member
+        self._members.add(member)
         self._counts["started"] += 1
         self._logger.info(
             "a worker is ready",
@@ -524,16 +504,14 @@ class WorkerPool(Generic[C]):
         if not member.has_succeeded:
             self._failures.add(self._last_failure, member.began)
         # At once: nobody may get it any more.
-        self._idle.pop(member.worker.id, None)
+        self._members.idle.pop(member.worker.id, None)
         member.leave(None)
         if member.lease is not None and member.lease.interrupt is not None:
             member.lease.interrupt(member.lease.exited())
 
     def _remove(self, member: Member[C]) -> None:
         member.leave("the pool is closed")
-        self._members.pop(member.worker.id, None)
-        self._idle.pop(member.worker.id, None)
-        self._homes.remove(member)
+        self._members.remove(member)
         self._refuse_waiters()
         self._dispatch()
 
@@ -573,21 +551,23 @@ class WorkerPool(Generic[C]):
         waiter = next((each for each in self._waiters if each.parent is not None and not each.turn.done()), None)
         if waiter is None or self._state == "closed":
             return
-        busy = [member for member in self._members.values() if member.worker.id not in self._idle]
-        if not all(member.lease is not None and member.lease.waiting for member in busy):
+        if not self._members.are_stuck(waiter.depth):
             return
-        if any(member.spare and member.lease is not None and member.lease.depth >= waiter.depth for member in busy):
-            return
-        spare = next((member for member in self._idle.values() if member.spare), None)
+        spare = self._members.idle_spare()
         if spare is not None:
             self._give(spare, waiter)
-        elif busy and not self._starting and not self._coming and self._spares < self.options.nesting:
+        elif self._may_have_spare():
             # Counted at once, so that the next waiter does not start another one.
             self._spares += 1
             self._coming += 1
             came = asyncio.get_running_loop().create_future()
             came.add_done_callback(self._came)
             self._keep_task(self._keepers, self._live_spare(came))
+
+    def _may_have_spare(self) -> bool:
+        """Whether another spare may be started."""
+        are_starting = self._starting or self._coming
+        return not self._members.are_idle and not are_starting and self._spares < self.options.nesting
 
     async def _live_spare(self, came: "asyncio.Future[None]") -> None:
         try:
@@ -608,13 +588,13 @@ class WorkerPool(Generic[C]):
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(self.options.health_interval_s)
-            checks = [self._check(member) for member in list(self._idle.values())]
+            checks = [self._check(member) for member in list(self._members.idle.values())]
             await asyncio.gather(*checks)
 
     async def _limit_memory(self, most: int) -> None:
         while True:
             await asyncio.sleep(_MEMORY_POLL_S)
-            for member in list(self._members.values()):
+            for member in self._members:
                 rss = member.worker.rss_bytes if member.lease is not None else 0
                 if member.lease is not None and member.lease.interrupt is not None and rss > most:
                     most_of = setting_of(self.name, "kill_rss_bytes", self._settings)
@@ -627,7 +607,7 @@ class WorkerPool(Generic[C]):
 
     async def _check(self, member: Member[C]) -> None:
         if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
-            self._idle.pop(member.worker.id, None)
+            self._members.idle.pop(member.worker.id, None)
             member.leave("nobody needs it any more")
             return
         self._recycle(member)
@@ -639,10 +619,10 @@ class WorkerPool(Generic[C]):
             reason = await self._ping(member)
             if not reason:
                 return
-        if member.worker.id in self._idle:
+        if member.worker.id in self._members.idle:
             self._counts["replaced"] += 1
             self._note_failure(f"worker {member.worker.id} did not answer health checks: {reason}")
-            self._idle.pop(member.worker.id, None)
+            self._members.idle.pop(member.worker.id, None)
             member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
 
     async def _ping(self, member: Member[C]) -> str:
@@ -659,15 +639,12 @@ class WorkerPool(Generic[C]):
     # --- Small things
 
     def _is_quiet(self) -> bool:
-        return not self._waiters and len(self._idle) == len(self._members)
-
-    def _regular(self) -> list[Member[C]]:
-        return _regular(self._members.values())
+        return not self._waiters and self._members.are_idle
 
     def _described(self) -> str:
-        busy = sum(member.lease is not None for member in self._members.values())
+        busy = sum(member.lease is not None for member in self._members)
         words = [f"{busy} of {self.options.size} workers busy", f"{len(self._waiters)} calls waiting"]
-        if len(self._regular()) < self.options.size and self._told_failure:
+        if len(self._members.regular()) < self.options.size and self._told_failure:
             words.append(f"the last failure: {self._told_failure}")
         return ", ".join(words)
 
@@ -684,11 +661,6 @@ class WorkerPool(Generic[C]):
     @staticmethod
     def _time() -> float:
         return asyncio.get_running_loop().time()
-
-
-def _regular(members: Iterable[Member[C]]) -> list[Member[C]]:
-    """Return those that stay, without spares."""
-    return [member for member in members if not member.spare and not member.over.done()]
 
 
 def _statistics(member: Member[Any], now: float) -> WorkerStatistics:
