@@ -7,6 +7,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from dspex_persist.infra.workers.errors import PoolError, WorkerExitedError, WorkerLostError, WorkerTimeoutError
 from dspex_persist.infra.workers.options import PoolOptions
+from dspex_persist.infra.workers.statistics import WorkerStatistics
 from dspex_persist.infra.workers.worker import Worker
 
 # A process that has closed its connections may take this long until it has ended.
@@ -79,6 +80,23 @@ class Member(Generic[C]):
     def leave(self, reason: str | None) -> None:
         if not self.over.done():
             self.over.set_result(reason)
+
+    def statistics(self, now: float) -> WorkerStatistics:
+        """Return what it is doing; from any thread."""
+        lease, worker = self.lease, self.worker
+        state = "idle" if lease is None else "busy" if lease.interrupt is not None else "settling"
+        return WorkerStatistics(
+            id=worker.id,
+            pid=worker.pid,
+            address=worker.address,
+            state=state,
+            spare=self.spare,
+            requests=self.requests,
+            age_s=now - self.ready_at,
+            rss_bytes=worker.rss_bytes,
+            busy_s=0.0 if lease is None else now - lease.began_at,
+            key="" if lease is None or lease.key is None else lease.key,
+        )
 
 
 class Lease(Generic[C]):

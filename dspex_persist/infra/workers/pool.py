@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import time
 from bisect import insort
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import Any, Final, Generic, Self
 
 from dspex_persist.infra import forks
@@ -34,7 +34,7 @@ from dspex_persist.infra.workers.members import Members
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
 from dspex_persist.infra.workers.starting import Starter
-from dspex_persist.infra.workers.statistics import PoolStatistics, WorkerStatistics
+from dspex_persist.infra.workers.statistics import Counts, PoolStatistics
 from dspex_persist.infra.workers.worker import WorkerCommand, WorkerStartError
 
 _MEMORY_POLL_S: Final = 1.0
@@ -90,7 +90,7 @@ class WorkerPool(Generic[C]):
         self._may_start = asyncio.Semaphore(self.options.batch)
         # In full, and as callers are told.
         self._last_failure = self._told_failure = ""
-        self._counts: Counter[str] = Counter()
+        self._counts = Counts()
         self._changed = asyncio.Event()
         self._clock: Callable[[], float] = time.monotonic
         self._closing: asyncio.Task[None] | None = None
@@ -120,7 +120,7 @@ class WorkerPool(Generic[C]):
         except asyncio.CancelledError:
             await self.close()
             raise
-        if firsts and not self._counts["started"]:
+        if firsts and not self._counts.started:
             reason = self._last_failure
             await self.close()
             raise self.error(PoolStartError, reason)
@@ -222,7 +222,6 @@ class WorkerPool(Generic[C]):
             state = "failing"
         elif state == "running" and len(self._members.regular()) < self.options.size:
             state = "starting"
-        counts = self._counts
         return PoolStatistics(
             pool=self.name,
             state=state,
@@ -232,19 +231,9 @@ class WorkerPool(Generic[C]):
             starting=self._starting,
             spares=sum(member.spare for member in members),
             queued=len(self._waiters),
-            requests=counts["requests"],
-            errors=counts["errors"],
-            saturated=counts["saturated"],
-            queue_timeouts=counts["queue_timeouts"],
-            call_timeouts=counts["call_timeouts"],
-            exits=counts["exits"],
-            started=counts["started"],
-            start_failures=counts["start_failures"],
-            crashed=counts["crashed"],
-            recycled=counts["recycled"],
-            replaced=counts["replaced"],
             last_failure=self._last_failure,
-            workers=tuple(_statistics(member, now) for member in members),
+            workers=tuple(member.statistics(now) for member in members),
+            **asdict(self._counts),
         )
 
     async def acquire(
@@ -267,7 +256,7 @@ class WorkerPool(Generic[C]):
         member.worker.forget_output()
         lease = member.lease = Lease(self, member, key, parent, deadline)
         self._members.idle.pop(member.worker.id, None)
-        self._counts["requests"] += 1
+        self._counts.requests += 1
         if key is not None and parent is None:
             self._members.homes.bind(key, member)
         return lease
@@ -290,7 +279,7 @@ class WorkerPool(Generic[C]):
         except TimeoutError:
             if waiter.turn.done() and not waiter.turn.cancelled():
                 return waiter.turn.result()
-            self._counts["queue_timeouts"] += 1
+            self._counts.queue_timeouts += 1
             raise self.error(QueueTimeoutError, queue_s, self._described()) from None
         except asyncio.CancelledError:
             if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
@@ -321,11 +310,11 @@ class WorkerPool(Generic[C]):
         # Separately: calls that wait must not keep those from ending that have workers.
         alike = sum((each.parent is None) is (waiter.parent is None) for each in self._waiters)
         if alike >= self.options.queue_size:
-            self._counts["saturated"] += 1
+            self._counts.saturated += 1
             raise self.error(PoolSaturatedError, self.options.size, alike)
         home = self._members.homes.find(waiter.key)
         if self.options.affinity == "strict_fail_fast" and home is not None and waiter.parent is None:
-            self._counts["saturated"] += 1
+            self._counts.saturated += 1
             raise self.error(WorkerBusyError, home.worker.id)
 
     def _is_failing(self) -> bool:
@@ -370,11 +359,11 @@ class WorkerPool(Generic[C]):
         member = lease.member
         member.requests += 1
         if isinstance(error, WorkerTimeoutError):
-            self._counts["call_timeouts"] += 1
+            self._counts.call_timeouts += 1
         elif isinstance(error, WorkerExitedError | WorkerLostError):
-            self._counts["exits"] += 1
+            self._counts.exits += 1
         elif isinstance(error, Exception):
-            self._counts["errors"] += 1
+            self._counts.errors += 1
         if lease.settling is not None:
             self._keep_task(self._background, self._settle(lease, *lease.settling))
             return
@@ -399,7 +388,7 @@ class WorkerPool(Generic[C]):
         member = lease.member
         member.lease = None
         if lease.discarded:
-            self._counts["replaced"] += 1
+            self._counts.replaced += 1
             member.leave(lease.discarded)
         elif not self._is_gone(member):
             self._succeeded(member)
@@ -423,7 +412,7 @@ class WorkerPool(Generic[C]):
             # Workers that were started together must not all be gone together.
             reason = f"it is {age_s:.0f} s old" if len(self._members.regular()) >= options.size else ""
         if reason:
-            self._counts["recycled"] += 1
+            self._counts.recycled += 1
             self._members.idle.pop(member.worker.id, None)
             member.leave(reason)
 
@@ -479,7 +468,7 @@ class WorkerPool(Generic[C]):
         member = Member(worker, contact, spare=spare, began=began, now=self._time())
         worker.exited.add_done_callback(lambda _: self._exited(member))
         self._members.add(member)
-        self._counts["started"] += 1
+        self._counts.started += 1
         self._logger.info(
             "a worker is ready",
             worker=worker.id,
@@ -494,7 +483,7 @@ class WorkerPool(Generic[C]):
     def _exited(self, member: Member[C]) -> None:
         if member.over.done():
             return
-        self._counts["crashed"] += 1
+        self._counts.crashed += 1
         how = f"worker {member.worker.id} {member.worker.ending}{'' if member.has_succeeded else ' at once'}"
         wrote = with_output(member.worker.tail)
         if member.requests or member.lease is not None:
@@ -516,7 +505,7 @@ class WorkerPool(Generic[C]):
         self._dispatch()
 
     def _start_failed(self, error: WorkerStartError, began: float) -> None:
-        self._counts["start_failures"] += 1
+        self._counts.start_failures += 1
         self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
         self._note_failure(str(error))
         self._failures.add(self._last_failure, began)
@@ -599,7 +588,7 @@ class WorkerPool(Generic[C]):
                 if member.lease is not None and member.lease.interrupt is not None and rss > most:
                     most_of = setting_of(self.name, "kill_rss_bytes", self._settings)
                     reason = f"it had {rss} bytes of memory in use, more than {most_of}"
-                    self._counts["replaced"] += 1
+                    self._counts.replaced += 1
                     # Now: the memory is wanted by others.
                     member.worker.kill()
                     member.leave(reason)
@@ -620,7 +609,7 @@ class WorkerPool(Generic[C]):
             if not reason:
                 return
         if member.worker.id in self._members.idle:
-            self._counts["replaced"] += 1
+            self._counts.replaced += 1
             self._note_failure(f"worker {member.worker.id} did not answer health checks: {reason}")
             self._members.idle.pop(member.worker.id, None)
             member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
@@ -661,20 +650,3 @@ class WorkerPool(Generic[C]):
     @staticmethod
     def _time() -> float:
         return asyncio.get_running_loop().time()
-
-
-def _statistics(member: Member[Any], now: float) -> WorkerStatistics:
-    lease, worker = member.lease, member.worker
-    state = "idle" if lease is None else "busy" if lease.interrupt is not None else "settling"
-    return WorkerStatistics(
-        id=worker.id,
-        pid=worker.pid,
-        address=worker.address,
-        state=state,
-        spare=member.spare,
-        requests=member.requests,
-        age_s=now - member.ready_at,
-        rss_bytes=worker.rss_bytes,
-        busy_s=0.0 if lease is None else now - lease.began_at,
-        key="" if lease is None or lease.key is None else lease.key,
-    )

@@ -32,6 +32,23 @@ class WorkerStatistics:
     key: str
 
 
+@dataclass(slots=True)
+class Counts:
+    """What a pool has counted since its start; `PoolStatistics` says what."""
+
+    requests: int = 0
+    errors: int = 0
+    saturated: int = 0
+    queue_timeouts: int = 0
+    call_timeouts: int = 0
+    exits: int = 0
+    started: int = 0
+    start_failures: int = 0
+    crashed: int = 0
+    recycled: int = 0
+    replaced: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
     """A pool, as it is now, and what it has counted since its start.
