@@ -18,6 +18,7 @@ import grpc.aio
 from dspex_persist.cli import main
 from dspex_persist.infra.server import guard
 from dspex_persist.infra.workers import orphans, worker
+from dspex_persist.infra.workers.keeping import Keeper
 from dspex_persist.infra.workers.leases import Loan
 from dspex_persist.infra.workers.pool import WorkerPool
 from dspex_persist.state.anchor import Anchor
@@ -393,10 +394,10 @@ def _change(kind: type, change: Callable[[Any], Any]) -> None:
 def no_replacement() -> None:
     """Start no other worker in the place of one that has ended."""
 
-    async def keep(self: WorkerPool[Any], first: Any) -> None:
+    async def keep(self: Keeper[Any], first: Any) -> None:
         await self._live(first, spare=False)
 
-    _patch(WorkerPool, "_keep", keep)
+    _patch(Keeper, "_keep", keep)
 
 
 def keep_leases() -> None:

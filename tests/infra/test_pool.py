@@ -550,7 +550,7 @@ async def test_a_worker_that_has_grown_is_replaced_after_its_call() -> None:
 
 @on_loop
 async def test_a_worker_that_grows_too_much_during_a_call_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspex_persist.infra.workers.pool._MEMORY_POLL_S", 0.05)
+    monkeypatch.setattr("dspex_persist.infra.workers.keeping._MEMORY_POLL_S", 0.05)
     async with running(PoolOptions(size=1, kill_rss_bytes=100_000_000, queue_timeout_s=within(10))) as pool:
 
         async def grow() -> None:

@@ -10,10 +10,9 @@ import time
 from bisect import insort
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Final, Generic, Self
+from typing import Any, Generic, Self
 
 from dspex_persist.infra import forks
-from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.workers.errors import (
     NestedTooDeepError,
     PoolError,
@@ -25,21 +24,13 @@ from dspex_persist.infra.workers.errors import (
     WorkerExitedError,
     WorkerLostError,
     WorkerTimeoutError,
-    setting_of,
-    with_output,
 )
-from dspex_persist.infra.workers.failures import FailuresInARow
+from dspex_persist.infra.workers.keeping import Keeper
 from dspex_persist.infra.workers.leases import C, E, Lease, Loan, Member, Waiter, count_waiting
-from dspex_persist.infra.workers.members import Members
 from dspex_persist.infra.workers.options import PoolOptions
 from dspex_persist.infra.workers.orphans import Run
-from dspex_persist.infra.workers.starting import Starter
 from dspex_persist.infra.workers.statistics import Counts, PoolStatistics
-from dspex_persist.infra.workers.worker import WorkerCommand, WorkerStartError
-
-_MEMORY_POLL_S: Final = 1.0
-
-_logger: Final = get_logger(__name__)
+from dspex_persist.infra.workers.worker import WorkerCommand
 
 
 class WorkerPool(Generic[C]):
@@ -72,30 +63,28 @@ class WorkerPool(Generic[C]):
                 `pools.NAME.OPTION`.
         """
         self.name = name
-        self._settings = settings or {}
         self.options = options or PoolOptions()
-        self._starter = Starter(
-            name, command, contact, run, self._settings, lambda end: self._keep_task(self._ending, end)
-        )
-        self._logger = _logger.bind(pool=name)
+        self._command = command
+        self._settings = settings or {}
         self._state = "new"
-        self._members = Members[C](self.options.affinity)
+        self._closing: asyncio.Task[None] | None = None
+        self._clock: Callable[[], float] = time.monotonic
+        self._counts = Counts()
+        self._keeper = Keeper(
+            name,
+            command,
+            contact,
+            run,
+            options=self.options,
+            settings=self._settings,
+            counts=self._counts,
+            changed=self._workers_changed,
+        )
+        self._members = self._keeper.members
         self._waiters: list[Waiter[C]] = []
         self._numbers = 0
-        self._keepers: set[asyncio.Task[None]] = set()
-        self._ending: set[asyncio.Task[None]] = set()
-        self._background: set[asyncio.Task[None]] = set()
-        # Of the spares, `_coming` have not got ready yet.
-        self._starting = self._spares = self._coming = 0
-        self._may_start = asyncio.Semaphore(self.options.batch)
-        # In full, and as callers are told.
-        self._last_failure = self._told_failure = ""
-        self._counts = Counts()
+        # Fewer calls wait, or a worker is free.
         self._changed = asyncio.Event()
-        self._clock: Callable[[], float] = time.monotonic
-        self._closing: asyncio.Task[None] | None = None
-        longest_trial_s = command.ready_timeout_s + self.options.stable_s
-        self._failures = FailuresInARow(self.options, longest_trial_s, self._logger)
 
     # --- Life
 
@@ -109,19 +98,14 @@ class WorkerPool(Generic[C]):
         self._state = "running"
         self._clock = asyncio.get_running_loop().time
         forks.register(self)
-        firsts = [asyncio.get_running_loop().create_future() for _ in range(self.options.size)]
-        for first in firsts:
-            self._keep_task(self._keepers, self._keep(first))
-        self._keep_task(self._background, self._look_after())
-        if self.options.kill_rss_bytes is not None:
-            self._keep_task(self._background, self._limit_memory(self.options.kill_rss_bytes))
+        firsts = self._keeper.start()
         try:
             await asyncio.gather(*firsts)
         except asyncio.CancelledError:
             await self.close()
             raise
         if firsts and not self._counts.started:
-            reason = self._last_failure
+            reason = self._keeper.last_failure
             await self.close()
             raise self.error(PoolStartError, reason)
 
@@ -169,12 +153,7 @@ class WorkerPool(Generic[C]):
         for member in self._members:
             if member.lease is not None and member.lease.interrupt is not None:
                 member.lease.interrupt(closed)
-        tasks = [*self._keepers, *self._background]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        while self._ending:
-            await asyncio.wait(self._ending)
+        await self._keeper.close()
         forks.unregister(self)
 
     # --- Lending
@@ -218,7 +197,7 @@ class WorkerPool(Generic[C]):
         """Return what the pool does now, and what it has counted; from any thread."""
         now, members = self._clock(), list(self._members)
         state = self._state
-        if state == "running" and self._failures.is_pausing:
+        if state == "running" and self._keeper.is_pausing:
             state = "failing"
         elif state == "running" and len(self._members.regular()) < self.options.size:
             state = "starting"
@@ -228,10 +207,10 @@ class WorkerPool(Generic[C]):
             size=self.options.size,
             idle=len(self._members.idle),
             busy=max(0, len(members) - len(self._members.idle)),
-            starting=self._starting,
+            starting=self._keeper.starting,
             spares=sum(member.spare for member in members),
             queued=len(self._waiters),
-            last_failure=self._last_failure,
+            last_failure=self._keeper.last_failure,
             workers=tuple(member.statistics(now) for member in members),
             **asdict(self._counts),
         )
@@ -247,7 +226,7 @@ class WorkerPool(Generic[C]):
         while True:
             self._check_open(parent)
             member = self._members.pick(waiter) or await self._wait(waiter, deadline, timeout_s)
-            if not self._is_gone(member):
+            if not self._keeper.is_gone(member):
                 break
             waiter = Waiter(self._numbers, key, parent)
         if deadline is None and timeout_s is None and self.options.call_timeout_s is not None:
@@ -266,7 +245,7 @@ class WorkerPool(Generic[C]):
         queue_s = self.options.queue_timeout_s
         if waiter.parent is not None:
             # It may need a spare, whose start takes longer than a worker that is to become free.
-            queue_s += self._starter.command.ready_timeout_s
+            queue_s += self._command.ready_timeout_s
         until = self._time() + queue_s
         if deadline is not None and deadline < until:
             until, queue_s = deadline, timeout_s or 0.0
@@ -292,12 +271,6 @@ class WorkerPool(Generic[C]):
                 self.use_spare()
             self._changed.set()
 
-    def _is_gone(self, member: Member[C]) -> bool:
-        """Whether a worker cannot be lent any more, even if the event loop has not learnt that it has exited."""
-        if member.worker.has_exited:
-            self._exited(member)
-        return member.over.done()
-
     def _check_open(self, parent: Lease[Any] | None) -> None:
         if self._state == "draining" and parent is not None:
             return
@@ -305,8 +278,8 @@ class WorkerPool(Generic[C]):
             raise self.error(PoolUnavailableError, f"it is {self._state.replace('new', 'not started')}")
 
     def _check_wait(self, waiter: Waiter[C]) -> None:
-        if self._is_failing():
-            raise self._failing()
+        if reason := self._keeper.failing():
+            raise self.error(PoolUnavailableError, reason)
         # Separately: calls that wait must not keep those from ending that have workers.
         alike = sum((each.parent is None) is (waiter.parent is None) for each in self._waiters)
         if alike >= self.options.queue_size:
@@ -317,17 +290,11 @@ class WorkerPool(Generic[C]):
             self._counts.saturated += 1
             raise self.error(WorkerBusyError, home.worker.id)
 
-    def _is_failing(self) -> bool:
-        """Whether there is no worker, and there will be none for a while."""
-        return not self._members.all and not self._starting and self._failures.is_pausing
-
-    def _failing(self) -> PoolUnavailableError:
-        return self.error(PoolUnavailableError, f"{self._failures}. The last: {self._told_failure}")
-
-    def _refuse_waiters(self) -> None:
-        """Refuse the calls that wait as soon as there is no worker, and will be none for a while."""
-        if self._is_failing():
-            self._fail_waiters(self._failing())
+    def _workers_changed(self) -> None:
+        """Give a worker that is ready to a call that waits, or refuse all when there will be none for a while."""
+        if reason := self._keeper.failing():
+            self._fail_waiters(self.error(PoolUnavailableError, reason))
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Give free workers to the calls that wait."""
@@ -365,7 +332,7 @@ class WorkerPool(Generic[C]):
         elif isinstance(error, Exception):
             self._counts.errors += 1
         if lease.settling is not None:
-            self._keep_task(self._background, self._settle(lease, *lease.settling))
+            self._keeper.run(self._settle(lease, *lease.settling))
             return
         if isinstance(error, asyncio.CancelledError | WorkerTimeoutError):
             lease.discard("its call was given up")
@@ -390,146 +357,16 @@ class WorkerPool(Generic[C]):
         if lease.discarded:
             self._counts.replaced += 1
             member.leave(lease.discarded)
-        elif not self._is_gone(member):
-            self._succeeded(member)
-            self._recycle(member)
+        elif not self._keeper.is_gone(member):
+            self._keeper.succeeded(member)
+            self._keeper.recycle(member)
         self._give_back(member)
 
     def _give_back(self, member: Member[C]) -> None:
-        if not self._is_gone(member) and self._state != "closed":
+        if not self._keeper.is_gone(member) and self._state != "closed":
             member.idle_since = self._time()
             self._members.idle[member.worker.id] = member
         self._dispatch()
-
-    def _recycle(self, member: Member[C]) -> None:
-        """Have a worker replaced that has done, grown or lived enough."""
-        options, reason = self.options, ""
-        if options.max_requests is not None and member.requests >= options.max_requests:
-            reason = f"it has done {member.requests} calls"
-        elif options.max_rss_bytes is not None and (rss := member.worker.rss_bytes) > options.max_rss_bytes:
-            reason = f"it has {rss} bytes of memory in use"
-        elif options.max_age_s is not None and (age_s := self._time() - member.ready_at) > options.max_age_s:
-            # Workers that were started together must not all be gone together.
-            reason = f"it is {age_s:.0f} s old" if len(self._members.regular()) >= options.size else ""
-        if reason:
-            self._counts.recycled += 1
-            self._members.idle.pop(member.worker.id, None)
-            member.leave(reason)
-
-    # --- Keeping workers
-
-    async def _keep(self, first: "asyncio.Future[None]") -> None:
-        """Keep one of the workers running."""
-        try:
-            while True:
-                await self._pause()
-                await self._live(first, spare=False)
-        finally:
-            if not first.done():
-                first.set_result(None)
-
-    async def _pause(self) -> None:
-        """Wait until another worker may be started."""
-        await self._failures.pause()
-        # Workers that do not end must not become more and more.
-        while len(self._ending) > self.options.size:
-            await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _live(self, first: "asyncio.Future[None]", *, spare: bool) -> None:
-        """Start a worker, and wait until it is over."""
-        try:
-            async with self._may_start:
-                began = self._time()
-                self._starting += 1
-                try:
-                    member = await self._begin(spare=spare)
-                finally:
-                    self._starting -= 1
-        except WorkerStartError as error:
-            self._start_failed(error, began)
-            # Nested calls may have waited for it.
-            self.use_spare()
-            return
-        finally:
-            if not first.done():
-                first.set_result(None)
-        try:
-            self._dispatch()
-            reason = await member.over
-            self._log_end(member, reason)
-        finally:
-            self._remove(member)
-            # Its successor need not wait for its end.
-            self._keep_task(self._ending, self._starter.end(member.worker, member.contact))
-
-    async def _begin(self, *, spare: bool) -> Member[C]:
-        began = self._time()
-        worker, contact = await self._starter.start()
-        member = Member(worker, contact, spare=spare, began=began, now=self._time())
-        worker.exited.add_done_callback(lambda _: self._exited(member))
-        self._members.add(member)
-        self._counts.started += 1
-        self._logger.info(
-            "a worker is ready",
-            worker=worker.id,
-            pid=worker.pid,
-            address=worker.address,
-            took_s=round(self._time() - began, 3),
-            spare=spare,
-        )
-        asyncio.get_running_loop().call_later(self.options.stable_s, self._stayed, member)
-        return member
-
-    def _exited(self, member: Member[C]) -> None:
-        if member.over.done():
-            return
-        self._counts.crashed += 1
-        how = f"worker {member.worker.id} {member.worker.ending}{'' if member.has_succeeded else ' at once'}"
-        wrote = with_output(member.worker.tail)
-        if member.requests or member.lease is not None:
-            self._note_failure(how, wrote)
-        else:
-            self._note_failure(how + wrote)
-        if not member.has_succeeded:
-            self._failures.add(self._last_failure, member.began)
-        # At once: nobody may get it any more.
-        self._members.idle.pop(member.worker.id, None)
-        member.leave(None)
-        if member.lease is not None and member.lease.interrupt is not None:
-            member.lease.interrupt(member.lease.exited())
-
-    def _remove(self, member: Member[C]) -> None:
-        member.leave("the pool is closed")
-        self._members.remove(member)
-        self._refuse_waiters()
-        self._dispatch()
-
-    def _start_failed(self, error: WorkerStartError, began: float) -> None:
-        self._counts.start_failures += 1
-        self._logger.warning("a worker did not start", worker=error.worker, reason=error.reason, output=error.output)
-        self._note_failure(str(error))
-        self._failures.add(self._last_failure, began)
-        self._refuse_waiters()
-
-    def _note_failure(self, failure: str, in_call: str = "") -> None:
-        """Note how a worker failed; callers are not told what it wrote in a call, which was not theirs."""
-        self._told_failure, self._last_failure = failure, failure + in_call
-
-    def _stayed(self, member: Member[C]) -> None:
-        if not member.over.done():
-            self._succeeded(member)
-
-    def _succeeded(self, member: Member[C]) -> None:
-        if not member.has_succeeded:
-            member.has_succeeded = True
-            self._failures.end()
-
-    def _log_end(self, member: Member[C], reason: str | None) -> None:
-        fields = {"worker": member.worker.id, "pid": member.worker.pid, "requests": member.requests}
-        if reason is None:
-            self._logger.warning("a worker exited", how=member.worker.ending, output=member.worker.tail, **fields)
-        else:
-            self._logger.info("a worker is replaced", why=reason, **fields)
 
     def use_spare(self) -> None:
         """If all workers that are lent wait for nested calls, give the deepest of these that waits here a spare.
@@ -545,85 +382,8 @@ class WorkerPool(Generic[C]):
         spare = self._members.idle_spare()
         if spare is not None:
             self._give(spare, waiter)
-        elif self._may_have_spare():
-            # Counted at once, so that the next waiter does not start another one.
-            self._spares += 1
-            self._coming += 1
-            came = asyncio.get_running_loop().create_future()
-            came.add_done_callback(self._came)
-            self._keep_task(self._keepers, self._live_spare(came))
-
-    def _may_have_spare(self) -> bool:
-        """Whether another spare may be started."""
-        are_starting = self._starting or self._coming
-        return not self._members.are_idle and not are_starting and self._spares < self.options.nesting
-
-    async def _live_spare(self, came: "asyncio.Future[None]") -> None:
-        try:
-            await self._pause()
-            await self._live(came, spare=True)
-        finally:
-            self._spares -= 1
-            if not came.done():
-                came.set_result(None)
-
-    def _came(self, _: "asyncio.Future[None]") -> None:
-        """A spare is ready, or has failed. Another one may be needed."""
-        self._coming -= 1
-        self.use_spare()
-
-    # --- Health
-
-    async def _look_after(self) -> None:
-        while True:
-            await asyncio.sleep(self.options.health_interval_s)
-            checks = [self._check(member) for member in list(self._members.idle.values())]
-            await asyncio.gather(*checks)
-
-    async def _limit_memory(self, most: int) -> None:
-        while True:
-            await asyncio.sleep(_MEMORY_POLL_S)
-            for member in self._members:
-                rss = member.worker.rss_bytes if member.lease is not None else 0
-                if member.lease is not None and member.lease.interrupt is not None and rss > most:
-                    most_of = setting_of(self.name, "kill_rss_bytes", self._settings)
-                    reason = f"it had {rss} bytes of memory in use, more than {most_of}"
-                    self._counts.replaced += 1
-                    # Now: the memory is wanted by others.
-                    member.worker.kill()
-                    member.leave(reason)
-                    member.lease.interrupt(self.error(WorkerLostError, member.worker.id, reason))
-
-    async def _check(self, member: Member[C]) -> None:
-        if member.spare and self._time() - member.idle_since > self.options.spare_keep_s:
-            self._members.idle.pop(member.worker.id, None)
-            member.leave("nobody needs it any more")
-            return
-        self._recycle(member)
-        reason = ""
-        for _ in range(self.options.health_failures):
-            if member.over.done() or member.lease is not None:
-                # A busy one may be one that answers nothing meanwhile.
-                return
-            reason = await self._ping(member)
-            if not reason:
-                return
-        if member.worker.id in self._members.idle:
-            self._counts.replaced += 1
-            self._note_failure(f"worker {member.worker.id} did not answer health checks: {reason}")
-            self._members.idle.pop(member.worker.id, None)
-            member.leave(f"it did not answer {self.options.health_failures} health checks: {reason}")
-
-    async def _ping(self, member: Member[C]) -> str:
-        """Return why a worker does not answer; "" if it does."""
-        try:
-            async with asyncio.timeout(self.options.health_timeout_s):
-                await member.contact.ping()
-        except TimeoutError:
-            return f"no answer within {self.options.health_timeout_s:g} s; it {member.worker.ending}"
-        except Exception as error:  # noqa: BLE001 -- whatever it answers is not what it should
-            return f"{type(error).__name__}: {error}"
-        return ""
+        elif not self._members.are_idle:
+            self._keeper.start_spare()
 
     # --- Small things
 
@@ -633,19 +393,9 @@ class WorkerPool(Generic[C]):
     def _described(self) -> str:
         busy = sum(member.lease is not None for member in self._members)
         words = [f"{busy} of {self.options.size} workers busy", f"{len(self._waiters)} calls waiting"]
-        if len(self._members.regular()) < self.options.size and self._told_failure:
-            words.append(f"the last failure: {self._told_failure}")
+        if len(self._members.regular()) < self.options.size and self._keeper.told_failure:
+            words.append(f"the last failure: {self._keeper.told_failure}")
         return ", ".join(words)
-
-    def _keep_task(self, tasks: "set[asyncio.Task[None]]", coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        task.add_done_callback(self._log_failed)
-
-    def _log_failed(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._logger.error("a task of the pool failed", exc_info=error)
 
     @staticmethod
     def _time() -> float:
