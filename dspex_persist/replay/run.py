@@ -253,7 +253,7 @@ class _Rerun:
         runner, invoker, loop = self._running
         self._store.run = run
         tools = self._tools | stand_ins_for(root, self._tools, self._store)
-        runner.tools = local_tools(tools, invoker)
+        runner.catalog.own = local_tools(tools, invoker)
         request = ToolRequest(
             run.state.session.id,
             root.tool,

@@ -73,7 +73,7 @@ def registered(name: str) -> commands.RegisterTools:
 
 
 def test_a_tool_of_another_kind_runs_and_is_called_like_any_other(state: WithTools) -> None:
-    state.runner.tools["other"] = Elsewhere()
+    state.runner.catalog.own["other"] = Elsewhere()
     outcome = state.execute_tool("s", "other", {"n": 7})
     assert (outcome.success, outcome.result) == (True, Value("7"))
     assert state.get_value("s", "x") == 10
@@ -86,7 +86,7 @@ def test_own_tools_are_counted_and_reserve_their_names(state: WithTools) -> None
     assert state.get_session("s").tool_count == state.submit(commands.GetSession("s")).result().tool_count == 4
     with pytest.raises(ToolExistsError):
         state.run(registered("add"))
-    available = state.runner.available(state.run(commands.ListTools("s")))
+    available = state.runner.catalog.available(state.run(commands.ListTools("s")))
     assert list(available) == ["add", "call_the_other", "stream_for_ever", "theirs"]
     assert available["theirs"].where["dspex.where"] == "worker w"
 
@@ -94,7 +94,7 @@ def test_own_tools_are_counted_and_reserve_their_names(state: WithTools) -> None
 def test_an_own_tool_hides_a_registered_one_with_its_name(state: WithTools) -> None:
     state.provider.run(registered("add"))
     tools = state.run(commands.ListTools("s"))
-    assert state.runner.available(tools)["add"].worker_id == ""
+    assert state.runner.catalog.available(tools)["add"].worker_id == ""
     assert state.execute_tool("s", "add").result == Value("1")
 
 

@@ -53,7 +53,7 @@ class ToolRpcs(Calls):
         return await self._execute(rpcs.EXECUTE_TOOL, request, context)
 
     async def ExecuteStreamingTool(self, request: pb.ExecuteToolRequest, context: Context) -> None:
-        tool = self._runner.tools.get(request.tool_name)
+        tool = self._runner.catalog.own.get(request.tool_name)
         metadata = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
         stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, metadata)
         call = self._call(context)
@@ -66,7 +66,7 @@ class ToolRpcs(Calls):
         await stream.send(text, is_final=True, **rpcs.facts(outcome))
 
     async def ExecuteElixirTool(self, request: pb.ExecuteElixirToolRequest, context: Context) -> Message:
-        tool = self._runner.tools.get(request.tool_name)
+        tool = self._runner.catalog.own.get(request.tool_name)
         if tool is not None and tool.spec.exposed:
             return await self._execute(rpcs.EXECUTE_ELIXIR_TOOL, request, context)
         names = ", ".join(sorted(each.spec.name for each in self._exposed())) or "none"
@@ -94,12 +94,12 @@ class ToolRpcs(Calls):
         tools = tuple(
             RegisteredTool(tool.spec, worker, worker)
             for tool in command.tools
-            if tool.spec.name not in self._runner.tools
+            if tool.spec.name not in self._runner.catalog.own
         )
         known = await self._read(commands.ListTools(request.session_id), call)
         if any(known.get(tool.spec.name) != tool for tool in tools):
             await self._submit(replace(command, worker_id=worker, tools=tools), call.origin("RegisterTools"))
-        self._runner.of_pools.note(tools)
+        self._runner.catalog.of_pools.note(tools)
         ids = {each.name: f"{request.session_id}:{each.name}" for each in request.tools}
         return pb.RegisterToolsResponse(success=True, tool_ids=ids)
 
@@ -161,17 +161,17 @@ class ToolRpcs(Calls):
         log.info("tool failed", code=outcome.error_code, error=kind_of(error), reason=reason, **facts)
 
     def _exposed(self) -> list[RunnableTool]:
-        return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
+        return [tool for tool in self._runner.catalog.own.values() if tool.spec.exposed]
 
     async def _learn(self, session_id: str, call: Call) -> None:
         """Have pools that have not told yet tell which tools they have, unless one of their workers wants to know."""
         if session_id and call.header(EXECUTION_ID) is None:
-            await self._runner.of_pools.learn(session_id, call.origin("GetExposedElixirTools"))
+            await self._runner.catalog.of_pools.learn(session_id, call.origin("GetExposedElixirTools"))
 
     async def _available_tools(self, session_id: str, call: Call) -> dict[str, pb.ToolSpec]:
         """All tools that the session can execute, by name; without a session, the server's own tools."""
         registered = await self._read(commands.ListTools(session_id), call) if session_id else {}
-        available = self._runner.available(registered)
+        available = self._runner.catalog.available(registered)
         return {name: codec.tool_message(tool.spec, tool.where) for name, tool in available.items()}
 
 

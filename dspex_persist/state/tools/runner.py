@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 
 from dspex_persist.infra import tracing
 from dspex_persist.infra.mailbox import Reply
-from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
 from dspex_persist.state.budgets import NO_BUDGET, Budget
 from dspex_persist.state.commands import Command
@@ -57,6 +56,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.peers import Peers
 from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools import traced
+from dspex_persist.state.tools.catalog import Catalog
 from dspex_persist.state.tools.chunks import Emit, Outlet
 from dspex_persist.state.tools.endings import SEEMED_DEAD, SESSION_ENDED, Endings
 from dspex_persist.state.tools.execution import Execution
@@ -83,7 +83,6 @@ _JOIN_PAUSE_S: Final = 0.02
 _LONGEST_LOOK_S: Final = 0.25
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
-_MOST_NAMED: Final = 20
 _REFUSALS: Final = (
     ToolNotFoundError,
     ToolArgumentError,
@@ -113,8 +112,7 @@ class ToolRunner:
         peers: The other servers of the sessions; None if there are none.
 
     Attributes:
-        tools: The tools of this process, by name.
-        of_pools: What those pools have told.
+        catalog: The tools that can be executed.
     """
 
     def __init__(
@@ -131,9 +129,7 @@ class ToolRunner:
         peers: Peers | None = None,
     ) -> None:
         self._meter = meter
-        self.of_pools = ToolsOfPools(pools, limits.tools_per_session)
         self.store = store
-        self.tools = dict(tools)
         self.limits = limits
         self.budget = budget
         self.spending = Spending.of(store)
@@ -141,14 +137,13 @@ class ToolRunner:
         if meter is not None:
             self.spending.meter = meter
         self._endings = Endings(store, home, self.spending, meter, is_shared=peers is not None)
-        self._registered = registered
+        self.catalog = Catalog(self._endings, tools, registered, ToolsOfPools(pools, limits.tools_per_session))
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code still runs.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._turns = Turns(limits.queued_executions)
         self._count = 0
         self._peers = peers
-        self._tool_turns = {name: tool.spec.concurrency or Concurrency.OPTIMISTIC for name, tool in tools.items()}
         if peers is not None:
             peers.on_fenced(lambda: home.mailbox.post(self._interrupt))
             peers.on_ended(self._end_sessions)
@@ -234,14 +229,6 @@ class ToolRunner:
     def is_running(self, execution_id: str) -> bool:
         """Whether `find` would find it."""
         return execution_id in self._running
-
-    def available(self, registered: Mapping[str, RegisteredTool]) -> dict[str, RunnableTool]:
-        """Return all tools that can be executed, by name: those of this process, and the registered ones.
-
-        A tool of this process has precedence over a registered one with the same name, and that over one of a pool.
-        """
-        others = {**self.of_pools.known, **registered}
-        return self.tools | {name: self._registered(tool) for name, tool in others.items() if name not in self.tools}
 
     def figures(self) -> RunnerFigures:
         """Return what runs now; from any thread."""
@@ -333,7 +320,7 @@ class ToolRunner:
         try:
             if emit is not None:
                 request = request._replace(outlet=Outlet(emit))
-            tool = tool or await self._find_or_ask(request, asker_id)
+            tool = tool or await self.catalog.find_or_ask(request, asker_id)
             if tool.spec.concurrency is not None:
                 place.join(await self._strictest(request, tool.spec.concurrency))
             arguments = await self._bind(request, tool)
@@ -436,7 +423,7 @@ class ToolRunner:
 
     async def _prepare(self, request: ToolRequest, within: Execution) -> tuple[RunnableTool, Mapping[str, object]]:
         """Find a tool that another one calls, and bind its arguments. All checks come before the execution begins."""
-        tool = await self._find_tool(request)
+        tool = await self.catalog.find(request)
         arguments = await self._bind(request, tool)
         await self._check_required(request, tool, within)
         return tool, arguments
@@ -464,28 +451,6 @@ class ToolRunner:
         present = within.run(query, request.origin) if within else await self._submit(query, request.origin)
         if present.missing:
             raise MissingVariablesError(request.tool, ", ".join(present.missing))
-
-    async def _find_or_ask(self, request: ToolRequest, asker_id: str | None) -> RunnableTool:
-        try:
-            return await self._find_tool(request)
-        except ToolNotFoundError:
-            # A tool that waits for this one may hold the worker; and it has been called for the session.
-            if asker_id is not None or not self.of_pools:
-                raise
-        view = await self._submit(commands.GetSession(request.session_id), request.origin)
-        await self.of_pools.ask_for(request.session_id, view.created_at, request.origin)
-        return await self._find_tool(request)
-
-    async def _find_tool(self, request: ToolRequest) -> RunnableTool:
-        own = self.tools.get(request.tool)
-        if own is not None:
-            # Without a round trip to the store: BeginExecution checks that the session exists.
-            return own
-        registered = await self._submit(commands.ListTools(request.session_id), request.origin)
-        tool = registered.get(request.tool) or self.of_pools.known.get(request.tool)
-        if tool is None:
-            raise unknown_tool(request.tool, {*self.tools, *registered, *self.of_pools.known})
-        return self._registered(tool)
 
     async def _execute(
         self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object], place: Place
@@ -588,7 +553,7 @@ class ToolRunner:
             retry_of,
             place.concurrency if place is not None else Concurrency.OPTIMISTIC,
             tracing.trace_id(),
-            self._tools_turns() if has_turn else None,
+            self.catalog.turns() if has_turn else None,
             awaited,
         )
         origin = request.origin
@@ -610,13 +575,6 @@ class ToolRunner:
         finally:
             # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del reply
-
-    def _tools_turns(self) -> Mapping[str, Concurrency]:
-        """Return how each tool of this process, and of its pools, runs. The tools of the other servers are the same."""
-        if not self.of_pools.known:
-            return self._tool_turns
-        of_pools = {name: tool.spec.concurrency for name, tool in self.of_pools.known.items()}
-        return {name: turns or Concurrency.OPTIMISTIC for name, turns in of_pools.items()} | self._tool_turns
 
     def _abandon(self, command: commands.BeginExecution, origin: Origin, reply: Reply[Begun]) -> None:
         if reply.cancelled() or reply.exception() is not None or reply.result().snapshot is None:
@@ -692,12 +650,12 @@ class ToolRunner:
 
     def result_type_of(self, tool: str) -> str:
         """Return the `result_type` of a tool of this process; "" for other tools."""
-        own = self.tools.get(tool)
+        own = self.catalog.own.get(tool)
         return own.result_type if own is not None else ""
 
     def exposed_tools(self) -> tuple[ToolSpec, ...]:
         """Return the tools of this process that workers may call."""
-        return tuple(tool.spec for tool in self.tools.values() if tool.spec.exposed)
+        return tuple(tool.spec for tool in self.catalog.own.values() if tool.spec.exposed)
 
     async def _execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
         """Execute a tool as part of its caller's execution; returns its result, or raises what its code raised."""
@@ -795,13 +753,6 @@ class ToolRunner:
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._endings.submit_here(command, origin)
-
-
-def unknown_tool(name: str, known: Iterable[str]) -> ToolNotFoundError:
-    """Return the error for a tool that is not there, which names similar ones, or some, of those that are known."""
-    names = sorted(known)
-    hint = did_you_mean(closest(name, names), spell=str)
-    return ToolNotFoundError(name, hint or f"there are: {', '.join(names[:_MOST_NAMED]) or 'none'}")
 
 
 def _disregard(task: "asyncio.Task[Any]") -> None:

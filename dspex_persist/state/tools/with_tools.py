@@ -117,7 +117,7 @@ class WithTools(Around, StreamsTools, Transacts):
             pools=(pools or {}).values(),
             peers=provider if isinstance(provider, Peers) else None,
         )
-        self._can_execute = bool(self.runner.tools) or remote is not None
+        self._can_execute = bool(self.runner.catalog.own) or remote is not None
         # The commands that do not simply go to the provider.
         self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {
             commands.CleanupSession: self._cleanup_session
@@ -180,10 +180,10 @@ class WithTools(Around, StreamsTools, Transacts):
 
     def _register(self, command: commands.RegisterTools, origin: Origin) -> Future[Any]:
         """Reserve the names of this process's tools, so that no worker can register a tool under one of them."""
-        return self.provider.submit(replace(command, reserved=frozenset(self.runner.tools)), origin)
+        return self.provider.submit(replace(command, reserved=frozenset(self.runner.catalog.own)), origin)
 
     def _get_session(self, command: commands.GetSession, origin: Origin) -> Future[Any]:
-        names = frozenset((*self.runner.tools, *self.runner.of_pools.known))
+        names = frozenset((*self.runner.catalog.own, *self.runner.catalog.of_pools.known))
         return self.provider.submit(replace(command, besides=names), origin)
 
     def _cleanup_session(self, command: commands.CleanupSession, origin: Origin) -> Future[Any]:
@@ -204,9 +204,9 @@ class WithTools(Around, StreamsTools, Transacts):
         """List the tools of this process and, for a session, those that its workers have registered."""
         self.provider.check_open()
         arguments.text("session_id", session_id)
-        own = self.runner.tools
+        own = self.runner.catalog.own
         registered = self.provider.run(commands.ListTools(session_id)) if session_id else {}
-        others = {**self.runner.of_pools.known, **registered}
+        others = {**self.runner.catalog.of_pools.known, **registered}
         theirs = (tool.spec for name, tool in others.items() if name not in own)
         return (*(tool.spec for tool in own.values()), *theirs)
 
@@ -227,7 +227,7 @@ class WithTools(Around, StreamsTools, Transacts):
         chunks = ChunkQueue()
         request = request_of(command, self.origin("ExecuteStreamingTool", **who))
         done = self.runner.submit(request, chunks.emit, asker_id=_asker_id())
-        own = self.runner.tools.get(tool)
+        own = self.runner.catalog.own.get(tool)
         result_type = own.result_type if own is not None else ""
         try:
             for chunk in chunks.take_until(done):

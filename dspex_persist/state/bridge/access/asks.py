@@ -142,7 +142,7 @@ class Ask:
 
     def executable(self) -> list[str]:
         """Return the names of the tools that the caller may execute."""
-        tools = self.runner.available({} if self.state is None else self.state.tools)
+        tools = self.runner.catalog.available({} if self.state is None else self.state.tools)
         return [name for name in tools if self.grants.may_execute(name)]
 
     def need_tool(self, tool: str) -> None:

@@ -22,7 +22,7 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
 )
 from dspex_persist.state.rules import compile_expression
-from dspex_persist.state.tools.runner import unknown_tool
+from dspex_persist.state.tools.catalog import unknown_tool
 from dspex_persist.state.values.json_text import RefusedError
 
 _HIDDEN: Final = "(hidden)"
