@@ -64,7 +64,7 @@ class Two:
 
     def seek(self, server: int, execution_id: str) -> str:
         runner = self.servers[server].runner
-        return runner.start(runner.seek(execution_id)).result(within(10)).execution_id
+        return runner.start(runner.running.seek(execution_id)).result(within(10)).execution_id
 
 
 @contextmanager

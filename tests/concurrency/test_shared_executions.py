@@ -322,7 +322,7 @@ def test_an_execution_is_named_with_the_server_that_runs_it() -> None:
 
         def seek(server: int) -> Any:
             runner = tools.with_tools[server].runner
-            return runner.start(runner.seek(execution_id)).result(within(10))
+            return runner.start(runner.running.seek(execution_id)).result(within(10))
 
         assert seek(0).execution_id == execution_id
         with pytest.raises(ExecutionElsewhereError, match=r"another server, 10\.0\.0\.7:50051") as raised:

@@ -458,7 +458,7 @@ def test_a_caller_within_an_execution_may_go_when_that_has_ended(
     outer = patient.submit(ExecuteTool("s", "hold"))
     assert ENTERED.acquire(timeout=within(20))
     runner = patient.runner
-    (execution_id,) = runner._running
+    (execution_id,) = runner.running.sessions
     within_it = request_of(ExecuteTool("s", "hold"), patient.default_origin("ExecuteTool"))
     inner = runner.start(runner.execute_within(execution_id, within_it))
     assert ENTERED.acquire(timeout=within(20))

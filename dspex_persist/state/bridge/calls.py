@@ -82,7 +82,7 @@ class Calls:
     def belongs(self, context: Context) -> bool:
         """Return whether the call is part of a running execution, and so is accepted while the server drains."""
         shown = RequestHeaders(context).find(EXECUTION_ID)
-        return shown is not None and self._runner.is_running(bare(shown))
+        return shown is not None and self._runner.running.is_running(bare(shown))
 
     def _call(self, context: Context) -> Call:
         return Call(context, self._limits, self._max_message_bytes)
@@ -98,7 +98,7 @@ class Calls:
             if result is None:
                 result = await (self._write(command, call) if command.writes else self._read(command, call))
         except ExecutionNotFoundError as error:
-            await self._runner.check_elsewhere(error.execution_id)
+            await self._runner.running.check_elsewhere(error.execution_id)
             raise
         if rpc.log is not None:
             rpc.log(self._log(rpc.name, command.session_id, call), command, result)
@@ -158,7 +158,7 @@ class Calls:
         execution_id = call.header(EXECUTION_ID)
         if execution_id is None or not is_transactional(command):
             return None
-        return self._runner.find(execution_id)
+        return self._runner.running.find(execution_id)
 
     @property
     def _logs_details(self) -> bool:

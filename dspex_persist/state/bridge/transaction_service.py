@@ -124,7 +124,7 @@ class TransactionRpcs:
         opened = self._open.get(execution_id)
         if opened is None:
             if isinstance(self._transacting, WithTools):
-                await self._transacting.runner.check_elsewhere(execution_id)
+                await self._transacting.runner.running.check_elsewhere(execution_id)
             raise ExecutionNotFoundError(execution_id)
         return opened
 

@@ -9,11 +9,10 @@ import contextlib
 import functools
 import json
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
-from weakref import WeakValueDictionary
 
 from dspex_persist.infra import tracing
 from dspex_persist.infra.mailbox import Reply
@@ -23,14 +22,11 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import REPEATABLE, Begun, Verdict
 from dspex_persist.state.errors import (
     EngineClosedError,
-    ExecutionElsewhereError,
     ExecutionEndedError,
-    ExecutionNotFoundError,
     IdempotencyConflictError,
     LimitExceededError,
     MissingVariablesError,
     SessionBusyError,
-    SessionNotFoundError,
     StateError,
     ToolArgumentError,
     ToolInterruptedError,
@@ -58,7 +54,7 @@ from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools import traced
 from dspex_persist.state.tools.catalog import Catalog
 from dspex_persist.state.tools.chunks import Emit, Outlet
-from dspex_persist.state.tools.endings import SEEMED_DEAD, SESSION_ENDED, Endings
+from dspex_persist.state.tools.endings import Endings
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
@@ -72,6 +68,7 @@ from dspex_persist.state.tools.of_pools import Asked, ToolsOfPools
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING, result_value
+from dspex_persist.state.tools.running import Running
 from dspex_persist.state.tools.session import ToolSession, current_session
 from dspex_persist.state.tools.spending import Spending
 from dspex_persist.state.tools.turns import Place, Turns
@@ -113,6 +110,7 @@ class ToolRunner:
 
     Attributes:
         catalog: The tools that can be executed.
+        running: The executions that run in this process.
     """
 
     def __init__(
@@ -138,15 +136,10 @@ class ToolRunner:
             self.spending.meter = meter
         self._endings = Endings(store, home, self.spending, meter, is_shared=peers is not None)
         self.catalog = Catalog(self._endings, tools, registered, ToolsOfPools(pools, limits.tools_per_session))
-        self._running: dict[str, ToolSession] = {}
-        # Includes executions that have ended while their code still runs.
-        self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
+        self.running = Running(home, self._endings, peers)
         self._turns = Turns(limits.queued_executions)
         self._count = 0
         self._peers = peers
-        if peers is not None:
-            peers.on_fenced(lambda: home.mailbox.post(self._interrupt))
-            peers.on_ended(self._end_sessions)
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
         """Run a coroutine of the runner on its home loop; callable from any thread."""
@@ -185,91 +178,16 @@ class ToolRunner:
         finally:
             traffic.calls -= 1
 
-    def find(self, execution_id: str) -> Execution:
-        """Return a running execution; `ExecutionNotFoundError` if no such one is running."""
-        return self._session_of(execution_id).execution
-
-    def session_of(self, execution_id: str) -> ToolSession:
-        """Return the session of a running execution; raises as `find` does."""
-        return self._session_of(execution_id)
-
-    async def seek(self, execution_id: str) -> ToolSession:
-        """Return the session of a running execution, or say where it runs.
-
-        Raises:
-            ExecutionElsewhereError: Another server runs it.
-            ExecutionNotFoundError: No such execution is running.
-        """
-        session = self._running.get(execution_id)
-        if session is None:
-            await self.check_elsewhere(execution_id)
-        return self._session_of(execution_id)
-
-    async def check_elsewhere(self, execution_id: str) -> None:
-        """Raise `ExecutionElsewhereError` if another server runs an execution."""
-        if self._peers is None:
-            return
-        # It asks the log.
-        address = await asyncio.to_thread(self._peers.server_of, execution_id)
-        if address is not None:
-            raise ExecutionElsewhereError(execution_id, address)
-
-    def _end_sessions(self, session_ids: Collection[str]) -> None:
-        for session_id in session_ids:
-            if self.has_executions(session_id):
-                with contextlib.suppress(EngineClosedError):
-                    self.start(self.end_executions(session_id))
-
-    def _interrupt(self) -> None:
-        """Stop the code of all executions, none of which can write anything any more."""
-        for session in tuple(self._running.values()):
-            if session.execution.parent is None:
-                self._end_now(session, SEEMED_DEAD)
-
-    def is_running(self, execution_id: str) -> bool:
-        """Whether `find` would find it."""
-        return execution_id in self._running
-
     def figures(self) -> RunnerFigures:
         """Return what runs now; from any thread."""
-        sessions, count = list(self._running.values()), self._count
+        sessions, count = list(self.running.sessions.values()), self._count
         opened = sum(each.request.tool == TRANSACTION and RECORDING_ID not in each.metadata for each in sessions)
         begun = sum(each.execution.parent is None for each in sessions)
         return RunnerFigures(len(sessions) - opened, max(0, count - begun), opened)
 
-    def has_executions(self, session_id: str) -> bool:
-        """Whether something runs in a session; from any thread."""
-        return any(session.session_id == session_id for session in list(self._running.values()))
-
-    async def end_executions(self, session_id: str) -> None:
-        """End what runs in a session that has ended at once, and not only when its time is up.
-
-        Args:
-            session_id: The session. Another one may have begun with its id.
-        """
-        running = [session for session in self._running.values() if session.session_id == session_id]
-        for session in running:
-            # What it has called ends with it.
-            if session.execution.parent is None and not await self._is_running(session):
-                self._end_now(session, SESSION_ENDED)
-
-    def _end_now(self, session: ToolSession, reason: str) -> None:
-        """Have the code of an execution, if it still runs, end as if its time were up."""
-        if session.limit is not None:
-            # Unless its time is up at this moment.
-            with contextlib.suppress(RuntimeError):
-                session.limit.reschedule(self._home.loop.time())
-                session.over_because = reason
-
     def drain(self) -> None:
         """Count executions cancelled from now on as interrupted by the server, not as given up by the client."""
         self._endings.draining = True
-
-    def _session_of(self, execution_id: str) -> ToolSession:
-        session = self._running.get(execution_id)
-        if session is None:
-            raise ExecutionNotFoundError(execution_id)
-        return session
 
     # Executing
 
@@ -309,7 +227,7 @@ class ToolRunner:
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
         if asker_id is not None:
-            current_session.set(self._sessions.get(asker_id))
+            current_session.set(self.running.known.get(asker_id))
         _check_depth(current_session.get())
         self._count += 1
         request = self._timed(request)
@@ -363,7 +281,7 @@ class ToolRunner:
             ExecutionElsewhereError: Another server runs it.
             ExecutionEndedError: It ended before the tool did.
         """
-        parent = await self.seek(execution_id)
+        parent = await self.running.seek(execution_id)
         parent.execution.check_is_of(request.session_id)
         try:
             result = await self._execute_joined(parent, request)
@@ -404,16 +322,9 @@ class ToolRunner:
             result = await self._child_result(parent, request)
         finally:
             # The session may have ended meanwhile, which only the store knows; nothing is kept then.
-            if not await self._is_running(parent):
+            if not await self.running.still_runs(parent):
                 raise ExecutionEndedError(parent.execution_id, parent.execution.ended or "its session ended")
         return result
-
-    async def _is_running(self, session: ToolSession) -> bool:
-        try:
-            state = await self._submit(commands.ReadState(session.session_id), session.origin)
-        except SessionNotFoundError:
-            return False
-        return session.execution_id in state.executions
 
     def _timed(self, request: ToolRequest) -> ToolRequest:
         """Return the request with its deadline; its time starts now."""
@@ -496,7 +407,7 @@ class ToolRunner:
 
     async def _join(self, execution_id: str, request: ToolRequest) -> ToolOutcome | None:
         """Wait for a running execution and return its outcome, or None if the request has to begin again."""
-        running = self._running.get(execution_id)
+        running = self.running.sessions.get(execution_id)
         if running is None or running.done is None:
             if self._peers is None:
                 # It is just ending, or its client is just leaving; the store knows which in a moment.
@@ -602,21 +513,17 @@ class ToolRunner:
         session.done = self._home.loop.create_future()
         traced.begun(session)
         outcome = None
-        self._list(session)
+        self.running.add(session)
         try:
             outcome = await self._conduct(tool, arguments, session)
         finally:
             session.done.set_result(outcome)
             # The outcome refers to its error, whose frames refer to the session: this breaks the cycle.
             session.done = None
-            del self._running[session.execution_id]
+            del self.running.sessions[session.execution_id]
         if request.outlet is not None and request.outlet.broken is not None:
             raise request.outlet.broken
         return outcome
-
-    def _list(self, session: ToolSession) -> None:
-        """List the execution as running, so that `find` returns it."""
-        self._running[session.execution_id] = self._sessions[session.execution_id] = session
 
     async def _conduct(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> ToolOutcome:
         """Run the code of an execution, then end it."""
@@ -693,11 +600,11 @@ class ToolRunner:
             session.task = asyncio.current_task()
             traced.begun(session)
             parent.calling = session
-            self._list(session)
+            self.running.add(session)
             try:
                 return await self._conduct_child(tool, arguments, session, execution)
             finally:
-                del self._running[session.execution_id]
+                del self.running.sessions[session.execution_id]
                 # The task keeps its exception, whose frames refer to the session: this breaks the cycle.
                 parent.calling = session.task = None
 

@@ -192,9 +192,9 @@ class WithTools(Around, StreamsTools, Transacts):
 
         def end(done: Future[int]) -> None:
             is_done = not done.cancelled() and done.exception() is None
-            if is_done and not self._is_forked and self.runner.has_executions(session_id):
+            if is_done and not self._is_forked and self.runner.running.has_executions(session_id):
                 with contextlib.suppress(EngineClosedError):
-                    self.runner.start(self.runner.end_executions(session_id))
+                    self.runner.start(self.runner.running.end_executions(session_id))
 
         future = self.provider.submit(command, origin)
         future.add_done_callback(end)

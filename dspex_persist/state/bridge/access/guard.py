@@ -319,9 +319,9 @@ class Guard:
             ExecutionNotFoundError: It is not the caller's.
         """
         execution_id = bare(shown)
-        if not self._runner.is_running(execution_id):
+        if not self._runner.running.is_running(execution_id):
             return execution_id, None, False
-        session = self._runner.session_of(execution_id)
+        session = self._runner.running.session_of(execution_id)
         if shown != execution_id:
             if self._capabilities.holds(shown):
                 return execution_id, session, True
