@@ -15,11 +15,14 @@ from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, STUBS, serve
 from tests.outcomes import execute, result_of
 
+# Long enough to take much memory.
+CALL_S = round(within(0.5), 1)
 POOLS = f"""
 [pools.tools]
 max_rss_bytes = "150MiB"
 kill_rss_bytes = "400MiB"
-call_timeout_s = 1.5
+call_timeout_s = {CALL_S}
+queue_timeout_s = {within(5)}
 
 [pools.odd]
 command = ["{sys.executable}", "-m", "tests.workers.odd", "--port", "{{port}}", "--starts", "STARTS"]
@@ -131,7 +134,7 @@ def test_code_that_never_returns_is_given_up_when_the_pool_says_so(provider: Bri
     assert (hung.status, hung.error_code) == (ExecutionStatus.TIMED_OUT, "WORKER_TIMEOUT")
     detail = why(provider, session, hung)
     assert detail.failure is not None
-    assert "did not finish within 1.5 s" in detail.failure.message
+    assert f"did not finish within {CALL_S:g} s" in detail.failure.message
     assert [line.message for line in detail.log] == ["before it hangs"]
     pools_when(provider)
     assert result_of(execute(provider, session, "pid")) != first
