@@ -39,6 +39,7 @@ from dspex_persist.state.store.postgres.cursors import NoAnswerError
 from dspex_persist.state.store.postgres.notices import Notices
 from dspex_persist.state.store.postgres.postgres_log import PostgresLog
 from dspex_persist.state.store.postgres.servers import Lease
+from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.wiring.connecting import connect, open_audit
 from tests.deadline import within
@@ -187,6 +188,25 @@ def test_a_database_that_is_away_for_a_while(own_postgres: Postgres) -> None:
         own_postgres.bring_back()
         assert state.set_variable("s", "x", 3) == 1
         assert value(other) == Value("3")
+
+
+def test_a_server_that_compares_sizes_outlasts_an_absence(own_postgres: Postgres) -> None:
+    url = own_postgres.url()
+    fill(url)
+    with PostgresState(url, StoreOptions(warn_size_bytes=1 << 40)) as state:
+        own_postgres.take_away()
+        state._on_writer(state._retention.on_idle)
+        own_postgres.bring_back()
+        assert state.set_variable("s", "x", 3) == 1
+
+
+def test_tables_that_are_missing_for_a_while(filled: str, beside: Any) -> None:
+    """As while a copy is being put back, or while the rights of the user are changed."""
+    with PostgresState(filled) as state:
+        beside.execute("ALTER TABLE execution_servers RENAME TO elsewhere")
+        state._on_writer(state._groups.sweep)
+        beside.execute("ALTER TABLE elsewhere RENAME TO execution_servers")
+        assert state.set_variable("s", "x", 3) == 1
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dspex_persist.spelling import quote
 from dspex_persist.state.commands import Command, EndMovedSession
 from dspex_persist.state.errors import (
     OutcomeUnknownError,
+    ReadFailedError,
     SessionHeldError,
     StateError,
     StorageError,
@@ -32,7 +33,7 @@ from dspex_persist.state.unit_of_work import Drafts, UnitOfWork
 _logger: Final = get_logger(__name__)
 _MOST_ATTEMPTS: Final = 64
 """How often a group is run that others keep overtaking."""
-_AWAY: Final = (OutcomeUnknownError, UnavailableError, StorageError)
+_AWAY: Final = (OutcomeUnknownError, ReadFailedError, UnavailableError, StorageError)
 """Errors of a log that may be reached again later."""
 QUIET: Final = 3
 """After so many groups in a row without news, the next ones are optimistic: a group that was, in vain, costs two."""

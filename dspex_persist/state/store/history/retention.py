@@ -34,10 +34,8 @@ class Retention:
     def on_idle(self) -> None:
         """Start a round if one is due."""
         now = time.monotonic()
-        limit = self._options.warn_size_bytes
-        if limit is not None and now >= self._next_warning and (size := self._size_bytes()) > limit:
-            self._next_warning = now + _DAY_S
-            _logger.warning("database is large", size_bytes=size, warn_size_bytes=limit, hint="db prune, retention_*")
+        if now >= self._next_warning:
+            self._compare_size(now)
         policy = policy_of(self._options)
         if policy is None or now < self._next_round or (self._thread is not None and self._thread.is_alive()):
             return
@@ -48,6 +46,18 @@ class Retention:
             # The system has no room for another thread, which must not end the writer. A later call tries again.
             self._thread = None
             _logger.warning("history not pruned", reason=str(error))
+
+    def _compare_size(self, now: float) -> None:
+        limit = self._options.warn_size_bytes
+        try:
+            if limit is None or (size := self._size_bytes()) <= limit:
+                return
+        except StateError as error:
+            # A database that is away is no reason to end the writer. A later call asks again.
+            _logger.debug("size not known", reason=str(error))
+            return
+        self._next_warning = now + _DAY_S
+        _logger.warning("database is large", size_bytes=size, warn_size_bytes=limit, hint="db prune, retention_*")
 
     def close(self) -> None:
         """Stop the running round, and wait for it."""
