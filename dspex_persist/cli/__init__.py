@@ -206,7 +206,7 @@ def exit_code_of(error: Exception) -> int | None:
         ToolInterruptedError,
         ToolTimedOutError,
     )
-    from dspex_persist.wiring.ending import EXIT_STORAGE_FAILED, StorageFailedError
+    from dspex_persist.wiring.ending import StorageFailedError
 
     # The first that fits.
     codes: tuple[tuple[type[Exception], int], ...] = (
@@ -219,7 +219,6 @@ def exit_code_of(error: Exception) -> int | None:
         (ToolInterruptedError, 8),
         (DatabaseInUseError, 4),
         (OpenError, 5),
-        (StorageFailedError, EXIT_STORAGE_FAILED),
         (ListenError, 75),
         (DspexError, 1),
         # Text that cannot be encoded, such as in an argument.
@@ -227,6 +226,8 @@ def exit_code_of(error: Exception) -> int | None:
     )
     if isinstance(error, ExplainedError | ToldError) and isinstance(error.__cause__, Exception):
         return exit_code_of(error.__cause__)
+    if isinstance(error, StorageFailedError):
+        return error.exit_code
     if isinstance(error, InvalidArgumentError) and error.field in _OF_ADDRESSES | _OF_POINTS:
         return 2
     if isinstance(error, OSError) or streams.is_reader_gone(error):

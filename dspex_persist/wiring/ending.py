@@ -12,9 +12,11 @@ from dspex_persist.addresses import database_url
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.stopping import End
-from dspex_persist.state.errors import FileChangedError, OpenError, OutcomeUnknownError
+from dspex_persist.state.errors import FileChangedError, LostCommitsError, OpenError, OutcomeUnknownError
 
 EXIT_STORAGE_FAILED: Final = 70
+EXIT_REFUSED: Final = 5
+"""The exit code for what is refused at a start, too: supervisors do not start the server again."""
 # How long the server keeps running after its storage failed, so that waiting calls get their answers.
 _ANSWER_FAILED_S: Final = 1.0
 
@@ -31,14 +33,22 @@ class StorageFailedError(DspexError):
     def __str__(self) -> str:
         return self.in_words(str)
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the server. One that was started again after a loss might go on with what is left."""
+        return EXIT_REFUSED if isinstance(self.failure, LostCommitsError) else EXIT_STORAGE_FAILED
+
     def in_words(self, text_of: Callable[[BaseException], str]) -> str:
         """Return the message; `text_of` returns that of the failure."""
         # The advice of OutcomeUnknownError is meant for clients.
         reason = self.failure.sentence if isinstance(self.failure, OutcomeUnknownError) else text_of(self.failure)
         # Errors about a changed file, or lost commits, have their own advice, and the disk is not to blame.
         has_advice = isinstance(self.failure, FileChangedError | OpenError)
-        check = "database" if database_url(self.path) is not None else "disk"
-        advice = "" if has_advice else f". Check the {check}, then start the server again; acknowledged writes are safe"
+        advice = "Check the disk, then start the server again; acknowledged writes are safe"
+        if database_url(self.path) is not None:
+            # Who knows what has become of it.
+            advice = "Check the database, then start the server again"
+        advice = "" if has_advice else f". {advice}"
         return f"the storage of {self.path} failed, so the server ended: {reason}{advice}"
 
 
@@ -58,7 +68,7 @@ class ServerEnd(End):
         """
         self.failure = StorageFailedError(self._path, error)
         _log.critical("storage failed", db=self._path, reason=str(error))
-        deadline = threading.Timer(_ANSWER_FAILED_S, os._exit, (EXIT_STORAGE_FAILED,))
+        deadline = threading.Timer(_ANSWER_FAILED_S, os._exit, (self.failure.exit_code,))
         deadline.daemon = True
         deadline.start()
         # The loop may have ended in the meantime.

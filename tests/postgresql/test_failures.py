@@ -22,6 +22,7 @@ from dspex_persist.state.errors import (
     FileChangedError,
     ForkedProcessError,
     LostCommitsError,
+    NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
     StateError,
@@ -330,15 +331,20 @@ def ended(state: PostgresState, use: Callable[[], object]) -> BaseException:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("sequence = sequence - 1", "commit 3 is gone"),
-        ("hash = decode(repeat('77', 32), 'hex')", "commit 3 is not the one that this server has seen"),
-        ("database_id = 'another'", "it is another database than before"),
+        ("UPDATE head SET sequence = sequence - 1", "commit 3 is gone"),
+        (
+            "UPDATE head SET hash = decode(repeat('77', 32), 'hex')",
+            "commit 3 is not the one that this server has seen",
+        ),
+        ("UPDATE head SET database_id = 'another'", "it is another database than before"),
+        # As while a copy is being put back.
+        ("DELETE FROM head", "its table head is empty, so nothing says where the log ends"),
     ],
 )
 def test_a_database_that_was_replaced_ends_its_server(filled: str, beside: Any, change: str, reason: str) -> None:
     heard: list[BaseException] = []
     with PostgresState(filled, on_fatal=heard.append) as state:
-        beside.execute(f"UPDATE head SET {change}".encode())
+        beside.execute(change.encode())
         error = ended(state, lambda: state.set_variable("s", "x", 2))
         assert isinstance(error, LostCommitsError)
         assert reason in str(error)
@@ -346,6 +352,25 @@ def test_a_database_that_was_replaced_ends_its_server(filled: str, beside: Any, 
         wait_until(lambda: heard == [error])
         with pytest.raises(LostCommitsError):
             state.get_variable("s", "x")
+
+
+@pytest.mark.parametrize("change", ["UPDATE head SET sequence = sequence - 1", "DELETE FROM head"])
+def test_a_server_that_has_seen_a_loss_is_not_started_again(
+    filled: str, beside: Any, tmp_path: Path, change: str
+) -> None:
+    with serve(tmp_path / "unused.db", "--db", filled) as server:
+        beside.execute(change.encode())
+        # The code of a start that is refused, on which supervisors do not start it again.
+        assert server.wait(within(10)) == 5
+        assert f"{filled} has lost acknowledged commits" in server.stderr_tail
+        assert "acknowledged writes are safe" not in server.stderr_tail
+
+
+@pytest.mark.parametrize("table", ["head", "alembic_version"])
+def test_a_copy_that_was_put_back_incompletely_is_refused(filled: str, beside: Any, table: str) -> None:
+    beside.execute(f"DELETE FROM {table}".encode())
+    with pytest.raises(NotADatabaseError, match=f"its table {table} is empty"):
+        PostgresState(filled)
 
 
 def test_a_newer_release_ends_older_servers(filled: str, beside: Any) -> None:

@@ -1,7 +1,11 @@
 """The errors of a server whose database, which others share, has lost commits: while it runs, and when it starts."""
 
+from typing import Final
+
 from dspex_persist.state.anchor import ends_before
 from dspex_persist.state.errors import Hint, LostCommitsError
+
+NO_HEAD: Final = "its table head is empty, so nothing says where the log ends"
 
 
 def gone(name: str, last: int, known: int) -> LostCommitsError:
@@ -17,6 +21,11 @@ def other_commit(name: str, sequence: int) -> LostCommitsError:
 def other_database(name: str) -> LostCommitsError:
     """Return the error of a database that has another one's address."""
     return _lost(name, "it is another database than before")
+
+
+def without_head(name: str) -> LostCommitsError:
+    """Return the error of a database that does not say where its log ends any more."""
+    return _lost(name, NO_HEAD)
 
 
 def _lost(name: str, reason: str) -> LostCommitsError:

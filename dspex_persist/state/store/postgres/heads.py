@@ -8,7 +8,7 @@ import psycopg
 
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.anchor import Head
-from dspex_persist.state.errors import FileChangedError, Hint
+from dspex_persist.state.errors import FileChangedError, Hint, NotADatabaseError
 from dspex_persist.state.log_store import News
 from dspex_persist.state.shared import lost
 from dspex_persist.state.shared_log import SharedHold
@@ -67,7 +67,7 @@ class HeadRow(NamedTuple):
 
     Attributes:
         epoch: That of the lease of this server; None if it has none.
-        revision: That of the schema.
+        revision: That of the schema; None if a copy is being put back.
         has_holds: Whether sessions may be held.
     """
 
@@ -78,7 +78,7 @@ class HeadRow(NamedTuple):
     next_session_key: int
     next_variable_key: int
     epoch: int | None
-    revision: str
+    revision: str | None
     has_holds: bool
 
 
@@ -109,6 +109,19 @@ class KnownHead:
         self.has_holds = False
         self.holds: Mapping[str, SharedHold] = {}
 
+    def row_of(self, found: tuple[Any, ...] | None) -> HeadRow:
+        """Return the head as `SELECT_HEAD` has found it.
+
+        Raises:
+            LostCommitsError: There is none, in a database that had one.
+            NotADatabaseError: There is none.
+        """
+        if found is not None:
+            return HeadRow(*found)
+        if self._database_id:
+            raise lost.without_head(self._name)
+        raise NotADatabaseError(self._name, f"{lost.NO_HEAD}; see whether a copy was put back completely")
+
     def take(self, row: HeadRow) -> None:
         """Know the head of the database from now on."""
         self._database_id = row.database_id
@@ -131,6 +144,8 @@ class KnownHead:
             FileChangedError: A newer release has upgraded the database.
         """
         before = self.head
+        if row.revision is None:
+            raise FileChangedError(self._name, "its table alembic_version is empty").advising(Hint.PUT_BACK_DATABASE)
         if row.revision != REVISION:
             reason = f"a server of another release has upgraded it to schema {row.revision}"
             raise FileChangedError(self._name, reason).advising(Hint.UPGRADE_PACKAGE)

@@ -22,6 +22,7 @@ from dspex_persist.state.meter import FileFigures
 from dspex_persist.state.model import VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.shared.database_state import LEASE_S, DatabaseLog
+from dspex_persist.state.shared.lost import without_head
 from dspex_persist.state.shared.server_anchor import ServerAnchor
 from dspex_persist.state.shared.settling import SETTLE_S
 from dspex_persist.state.shared_log import SharedHold
@@ -290,7 +291,8 @@ class PostgresLog(_Stored, StoredLog, DatabaseLog):
                     if is_new:
                         raise self._database.unavailable(error) from error
                 else:
-                    assert row is not None, "the table has one row"
+                    if row is None:
+                        raise without_head(self._database.name)
                     return int(row[0])
 
     def news(self) -> News | None:

@@ -73,7 +73,10 @@ def _revision(connection: Connection, database: Database) -> str | None:
     """Return the revision of the schema; None if there is nothing in it."""
     tables = list(connection.execute(_TABLES, {"schema": database.schema}).scalars())
     if migrate.are_ours(tables):
-        revision = str(connection.execute(_REVISION).scalar_one())
+        revision: str | None = connection.execute(_REVISION).scalar()
+        if revision is None:
+            reason = "its table alembic_version is empty; see whether a copy was put back completely"
+            raise NotADatabaseError(database.name, reason)
         if revision != REVISION and revision not in migrate.known_revisions():
             raise NewerSchemaError(database.name, revision, REVISION)
         return revision

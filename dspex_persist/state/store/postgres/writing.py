@@ -163,9 +163,7 @@ class Writing:
 
     def read_head(self, connection: "psycopg.Connection[Any]") -> HeadRow:
         """Return the head, outside of a group."""
-        row = run(connection, "EXECUTE dspex_head").fetchone()
-        assert row is not None, "the table has one row"
-        return HeadRow(*row)
+        return self._known.row_of(run(connection, "EXECUTE dspex_head").fetchone())
 
     @contextlib.contextmanager
     def group(self, *, wait: bool, looks_first: bool = True) -> Iterator[News | None]:
@@ -208,7 +206,7 @@ class Writing:
             self.connect()
             cursor = run(self.driver, heads.BEGIN_TO_READ)
             cursor.nextset()
-            yield self._known.learn(self.driver, HeadRow(*cursor.fetchone() or ()))
+            yield self._known.learn(self.driver, self._known.row_of(cursor.fetchone()))
             self._leave()
         except DRIVER_ERRORS as error:
             self._end_failed(error, is_sent=False)
@@ -274,7 +272,7 @@ class Writing:
         cursor.nextset()
         has_lock = cursor.fetchone() != (False,)
         cursor.nextset()
-        row = HeadRow(*cursor.fetchone() or ())
+        row = self._known.row_of(cursor.fetchone())
         if not has_lock:
             self._leave()
             raise WouldWaitError
