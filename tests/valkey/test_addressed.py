@@ -50,7 +50,7 @@ def test_connect(secret: str) -> None:
 def test_a_server_with_an_anchor(secret: str, client: redis.Redis, valkey_prefix: str, tmp_path: Path) -> None:
     with connect(secret, anchor_dir=tmp_path / "anchors") as state:
         state.set_variable("s", "x", 2)
-    client.delete("{" + valkey_prefix + "}:head")
+    client.delete(*(f"{{{valkey_prefix}}}:{name}" for name in ("head", "log")))
     argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", secret, "--listen", "127.0.0.1:0"]
     done = subprocess.run(
         [*argv, "--anchor-dir", str(tmp_path / "anchors")],

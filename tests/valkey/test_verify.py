@@ -76,6 +76,21 @@ def test_the_end_of_the_log(log: Any, client: Any, valkey_prefix: str) -> None:
     assert any("are missing" in found for found in log())
 
 
+def test_a_head_that_is_gone(open_server: Open, log: Any, client: Any, valkey: str, valkey_prefix: str) -> None:
+    name, there = f"{{{valkey_prefix}}}:head", address(valkey, valkey_prefix)
+    identity = client.hget(name, "database_id")
+    client.delete(name)
+    for use in (open_server, lambda: verify(there)):
+        with pytest.raises(NotADatabaseError, match="head is missing, which says where the log ends"):
+            use()
+    assert not client.exists(name)
+    # That of a log which has just begun.
+    client.hset(name, "database_id", identity)
+    assert "the head: it ends the log at commit 0, but the log goes on to commit" in "\n".join(
+        f"{where}: {what}" for where, what in verify(there)[1]
+    )
+
+
 def test_an_entry_that_no_commit_has(log: Any, client: Any, valkey_prefix: str) -> None:
     name = names(client, valkey_prefix, "w")[0]
     client.xadd(name, client.xrevrange(name)[0][1], id="777-0")

@@ -16,7 +16,7 @@ from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.unit_of_work import Drafts
 from dspex_persist.state.valkey.address import Address
 from dspex_persist.state.valkey.connection import Connection, converted
-from dspex_persist.state.valkey.heads import FIELDS, Head
+from dspex_persist.state.valkey.heads import FIELDS, Head, refuse_headless
 from dspex_persist.state.valkey.keys import Keys
 from dspex_persist.state.valkey.reads import Reads
 from dspex_persist.state.valkey.recordings import Recordings
@@ -40,6 +40,7 @@ def open_reads(url: str) -> Iterator[tuple[Reads, Keys]]:
     try:
         with converted():
             refuse_others(connection.client, keys, address.name)
+            refuse_headless(connection.client, keys, address.name)
             if not connection.client.exists(keys.head):
                 reason = f"it has no sessions under the prefix {address.prefix}"
                 raise NotADatabaseError(address.name, reason).advising(Hint.BEGIN_DATABASE)

@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from dspex_persist.clock import EARLIEST, from_micros
 from dspex_persist.state import anchor
+from dspex_persist.state.errors import NotADatabaseError
 from dspex_persist.state.log_store import News
 from dspex_persist.state.shared import lost
 from dspex_persist.state.valkey import codec
@@ -76,6 +77,14 @@ def news_between(client: Any, keys: Keys, name: str, known: Head, head: Head) ->
     changed = {int(row[b"s"]): codec.text_in(row[b"i"]) for _, row in rows}
     ended = frozenset(int(row[b"s"]) for _, row in rows if b"e" in row)
     return News(known.sequence, head.sequence, head.last_at, changed, ended)
+
+
+def refuse_headless(client: Any, keys: Keys, name: str) -> None:
+    """Raise `NotADatabaseError` if the store has a log, but not what says where it ends."""
+    # In this order: the head is there before the first entry.
+    if client.exists(keys.log) and not client.exists(keys.head):
+        reason = f"its key {keys.head} is missing, which says where the log ends; put a copy of the store back"
+        raise NotADatabaseError(name, reason)
 
 
 def has_commit(client: Any, keys: Keys, head: anchor.Head) -> bool:

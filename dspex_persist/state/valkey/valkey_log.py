@@ -37,7 +37,7 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 from dspex_persist.state.valkey import codec, heads, holds
 from dspex_persist.state.valkey.batch import Batch, Commands
 from dspex_persist.state.valkey.connection import UNCERTAIN, Connection, converted, reason_of, reported
-from dspex_persist.state.valkey.heads import NO_HEAD, Head, has_commit, news_between
+from dspex_persist.state.valkey.heads import NO_HEAD, Head, has_commit, news_between, refuse_headless
 from dspex_persist.state.valkey.holds import Holds
 from dspex_persist.state.valkey.keys import PREFIX, Keys
 from dspex_persist.state.valkey.leases import Leases
@@ -130,6 +130,7 @@ class ValkeyLog(DatabaseLog):
     def _begin_log(self, anchor_dir: Path | None) -> None:
         self._waits_for_disk = self._check(self._client)
         refuse_others(self._client, self.keys, self.name)
+        refuse_headless(self._client, self.keys, self.name)
         self._client.hsetnx(self.keys.head, "database_id", uuid.uuid4().hex)
         self._client.hsetnx(self.keys.head, "format", FORMAT)
         found = codec.text_in(self._client.hget(self.keys.head, "format"))

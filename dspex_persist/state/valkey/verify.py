@@ -65,6 +65,7 @@ class Verification:
             yield Problem(f"commit {after + 1}", f"commits {after + 1} to {last} are missing")
         elif last and self._hash != hash_:
             yield Problem(f"commit {last}", "the head has another hash than the last commit")
+        yield from self._beyond()
         yield from self._strays(last)
         yield from self._current()
 
@@ -120,6 +121,15 @@ class Verification:
         if link(self._hash, parts) != row.get(b"h"):
             yield Problem(where, "its content, or that of a version, does not match its hash")
         self._hash = row.get(b"h", b"")
+
+    def _beyond(self) -> Iterator[Problem]:
+        """Look for commits in the log that are after the one that the head names."""
+        # In this order: a group moves both at once.
+        newest = self._client.xrevrange(self._keys.log, "+", "-", count=1)
+        last = int(self._client.hget(self._keys.head, "sequence") or 0)
+        until = int(newest[0][0].split(b"-")[0]) if newest else 0
+        if until > last:
+            yield Problem("the head", f"it ends the log at commit {last}, but the log goes on to commit {until}")
 
     def _strays(self, last: int) -> Iterator[Problem]:
         """Look for entries that no commit has."""
