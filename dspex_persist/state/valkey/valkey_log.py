@@ -246,7 +246,7 @@ class ValkeyLog(DatabaseLog):
     def _begin(self, wait: bool, refusal: NotADatabaseError | None) -> News | None:
         """Compare the lease, let imports of others end, and return the news: in one round trip, as a rule."""
         if refusal is not None:
-            raise StorageError(str(refusal))
+            raise StorageError(f"{self.name}: {refusal.reason}")
         deadline = time.monotonic() + 2 * TURN_S
         while True:
             pipeline = self._client.pipeline(transaction=False)
