@@ -80,7 +80,7 @@ class DatabaseInUseError(OpenError):
 
 @dataclass(eq=False)
 class NotADatabaseError(OpenError):
-    """The file cannot be opened or is not a dspex-persist database."""
+    """The file is not a dspex-persist database, or cannot be opened; or a shared database must not be used as it is."""
 
     template = "cannot open {path}: {reason}"
     path: str

@@ -28,7 +28,7 @@ class OutcomeUnknownError(StateError):
 
 @dataclass(eq=False)
 class UnavailableError(StateError):
-    """The server cannot be reached."""
+    """The server cannot be reached, or cannot reach its database."""
 
     template = "unavailable: {reason}"
     retryable = True
