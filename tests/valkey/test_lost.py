@@ -220,7 +220,7 @@ def test_databases_share_a_directory(own_valkey: Any, anchors: Path, older: Copy
 def test_an_anchor_that_cannot_be_made(open_server: Open, anchors: Path) -> None:
     anchors.parent.mkdir()
     anchors.write_text("")
-    with pytest.raises(NotADatabaseError, match="its anchor"):
+    with pytest.raises(NotADatabaseError, match=f"its anchor cannot be kept in {anchors}: File exists"):
         open_server(anchor_dir=anchors)
 
 

@@ -55,7 +55,8 @@ class ServerAnchor:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise NotADatabaseError(name, f"its anchor {self.path}: {error.strerror or error}") from error
+            reason = error.strerror or str(error)
+            raise NotADatabaseError(name, f"its anchor cannot be kept in {directory}: {reason}") from error
         digest = sha256(address.encode("utf-8", "surrogatepass")).digest()
         with reported(directory):
             _refuse_other(directory, self.path, digest, name)
