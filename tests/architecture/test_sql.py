@@ -42,3 +42,15 @@ def test_only_the_store_speaks_sql() -> None:
 def test_the_check_finds_sql() -> None:
     found = [text for path in STORE.rglob("*.py") for _, text in texts(path) if STATEMENT.search(text)]
     assert len(found) > 50
+
+
+# In PostgreSQL, what is extracted from JSON is text, which cannot be compared with a number.
+ORDERED = re.compile(r"(json_extract\([^()]*\)|->>\s*('[^']*'|\d+))\s*(<=?|>=?)(?![<>=])")
+
+
+def test_what_is_extracted_from_json_is_cast_before_it_is_ordered() -> None:
+    assert ORDERED.search("json_extract(body, '$.a[1]') > :after")
+    assert not ORDERED.search("CAST(json_extract(body, '$.a[1]') AS INTEGER) > :after")
+    assert not ORDERED.search("json_extract(body, '$.a') <> ''")
+    found = [(path.name, text) for path in STORE.rglob("*.py") for _, text in texts(path) if ORDERED.search(text)]
+    assert found == []

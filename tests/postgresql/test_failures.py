@@ -30,7 +30,7 @@ from dspex_persist.state.errors import (
     UnavailableError,
 )
 from dspex_persist.state.log_store import FencedError, WouldWaitError
-from dspex_persist.state.model import Value
+from dspex_persist.state.model import Update, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.shared import SharedGroups, SharedState
 from dspex_persist.state.store.history import answers
@@ -208,6 +208,19 @@ def test_tables_that_are_missing_for_a_while(filled: str, beside: Any) -> None:
         state._on_writer(state._groups.sweep)
         beside.execute("ALTER TABLE elsewhere RENAME TO execution_servers")
         assert state.set_variable("s", "x", 3) == 1
+
+
+def test_a_watch_goes_on_after_its_server_was_killed(filled: str, state: PostgresState, tmp_path: Path) -> None:
+    with serve(tmp_path / "unused.db", "--db", filled) as server:
+        target = target_of(server)
+        with connect(f"grpc://{target}") as client, client.watch("s", ["x"]) as watch:
+            server.kill()
+            for number in (2, 3):
+                state.set_variable("s", "x", number)
+            with serve(tmp_path / "unused.db", "--db", filled, "--listen", target):
+                updates: list[Update] = []
+                wait_until(lambda: bool(updates.extend(watch.pull()) or len(updates) == 2))
+                assert [update.variable.version for update in updates] == [1, 2]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 
 from dspex_persist.state.abilities import Prunable
 from dspex_persist.state.distributed import PostgresState
-from dspex_persist.state.errors import VersionPrunedError
+from dspex_persist.state.errors import VersionPrunedError, WatchGapError
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.provider import silent
 from dspex_persist.state.store.databases import check
@@ -28,6 +28,20 @@ def test_one_of_them_prunes(url: str) -> None:
         with pytest.raises(VersionPrunedError), one.audit() as past:
             past.state("s", "3")
     assert check(url).problems == ()
+
+
+def test_a_watch_does_not_hide_what_was_pruned(url: str) -> None:
+    with PostgresState(url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 0)
+        first, *_, last = (state.set_variable("s", "x", value) and state.head_sequence for value in range(1, 12))
+        with state.watch("s", after_sequence=first) as watch:
+            watch.check_continues(0)
+        state.prune(POLICY, confirm=True)
+        with state.watch("s", after_sequence=last) as watch:
+            watch.check_continues(0)
+        with state.watch("s", after_sequence=first) as watch, pytest.raises(WatchGapError):
+            watch.check_continues(0)
 
 
 def test_each_prunes_by_its_settings(url: str) -> None:

@@ -40,7 +40,7 @@ _LOCK_AS_OF = text("""
 _PRUNING_AFTER = text("""
     SELECT max(events.sequence) FROM commits JOIN events ON events.sequence = commits.sequence
     WHERE commits.session_key = :session_key AND commits.sequence > :after
-        AND events.kind = 'pruned' AND json_extract(events.body, '$.range[1]') > :after
+        AND events.kind = 'pruned' AND CAST(json_extract(events.body, '$.range[1]') AS INTEGER) > :after
 """)
 
 

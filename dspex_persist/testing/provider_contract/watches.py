@@ -242,6 +242,8 @@ class WatchContract(Contract):
             provider.delete_variable(watched, "z")
             updates = take(live, 8)
         with provider.watch(watched, after_sequence=begun) as resumed:
+            # As a server does whose client has lost its connection.
+            resumed.check_continues(0)
             assert take(resumed, 8) == updates
 
     def test_resumes_beyond_what_memory_holds(self, provider: StateProvider, watched: str) -> None:
