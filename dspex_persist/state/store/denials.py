@@ -12,7 +12,7 @@ from dspex_persist.state.store.engine import driver_of, raw_rows
 
 _COUNT: Final = """
     INSERT INTO denials (at, last_at, identity, peer, rpc, session_id, missing, count) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT (at / 60000000, identity, peer, rpc, session_id, missing)
+    ON CONFLICT ((at / 60000000), identity, peer, rpc, session_id, missing)
     DO UPDATE SET count = denials.count + excluded.count,
         last_at = CASE WHEN excluded.last_at > denials.last_at THEN excluded.last_at ELSE denials.last_at END
 """
