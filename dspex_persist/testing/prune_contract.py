@@ -3,7 +3,7 @@
 A server under test needs `audit_prune`.
 """
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -67,6 +67,13 @@ class PruneContract(Contract):
         assert self.versions(provider, grown) == [10, 9]
         with pytest.raises(errors.StateError):
             provider.rollback_variable(grown, "x", 0)
+
+    def test_an_ended_session_goes_as_a_whole(self, provider: StateProvider, grown: str) -> None:
+        policy = PrunePolicy(ended_before=datetime.max.replace(tzinfo=UTC), session_id=grown)
+        assert Prunable.of(provider).prune(policy, confirm=True).sessions == 0
+        provider.cleanup_session(grown)
+        assert Prunable.of(provider).prune(policy, confirm=True).versions == 11
+        assert Prunable.of(provider).prune(policy, confirm=True).versions == 0
 
     def test_it_tells_how_far_it_has_come(self, provider: StateProvider, grown: str) -> None:
         reports: list[tuple[str, int, int]] = []

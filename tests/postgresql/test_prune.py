@@ -1,5 +1,8 @@
 """Several servers with the same settings: one of them prunes, and the others learn of it."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 import pytest
 
 from dspex_persist.state.abilities import Prunable
@@ -10,8 +13,10 @@ from dspex_persist.state.provider import silent
 from dspex_persist.state.store.databases import check
 from dspex_persist.state.store.session_store import StoreOptions
 from tests.engines import wait_until
+from tests.store.test_prune import HANGING, end_one
 
 POLICY = PrunePolicy(keep_versions=1)
+ALL = datetime.max.replace(tzinfo=UTC)
 
 
 def test_one_of_them_prunes(url: str) -> None:
@@ -42,6 +47,24 @@ def test_a_watch_does_not_hide_what_was_pruned(url: str) -> None:
             watch.check_continues(0)
         with state.watch("s", after_sequence=first) as watch, pytest.raises(WatchGapError):
             watch.check_continues(0)
+
+
+def test_sessions_that_have_ended_go_as_a_whole(url: str, connection: Any) -> None:
+    with PostgresState(url) as state:
+        end_one(state, "ended")
+        state.initialize_session("ended", {"life": "second"})
+        state.register_variable("ended", "x", "integer", 5)
+        report = state.prune(PrunePolicy(ended_before=ALL), confirm=True)
+        assert report.sessions == 1
+        for table in HANGING:
+            ended = f"SELECT count(*) FROM {table}"
+            if table in ("variables", "dependencies", "executions", "tools"):
+                ended += " JOIN sessions USING (session_key) WHERE sessions.ended_sequence IS NOT NULL"
+            expected = 1 if table == "versions" else 0
+            assert connection.execute(ended).fetchone() == (expected,), table
+        assert state.get_value("ended", "x") == 5
+        assert state.prune(PrunePolicy(ended_before=ALL), confirm=True).markers == 0
+    assert check(url).problems == ()
 
 
 def test_each_prunes_by_its_settings(url: str) -> None:

@@ -154,7 +154,8 @@ def _delete_events(connection: Connection, session_key: int, events: Sequence[Go
         rows = [(session_key, sequence) for sequence, event_kind, _ in going if event_kind == kind]
         if rows:
             execute(statement, rows)
-    variables = [(session_key, key) for _, kind, key in going if kind == EventKind.VARIABLE_REGISTERED]
+    # PostgreSQL extracts numbers as text.
+    variables = [(session_key, int(key)) for _, kind, key in going if kind == EventKind.VARIABLE_REGISTERED]
     if variables:
         execute(_DELETE_CONSTRAINTS, [(key,) for _, key in variables])
         execute(_DELETE_VARIABLE, variables)

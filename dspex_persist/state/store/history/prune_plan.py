@@ -392,7 +392,8 @@ class Planner:
                 elif kind == EventKind.EXECUTION_ENDED:
                     yield _Item((), (began.pop(subject), place))
                 elif kind in (EventKind.VARIABLE_REGISTERED, EventKind.VARIABLE_CONSTRAINED):
-                    registered.setdefault(subject, []).append(place)
+                    # PostgreSQL extracts numbers as text.
+                    registered.setdefault(int(subject), []).append(place)
         if together:
             yield _Item((), together)
 
