@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 from psycopg.conninfo import conninfo_to_dict
 
+from tests.deadline import within
+
 Fault = Literal["before", "after"]
 
 
@@ -29,6 +31,7 @@ class Proxy:
         self._stays_away = False
         self.is_away = False
         self.happened = threading.Event()
+        self._muted: dict[socket.socket, threading.Event] = {}
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = self._new_socket()
@@ -74,9 +77,11 @@ class Proxy:
                     _end(client)
                     continue
                 database = self._new_socket()
-                database.connect(self._target)
+                if database.connect_ex(self._target):
+                    _end(client)
+                    continue
                 self._start(self._ask, client, database)
-                self._start(_pass_on, database, client)
+                self._start(self._answer, database, client)
 
     def _ask(self, client: socket.socket, database: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -85,9 +90,9 @@ class Proxy:
                     fault, self._fault = self._fault, None
                     self.is_away = self._stays_away
                     if fault == "after":
-                        # The client hears nothing more, and the database carries it out before it hears of the end.
-                        _end(client)
+                        answered = self._muted[database] = threading.Event()
                         database.sendall(message)
+                        assert answered.wait(within(10))
                     self.happened.set()
                     break
                 database.sendall(message)
@@ -95,13 +100,16 @@ class Proxy:
         with contextlib.suppress(OSError):
             database.shutdown(socket.SHUT_WR)
 
-
-def _pass_on(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while message := source.recv(65536):
-            target.sendall(message)
-    _end(target)
-    _end(source)
+    def _answer(self, database: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while message := database.recv(65536):
+                if database in self._muted:
+                    # Nobody gets the answer.
+                    self._muted[database].set()
+                else:
+                    client.sendall(message)
+        _end(client)
+        _end(database)
 
 
 def _end(connection: socket.socket) -> None:

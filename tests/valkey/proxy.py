@@ -77,7 +77,10 @@ class Proxy:
                 client, _ = self._listener.accept()
                 self._sockets.append(client)
                 store = self._new_socket()
-                store.connect(self._target)
+                if store.connect_ex(self._target):
+                    # The store is away: somebody asks again.
+                    _cut(client)
+                    continue
                 self._start(self._requests, client, store)
                 self._start(self._answers, client, store)
 
@@ -93,9 +96,10 @@ class Proxy:
     def _lose(self, client: socket.socket, store: socket.socket, message: bytes) -> None:
         fault, self._fault = self._fault, None
         if fault == "after":
-            # Nobody passes the answer on: the client is gone.
-            client.shutdown(socket.SHUT_RDWR)
+            answered = self._waiting.setdefault(store, threading.Event())
             store.sendall(message)
+            assert answered.wait(within(10))
+            client.shutdown(socket.SHUT_RDWR)
         elif fault == "held":
             self._held.append((store, message))
             self._answered.append(self._waiting.setdefault(store, threading.Event()))
@@ -108,8 +112,10 @@ class Proxy:
         with contextlib.suppress(OSError):
             while message := store.recv(1 << 20):
                 if store in self._waiting:
+                    # Nobody gets the answer.
                     self._waiting[store].set()
-                client.sendall(message)
+                else:
+                    client.sendall(message)
 
 
 def _cut(*sockets: socket.socket) -> None:
