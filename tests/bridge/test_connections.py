@@ -167,7 +167,7 @@ def test_a_listener_that_speaks_another_protocol() -> None:
 
 
 def test_the_first_call_says_at_once_that_there_is_no_server() -> None:
-    with BridgedState("127.0.0.1:1", timeout_s=within(600)) as state:
+    with BridgedState("127.0.0.1:1", timeout_s=within(600), breaker=Breaker(pause_s=within(60))) as state:
         for _ in range(5):
             with pytest.raises(UnavailableError, match=r"cannot connect to 127\.0\.0\.1:1 .* is the server running\?"):
                 state.get_session("s")
