@@ -104,6 +104,20 @@ class AuditContract(Contract):
             assert list(audit.iterate(SessionQuery(session=audited, live=True))) == []
             assert list(audit.iterate(ExecutionQuery(session=audited))) == []
 
+    def test_a_glob_has_stars_and_question_marks_alone(self, provider: StateProvider, session: str) -> None:
+        marks = "[0-9].^$+(){}|\\"
+        for name in ("n7", f"n{marks}", f"n{marks}8", f"N{marks}8"):
+            provider.register_variable(session, name, "integer", 1)
+        with Auditable.of(provider).audit() as audit:
+            for glob, wanted in {
+                f"n{marks}*": [f"n{marks}", f"n{marks}8"],
+                f"?{marks}?": [f"n{marks}8", f"N{marks}8"],
+                "n[0-9]?*": [f"n{marks}", f"n{marks}8"],
+                "*[0-9]": [],
+            }.items():
+                query = HistoryQuery(session=session, variable=glob, newest_first=False)
+                assert [each.name for each in audit.iterate(query)] == wanted
+
     def test_the_state_as_of_a_point(self, provider: StateProvider, audited: str) -> None:
         second = provider.get_variable_history(audited, "x")[1].sequence
         with Auditable.of(provider).audit() as audit:

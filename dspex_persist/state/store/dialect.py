@@ -8,6 +8,12 @@ import re
 from functools import lru_cache
 from typing import Final
 
+# A glob of a caller as a regular expression. `dspex_glob` has [0-9] mean any digit, as only our own patterns may.
+# chr(63) is the question mark, which would be a parameter here.
+_EXPRESSION: Final = (
+    r"('^' || replace(replace(regexp_replace(replace(?, '[[]', '['), "
+    r"'([.^$+(){}|\\\[\]])', '\\\1', 'g'), '*', '.*'), chr(63), '.') || '$')"
+)
 _REPLACED: Final = (
     # Hints, which PostgreSQL has none of
     (r"\s(?:NOT )?INDEXED(?: BY \w+)?\b", ""),
@@ -29,7 +35,8 @@ _REPLACED: Final = (
     (r"= \?(\d) OR instr\(([\w.]+), \?(\d) \|\|", r"= ?\1 OR strpos(\2, ?\3::text ||"),
     # Operators and functions
     (r"\bifnull\(", "coalesce("),
-    (r"([\w.]+|\([^()]*\)) GLOB (\?|'[^']*')", r"dspex_glob(\1, \2)"),
+    (r"([\w.]+|\([^()]*\)) GLOB ('[^']*')", r"dspex_glob(\1, \2)"),
+    (r"([\w.]+|\([^()]*\)) GLOB \?", r"\1 ~ " + _EXPRESSION.replace("\\", r"\\")),
     (r"\bIS NOT (\d)", r"IS DISTINCT FROM \1"),
     (r"\bIS ('[^']*')", r"IS NOT DISTINCT FROM \1"),
     (r"\bIS \?", "IS NOT DISTINCT FROM ?"),
