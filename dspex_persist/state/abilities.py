@@ -385,7 +385,7 @@ class Restorable(Ability):
 
     gives: ClassVar[tuple[str, ...]] = ("restores",)
     lacking = "restoring sessions"
-    instead = "keep the sessions in memory, in a database file or on a server: connect(...)"
+    instead = "keep the sessions in memory, in a database file or in PostgreSQL, or on a server that does"
 
     @abstractmethod
     def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:

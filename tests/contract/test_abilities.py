@@ -22,6 +22,8 @@ from dspex_persist.state.abilities import (
     StreamsTools,
     Transacts,
 )
+from dspex_persist.state.distributed import DistributedState
+from dspex_persist.state.valkey.valkey_state import RedisState
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.derive_contract import DeriveContract
 from dspex_persist.testing.durable_contract import DurableContract
@@ -89,3 +91,9 @@ def test_there_is_a_suite_for_every_ability() -> None:
 def test_what_commands_ask_for_too_is_not_advised_in_python(ability: type[Ability]) -> None:
     """Nobody can call `connect` at a command line."""
     assert "(" not in ability.instead
+
+
+def test_who_lacks_an_ability_on_valkey_hears_of_postgresql() -> None:
+    lacking = [each for each in SUITES if issubclass(DistributedState, each) and not issubclass(RedisState, each)]
+    assert {Auditable, Forkable, Prunable, Restorable} <= set(lacking)
+    assert [each for each in lacking if "PostgreSQL" not in each.instead] == []
