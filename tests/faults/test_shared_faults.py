@@ -376,7 +376,8 @@ def _lock_and_head_at_once(patch: pytest.MonkeyPatch, _: Scene) -> None:
     at_once = _select_head().replace(" FROM head\n", f", {lock} FROM head\n")
     assert lock in at_once
     patch.setattr(heads, "BEGIN", f"BEGIN; SELECT true; {at_once}")
-    patch.setattr(writing, "HeadRow", lambda *row: heads.HeadRow(*row[: len(heads.HeadRow._fields)]))
+    row_of = heads.KnownHead.row_of
+    patch.setattr(heads.KnownHead, "row_of", lambda self, found: row_of(self, found[: len(heads.HeadRow._fields)]))
 
 
 def _order_by_a_sequence(patch: pytest.MonkeyPatch, scene: Scene) -> None:

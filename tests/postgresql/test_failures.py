@@ -285,15 +285,15 @@ def test_a_commit_that_takes_too_long_is_looked_up(
 
 
 def test_a_transaction_that_a_stopped_server_left_is_ended(state: PostgresState, filled: str) -> None:
-    with PostgresState(filled) as stopped:
-        writing = stopped._store._writing
-        stopped.set_variable("s", "x", 2)
-        writing.driver.execute("SET idle_in_transaction_session_timeout = '100ms'")
+    with contextlib.closing(PostgresLog(filled)) as stopped:
+        writing = stopped._writing
+        writing.connect().execute("SET idle_in_transaction_session_timeout = '100ms'")
         # In the transaction, it holds the lock.
-        with pytest.raises(StorageError), stopped._store.group():  # noqa: PT012
-            assert state.set_variable("s", "x", 3) == 2
+        with pytest.raises(StorageError), stopped.group():  # noqa: PT012
+            assert state.set_variable("s", "x", 3) == 1
             writing.driver.execute("SELECT 1")
-        assert stopped.set_variable("s", "x", 4) == 3
+        with stopped.group() as news:
+            assert news is not None
 
 
 # Other servers
@@ -431,20 +431,17 @@ def test_commits_stand_while_an_anchor_cannot_be_written(
         assert value(state) == Value("3")
 
 
-def test_a_transaction_is_rolled_back_once(state: PostgresState, filled: str, beside: Any) -> None:
+def test_a_transaction_is_rolled_back_once(filled: str, beside: Any) -> None:
     notices: list[str | None] = []
-    state._store._writing.connect().add_notice_handler(lambda notice: notices.append(notice.message_primary))
-    with (
-        PostgresState(filled) as other,
-        other._store.group(),
-        pytest.raises(WouldWaitError),
-        state._store.group(wait=False),
-    ):
-        pass
-    beside.execute("UPDATE servers SET epoch = epoch + 1")
-    with pytest.raises(FencedError), state._store.group():
-        pass
-    assert state.set_variable("s", "x", 2) == 1
+    with contextlib.closing(PostgresLog(filled)) as log, contextlib.closing(PostgresLog(filled)) as other:
+        log._writing.connect().add_notice_handler(lambda notice: notices.append(notice.message_primary))
+        with other.group(), pytest.raises(WouldWaitError), log.group(wait=False):
+            pass
+        beside.execute("UPDATE servers SET epoch = epoch + 1")
+        with pytest.raises(FencedError), log.group():
+            pass
+        with log.group():
+            pass
     # "there is no transaction in progress"
     assert notices == []
 
