@@ -54,9 +54,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _starts(file: Path) -> int:
-    with file.open("a") as counted:
-        counted.write("x")
-    return file.stat().st_size
+    with file.open("ab", buffering=0) as counted:
+        counted.write(b"x")
+        # Its end after this write: others may have written since.
+        return counted.tell()
 
 
 def _listen(arguments: argparse.Namespace) -> socket.socket:
