@@ -184,10 +184,14 @@ class Keeper(Generic[C]):
         if not member.has_succeeded:
             self._failures.add(self.last_failure, member.began)
         # At once: nobody may get it any more.
-        self.members.idle.pop(member.worker.id, None)
-        member.leave(None)
+        self._retire(member, None)
         if member.lease is not None and member.lease.interrupt is not None:
             member.lease.interrupt(member.lease.exited())
+
+    def _retire(self, member: Member[C], reason: str | None) -> None:
+        """Lend a worker no more, and have it end; without a reason, it has exited."""
+        self.members.idle.pop(member.worker.id, None)
+        member.leave(reason)
 
     def _remove(self, member: Member[C]) -> None:
         member.leave("the pool is closed")
@@ -266,8 +270,7 @@ class Keeper(Generic[C]):
             reason = f"it is {age_s:.0f} s old" if len(self.members.regular()) >= options.size else ""
         if reason:
             self._counts.recycled += 1
-            self.members.idle.pop(member.worker.id, None)
-            member.leave(reason)
+            self._retire(member, reason)
 
     async def _look_after(self) -> None:
         while True:
@@ -291,8 +294,7 @@ class Keeper(Generic[C]):
 
     async def _check(self, member: Member[C]) -> None:
         if member.spare and self._time() - member.idle_since > self._options.spare_keep_s:
-            self.members.idle.pop(member.worker.id, None)
-            member.leave("nobody needs it any more")
+            self._retire(member, "nobody needs it any more")
             return
         self.recycle(member)
         reason = ""
@@ -306,8 +308,7 @@ class Keeper(Generic[C]):
         if member.worker.id in self.members.idle:
             self._counts.replaced += 1
             self._note_failure(f"worker {member.worker.id} did not answer health checks: {reason}")
-            self.members.idle.pop(member.worker.id, None)
-            member.leave(f"it did not answer {self._options.health_failures} health checks: {reason}")
+            self._retire(member, f"it did not answer {self._options.health_failures} health checks: {reason}")
 
     async def _ping(self, member: Member[C]) -> str:
         """Return why a worker does not answer; "" if it does."""
