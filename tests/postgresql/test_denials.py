@@ -1,19 +1,16 @@
 """The refused calls in a database: counted, bounded, found and pruned as those in a file."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from dspex_persist.audit import DenialQuery
-from dspex_persist.state.denials import Denial, Refused
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.distributed import PostgresState
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.store.databases import check
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.wiring.connecting import open_audit
-
-START = datetime(2026, 3, 1, 12, 0, 30, tzinfo=UTC)
-REFUSED = Refused("ada", "ipv4:10.0.0.7", "snakepit.bridge.BridgeService.SetVariable", "s", "scope write")
-STRANGER = Refused("", "ipv4:10.0.0.8", "snakepit.bridge.BridgeService.Ping", "", "no token")
+from tests.refused import IN_TURN, QUERIES, REFUSED, START, STRANGER
 
 
 def counts_in(url: str, **conditions: Any) -> list[int]:
@@ -22,8 +19,7 @@ def counts_in(url: str, **conditions: Any) -> list[int]:
 
 
 def fill(state: PostgresState) -> None:
-    """Three entries, a minute apart: two of one caller, and one of a stranger in between."""
-    for minute, refused in enumerate((REFUSED, STRANGER, REFUSED)):
+    for minute, refused in enumerate(IN_TURN):
         at = START + timedelta(minutes=minute)
         for _ in range(minute + 1):
             state._store.keep_denials([Denial(at, at, *refused, 1)], 100)
@@ -43,19 +39,7 @@ def test_servers_count_them_together(url: str) -> None:
 def test_queries(url: str) -> None:
     with PostgresState(url) as state:
         fill(state)
-    for conditions, counts in (
-        ({}, [3, 2, 1]),
-        ({"newest_first": False, "limit": 2}, [1, 2]),
-        ({"identity": "a*"}, [3, 1]),
-        ({"rpc": "Ping"}, [2]),
-        ({"rpc": "*Variable"}, [3, 1]),
-        ({"rpc": STRANGER.rpc}, [2]),
-        ({"peer": "ipv4:10.0.0.*"}, [3, 2, 1]),
-        ({"session": "s", "limit": 1}, [3]),
-        ({"since": START + timedelta(minutes=1)}, [3]),
-        ({"until": (START + timedelta(minutes=1)).isoformat()}, [2, 1]),
-        ({"since": "1h"}, []),
-    ):
+    for conditions, counts in QUERIES:
         assert counts_in(url, **conditions) == counts, conditions
 
 

@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,13 @@ from freezegun import freeze_time
 import dspex_persist
 from dspex_persist.audit import DenialQuery
 from dspex_persist.state import served
-from dspex_persist.state.denials import Denial, Refused
+from dspex_persist.state.denials import Denial
 from dspex_persist.state.embedded import SqliteState
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import StoreOptions
-
-START = datetime(2026, 3, 1, 12, 0, 30, tzinfo=UTC)
-REFUSED = Refused("ada", "ipv4:10.0.0.7", "snakepit.bridge.BridgeService.SetVariable", "s", "scope write")
-STRANGER = Refused("", "ipv4:10.0.0.8", "snakepit.bridge.BridgeService.Ping", "", "no token")
+from tests.refused import IN_TURN, QUERIES, REFUSED, START, STRANGER
 
 
 def denials_in(path: Path, **conditions: Any) -> tuple[Denial, ...]:
@@ -36,8 +33,7 @@ def rows(path: Path, statement: str) -> list[Any]:
 
 
 def filled(path: Path) -> Path:
-    """Three entries, a minute apart: two of one caller, and one of a stranger in between."""
-    for minute, refused in enumerate((REFUSED, STRANGER, REFUSED)):
+    for minute, refused in enumerate(IN_TURN):
         with freeze_time(START + timedelta(minutes=minute)), SqliteState(path) as state:
             for _ in range(minute + 1):
                 state.denials.note(refused)
@@ -72,22 +68,7 @@ def test_a_file_that_has_moved_is_closed_all_the_same(tmp_path: Path) -> None:
 
 def test_queries(tmp_path: Path) -> None:
     path = filled(tmp_path / "a.db")
-    assert [denial.count for denial in denials_in(path)] == [3, 2, 1]
-    assert [denial.count for denial in denials_in(path, newest_first=False, limit=2)] == [1, 2]
-    for conditions, counts in (
-        ({"identity": "ada"}, [3, 1]),
-        ({"identity": "-"}, [2]),
-        ({"identity": "a*"}, [3, 1]),
-        ({"rpc": "Ping"}, [2]),
-        ({"rpc": "*Variable"}, [3, 1]),
-        ({"rpc": STRANGER.rpc}, [2]),
-        ({"peer": "ipv4:10.0.0.*"}, [3, 2, 1]),
-        ({"session": "s", "limit": 1}, [3]),
-        ({"since": START + timedelta(minutes=1)}, [3]),
-        ({"until": (START + timedelta(minutes=1)).isoformat()}, [2, 1]),
-        ({"until": f"{(START + timedelta(minutes=1)).isoformat()}^"}, [1]),
-        ({"since": "1h"}, []),
-    ):
+    for conditions, counts in QUERIES:
         assert [denial.count for denial in denials_in(path, **conditions)] == counts, conditions
     with pytest.raises(InvalidArgumentError, match="not a point"):
         denials_in(path, since="then")
