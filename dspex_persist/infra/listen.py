@@ -15,7 +15,7 @@ from dspex_persist.errors import DspexError
 
 TLS_SCHEME: Final = "grpcs://"
 UNIX_PATH_MAX_BYTES: Final = 107
-_SCHEME: Final = re.compile(r"grpcs?://|(?:grpc\+)?unix:", re.IGNORECASE)
+_SCHEME: Final = re.compile(r"\A(?:grpcs?://|(?:grpc\+)?unix:)", re.IGNORECASE)
 _PROBE_TIMEOUT_S: Final = 1.0
 _HOST_PORT: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
 
@@ -57,7 +57,7 @@ Address = TcpAddress | UnixAddress
 
 def in_small_letters(address: str) -> str:
     """Return an address with its scheme, if it has one, in small letters: any may be written."""
-    return _SCHEME.sub(lambda scheme: scheme[0].lower(), address, count=1) if _SCHEME.match(address) else address
+    return _SCHEME.sub(lambda scheme: scheme[0].lower(), address)
 
 
 def parse_listen(listen: str) -> Address:

@@ -5,7 +5,6 @@ pytest finds it by its entry point. Each fixture imports what it needs only when
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,6 @@ _MARKERS: Final = (
     "`tape` is relative to the test's folder; `drive(context)` plays the client to make the recording",
 )
 _REPLAY: Final = "dspex_replay"
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|grpc\+unix:", re.IGNORECASE)
 _USAGE: Final = "dspex_replay(tape, tools='package.module', drive=function)"
 _ALL_SHOWN: Final = 2
 """The verbosity (-vv) from which all differences are shown."""
@@ -159,13 +157,19 @@ def dspex_lm(request: pytest.FixtureRequest) -> "Iterator[Callable[..., Playback
         def play(recorded: str, place: Any, *, live: bool = False) -> "Playback":
             from dspex_persist.dspy import playing, recorded_calls
 
-            if isinstance(place, Path) or (isinstance(place, str) and not _URL.match(place)):
+            if isinstance(place, Path) or (isinstance(place, str) and _is_path(place)):
                 place = request.path.parent / place
             playback = stack.enter_context(playing(recorded_calls(recorded, place), live=live))
             played.playbacks.append(playback)
             return playback
 
         yield play
+
+
+def _is_path(place: str) -> bool:
+    from dspex_persist.addresses import scheme_of
+
+    return scheme_of(place) is None and not place.lower().startswith("grpc+unix:")
 
 
 class _Played:

@@ -97,9 +97,10 @@ class DatabaseState(HoldingState, Durable):
         check_seconds("lease_s", lease_s)
         default_actor(actor)
         self._store = open_log(lease_s, None if anchor_dir is None else Path(anchor_dir))
-        counting: dict[str, Any] = {} if meter is None else {"meter": meter, "server_meter": ServerMeter()}
+        counting: dict[str, Any] = {}
         if meter is not None:
             self._store.observe_commits(meter.observe_commit)
+            counting = {"meter": meter, "server_meter": ServerMeter()}
         try:
             super().__init__(
                 SharedGroups(self._store, options, cache_size_bytes=cache_size_bytes, **counting),

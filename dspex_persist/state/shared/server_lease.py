@@ -32,7 +32,7 @@ class ServerLease:
         self._log = log
         self._on_fenced = on_fenced
         self._meter = meter
-        self._is_failing = False
+        # Why renewals fail, as the log has said; "" while they do not.
         self._reason = ""
         self._renewed_at = time.monotonic()
         self._ended = threading.Event()
@@ -60,10 +60,9 @@ class ServerLease:
         while not self._ended.wait(each_s if succeeded else min(each_s, _AGAIN_S)):
             succeeded = self._renew()
             if succeeded:
-                self._renewed_at, self._reason = time.monotonic(), ""
-                if self._is_failing:
-                    self._is_failing = False
+                if self._reason:
                     _logger.warning("the lease can be renewed again")
+                self._renewed_at, self._reason = time.monotonic(), ""
             if self._meter is not None:
                 self._meter.renewed(succeeded=succeeded)
 
@@ -73,12 +72,11 @@ class ServerLease:
         except FencedError:
             self._on_fenced()
         except StateError as error:
-            self._reason = str(error)
             # Said once: while the log is away, it fails again and again. A log that can be reached otherwise may refuse
             # the connection for this alone, and nothing else would say why others take this server for dead.
-            if not self._is_failing:
-                self._is_failing = True
+            if not self._reason:
                 _logger.warning("the lease cannot be renewed", reason=str(error))
+            self._reason = str(error)
         except Exception as error:  # noqa: BLE001 - a thread's boundary
             if not self._ended.is_set():
                 _logger.error("the lease was not renewed", traceback=trace_of(error))
