@@ -189,7 +189,7 @@ def has_ended(watch: Watch) -> bool:
 
 
 def test_the_hold_of_a_server_that_dies_ends_with_its_lease(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = two.start(lease_s=1.0)
+    one, other = two.start(lease_s=within(0.25))
     held = one.hold_session(SESSION)
     pending = other.submit(write(1))
     other.initialize_session("later")
