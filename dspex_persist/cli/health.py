@@ -18,7 +18,7 @@ HELP: Final = (
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  it serves\n\n"
-    "1  it does not: it is starting, shutting down, or stuck\n\n"
+    "1  it does not: it is starting, shutting down or stuck, or its database is away\n\n"
     "2  wrong usage, or an invalid setting\n\n"
     "69  it cannot be reached; the message on stderr says why\n\n"
     "[bold]Examples[/bold]\n\n"
